@@ -1,0 +1,1 @@
+"""Between trainer and boxes: export, quantise, gate, pack and verify bundles. Never imports ``trainer``."""

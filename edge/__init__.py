@@ -1,0 +1,1 @@
+"""The box: capture, inference, judgement, alerts. Never imports torch, ``deploy`` or ``trainer``."""

@@ -1,0 +1,59 @@
+"""Typed errors of the whole product. Each message names the file or field and the cure.
+
+Every command turns a :class:`LinewardError` into its ``exit_code`` and one line on stderr: 2 usage, 3 bad input,
+4 a gate refused. Anything else is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class LinewardError(Exception):
+    """Base of all errors that a user can cause and cure."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class UsageError(LinewardError):
+    """The command line or an argument is wrong."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class MissingExtraError(UsageError):
+    """A verb or engine needs an optional dependency that is not installed; the message names the extra."""
+
+
+class DataError(LinewardError):
+    """A folder, image or mask cannot be used as training or test data."""
+
+
+class BundleError(LinewardError):
+    """A bundle is incomplete, truncated, tampered with or of an unknown schema."""
+
+
+class SettingsError(LinewardError):
+    """A settings file does not parse, or has an unknown or invalid key."""
+
+
+class CaptureError(LinewardError):
+    """A camera, video or folder cannot be opened or read."""
+
+
+class EngineError(LinewardError):
+    """No engine can run a bundle's graphs on this machine."""
+
+
+class OutboxError(LinewardError):
+    """The durable outbox cannot be opened or written (a full or read-only disk, a damaged file)."""
+
+
+class BrokerError(LinewardError):
+    """The MQTT broker refuses us (login, TLS), or its address is invalid."""
+
+
+class GateError(LinewardError):
+    """A check that guards a bundle refused it; the message carries the measured figures."""
+
+    exit_code: ClassVar[int] = 4

@@ -1,0 +1,1 @@
+"""Frame -> Prediction: preprocessing, engines and the detector that joins them."""

@@ -1,0 +1,97 @@
+"""From a camera frame to network inputs, and from tile maps back to one map.
+
+The trainer and the box use these same functions, so that a model sees in production what it saw in training.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+
+from edge.bundle import Preprocessing, Resize
+from edge.errors import CaptureError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+
+def to_canvas(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Crop and resize a camera frame.
+
+    Args:
+        image: uint8 [H, W, 3] BGR.
+        preprocessing: the manifest's.
+
+    Returns:
+        uint8 [canvas_height, canvas_width, 3] RGB.
+
+    Raises:
+        CaptureError: the frame is no 3-channel uint8 image, or smaller than the crop.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:  # noqa: PLR2004
+        raise CaptureError(f"frame is {image.dtype} {image.shape}, expected uint8 [H, W, 3]; check the camera's format")
+    crop = preprocessing.crop
+    if crop is not None:
+        height, width = image.shape[:2]
+        if crop.x + crop.w > width or crop.y + crop.h > height:
+            raise CaptureError(
+                f"frame is {width}x{height}, too small for the crop {crop.w}x{crop.h} at ({crop.x}, {crop.y}); "
+                "set the camera to the size that the bundle was trained for"
+            )
+        image = image[crop.y : crop.y + crop.h, crop.x : crop.x + crop.w]
+    height, width = preprocessing.canvas_height, preprocessing.canvas_width
+    if preprocessing.resize is Resize.PYRAMID:
+        while image.shape[0] >= 2 * height and image.shape[1] >= 2 * width:
+            # cv2 turns an exact bilinear halving into a 2x2 mean, vectorised.
+            image = cv2.resize(image, (image.shape[1] // 2, image.shape[0] // 2), interpolation=cv2.INTER_LINEAR)
+    if image.shape[:2] != (height, width):
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def cut_tiles(canvas: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Cut a canvas into tiles, row by row.
+
+    Returns:
+        uint8 [rows * cols, height, width, 3]; a view of the canvas where one tile is the canvas.
+    """
+    tiles = preprocessing.tiles
+    if tiles.rows == tiles.cols == 1:
+        return canvas[np.newaxis]
+    step_y, step_x = preprocessing.height - tiles.overlap, preprocessing.width - tiles.overlap
+    return np.stack(
+        [
+            canvas[r * step_y : r * step_y + preprocessing.height, c * step_x : c * step_x + preprocessing.width]
+            for r in range(tiles.rows)
+            for c in range(tiles.cols)
+        ]
+    )
+
+
+def join_maps(
+    maps: npt.NDArray[np.float32], preprocessing: Preprocessing, map_stride: int
+) -> npt.NDArray[np.float32]:
+    """Join the maps of one frame's tiles; cells that several tiles cover get their mean.
+
+    Args:
+        maps: float32 [rows * cols, height / map_stride, width / map_stride].
+        preprocessing: the manifest's.
+        map_stride: canvas pixels per map cell.
+
+    Returns:
+        float32 [canvas_height / map_stride, canvas_width / map_stride].
+    """
+    tiles = preprocessing.tiles
+    if tiles.rows == tiles.cols == 1:
+        return maps[0]
+    h, w = maps.shape[1:]
+    overlap = tiles.overlap // map_stride
+    total = np.zeros((tiles.rows * (h - overlap) + overlap, tiles.cols * (w - overlap) + overlap), np.float32)
+    count = np.zeros_like(total)
+    for index, tile in enumerate(maps):
+        y, x = (index // tiles.cols) * (h - overlap), (index % tiles.cols) * (w - overlap)
+        total[y : y + h, x : x + w] += tile
+        count[y : y + h, x : x + w] += 1
+    return total / count

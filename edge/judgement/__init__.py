@@ -1,0 +1,1 @@
+"""Prediction -> Verdict and event: scores, thresholds, the life cycle of an anomaly."""

@@ -1,0 +1,1 @@
+"""What the box remembers of good parts; numpy only."""

@@ -1,0 +1,1 @@
+"""Networks with ImageNet weights that come in a pip package."""

@@ -1,0 +1,1 @@
+"""Readers of image folders, and the generated data that needs no download."""

@@ -1,0 +1,1 @@
+"""Compressed memory bank with nearest-row distance."""

@@ -1,0 +1,30 @@
+"""The one list of methods. Training, export, benchmarks and tests go through it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edge.errors import UsageError
+
+if TYPE_CHECKING:
+    from trainer.methods.base import Method
+
+
+def methods() -> dict[str, type[Method]]:
+    """Return every method by name."""
+    from trainer.methods.memory.fit import MemoryMethod
+    from trainer.methods.pbas.fit import PbasMethod
+
+    return {method.name: method for method in (PbasMethod, MemoryMethod)}
+
+
+def get(name: str) -> type[Method]:
+    """Return one method.
+
+    Raises:
+        UsageError: no method of that name.
+    """
+    known = methods()
+    if name not in known:
+        raise UsageError(f"--method {name}: unknown; choose one of {', '.join(sorted(known))}")
+    return known[name]

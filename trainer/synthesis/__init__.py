@@ -1,0 +1,1 @@
+"""Defects made on images of good parts, seeded and with exact masks."""
