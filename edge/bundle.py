@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from edge.errors import BundleError
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 # Taps are addressed by the stride of their grid; strides 2, 4, 8, 16 of the shared trunk.
 STRIDE_MULTIPLE = 32
 

@@ -48,7 +48,7 @@ def to_canvas(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt
             image = cv2.resize(image, (image.shape[1] // 2, image.shape[0] // 2), interpolation=cv2.INTER_LINEAR)
     if image.shape[:2] != (height, width):
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
 def cut_tiles(canvas: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
@@ -85,7 +85,7 @@ def join_maps(
     """
     tiles = preprocessing.tiles
     if tiles.rows == tiles.cols == 1:
-        return maps[0]
+        return np.asarray(maps[0], dtype=np.float32)
     h, w = maps.shape[1:]
     overlap = tiles.overlap // map_stride
     total = np.zeros((tiles.rows * (h - overlap) + overlap, tiles.cols * (w - overlap) + overlap), np.float32)
@@ -94,4 +94,4 @@ def join_maps(
         y, x = (index // tiles.cols) * (h - overlap), (index % tiles.cols) * (w - overlap)
         total[y : y + h, x : x + w] += tile
         count[y : y + h, x : x + w] += 1
-    return total / count
+    return np.divide(total, count, dtype=np.float32)
