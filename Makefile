@@ -1,0 +1,63 @@
+# The newcomer's path: `make demo` and `make test`. Needs Python >= 3.10, git and make; never root.
+#
+#   PYTHON       the interpreter that .venv is made with           (default python3)
+#   TORCH_INDEX  an extra package index to choose torch's build by  (default: whatever pip is configured with)
+#                  CPU:   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#                  CUDA:  make demo TORCH_INDEX=https://download.pytorch.org/whl/cu130
+#   DATA         a folder in MVTec layout for `make demo`           (default: the embedded example)
+#   OUT          where `make demo` writes                           (default demo-out)
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+DATA ?=
+OUT ?= demo-out
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# Debian puts mosquitto where only root's path looks.
+export PATH := $(PATH):/usr/sbin:/usr/local/sbin
+
+.PHONY: help install demo test lint format bench clean
+
+help:
+	@echo "make demo [DATA=DIR]  train, pack, run a box, replay a line with defects, show the alerts"
+	@echo "make test             run every test"
+	@echo "make install | lint | format | bench | clean"
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Python 3.10 or newer is needed; name one with PYTHON=..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { echo "$(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
+
+# A stamp per extra: pip runs again only when pyproject.toml has changed.
+$(VENV)/.installed-demo: $(VENV)/bin/python pyproject.toml
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/bin/python pyproject.toml
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.installed-demo
+
+install: $(VENV)/.installed-dev
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/lineward demo --out $(OUT) $(if $(DATA),--data $(DATA))
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev
+	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
