@@ -1,0 +1,35 @@
+"""What the whole suite shares: how it treats a missing broker and missing evaluation images."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+INSTALL_MOSQUITTO = "apt-get install mosquitto (Debian, Ubuntu) or brew install mosquitto"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if shutil.which("mosquitto") is not None or os.environ.get("CI") == "true":
+        return
+    skip = pytest.mark.skip(reason=f"no mosquitto on the path: {INSTALL_MOSQUITTO}")
+    waiting = [item for item in items if item.get_closest_marker("broker")]
+    for item in waiting:
+        item.add_marker(skip)
+    config.stash[_skipped] = len(waiting)
+
+
+_skipped = pytest.StashKey[int]()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("broker") and shutil.which("mosquitto") is None:
+        pytest.fail(f"CI=true and no mosquitto on the path: {INSTALL_MOSQUITTO}", pytrace=False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    skipped = config.stash.get(_skipped, 0)
+    if skipped:
+        terminalreporter.section("mosquitto is missing", red=True, bold=True)
+        terminalreporter.line(f"{skipped} tests were skipped. Install it and run again: {INSTALL_MOSQUITTO}", red=True)
