@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edge.errors import DataError
 from trainer.data.images import IMAGE_EXTENSIONS, load_image, load_mask_file, read_bytes
+from trainer.data.splits import Holdout, split_holdout
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -107,20 +108,6 @@ class CheckReport:
 
     sizes: dict[tuple[int, int], int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-class Holdout(NamedTuple):
-    """Two disjoint parts of a set, each in the order of the input.
-
-    Attributes:
-        fit: to learn from; never empty.
-        holdout: to calibrate with; never empty.
-        by_group: whether groups were kept whole; False when there was one group only and images had to be split.
-    """
-
-    fit: tuple[Sample, ...]
-    holdout: tuple[Sample, ...]
-    by_group: bool
 
 
 def read_folder(root: Path) -> ImageSet:
@@ -238,52 +225,6 @@ def content_hash(samples: Iterable[Sample]) -> str:
             digest.update(len(part).to_bytes(8, "big"))
             digest.update(part)
     return digest.hexdigest()
-
-
-def split_holdout(samples: Sequence[Sample], fraction: float, seed: int, minimum: int) -> Holdout:
-    """Set good images aside, whole groups together.
-
-    The hold-out aims at ``max(fraction * n, minimum)`` images, at most half of them. Large groups may miss the aim:
-    groups are first taken up to 1.5 times the aim, and only where that leaves less than ``minimum`` may one go over.
-
-    Args:
-        samples: at least 2.
-        fraction: of the images to hold out, in (0, 1).
-        seed: the same seed gives the same parts.
-        minimum: images wanted on hold-out even if ``fraction`` gives fewer, >= 1.
-
-    Returns:
-        The two parts, both non-empty.
-
-    Raises:
-        DataError: fewer than 2 images.
-        ValueError: ``fraction`` or ``minimum`` is out of range.
-    """
-    if not 0 < fraction < 1 or minimum < 1:
-        raise ValueError(f"fraction {fraction} must be in (0, 1) and minimum {minimum} at least 1")
-    n = len(samples)
-    if n < 2:  # noqa: PLR2004
-        raise DataError(f"{n} good images cannot be split into training and hold-out; give at least 2")
-    by_group = len({sample.group for sample in samples}) > 1
-    members: dict[str, list[int]] = {}
-    for index in sorted(range(n), key=lambda i: samples[i].name):
-        members.setdefault(samples[index].group if by_group else samples[index].name, []).append(index)
-    least = min(minimum, n // 2)
-    aim = min(max(round(fraction * n), minimum), n // 2)
-    names = list(members)
-    order = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
-    held: set[int] = set()
-    for limit, wanted in ((1.5 * aim, aim), (n // 2, least), (n - 1, least)):
-        for name in order:
-            if len(held) >= wanted:
-                break
-            if members[name][0] not in held and len(held) + len(members[name]) <= limit:
-                held.update(members[name])
-    return Holdout(
-        fit=tuple(sample for index, sample in enumerate(samples) if index not in held),
-        holdout=tuple(samples[index] for index in sorted(held)),
-        by_group=by_group,
-    )
 
 
 def _images(folder: Path) -> list[Path]:
@@ -411,7 +352,7 @@ def _compare_meta(root: Path, meta: dict[str, dict[str, str]], samples: Sequence
             if row.get(column, "") not in {"", *allowed}:
                 raise DataError(
                     f"{root / 'meta.csv'} line {row['line']}: {column} is {row[column]!r} but the folder of {name} "
-                    f"says {sorted(allowed)[0]!r}; correct one of them"
+                    f"says {min(allowed)!r}; correct one of them"
                 )
 
 
