@@ -1,0 +1,177 @@
+"""The region of interest, drawn in pixels of the camera frame, as cells of an anomaly map; and cells back to pixels.
+
+Pure geometry; knows nothing of scores, thresholds or cameras.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from edge.errors import SettingsError
+from edge.frames import Region
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from edge.bundle import Crop
+
+# Each map cell is sampled at 4 x 4 points; an edge is then placed to an eighth of a cell.
+SAMPLES = 4
+
+Box = tuple[float, float, float, float]
+"""x, y, w, h of the part of the camera frame that a map covers, in pixels."""
+
+
+class Rectangle(BaseModel):
+    """An upright rectangle in pixels of the camera frame."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    x: float = Field(title="Left", description="Left edge in pixels of the camera frame.", allow_inf_nan=False)
+    y: float = Field(title="Top", description="Top edge in pixels of the camera frame.", allow_inf_nan=False)
+    w: float = Field(gt=0, title="Width", description="Width in pixels.", allow_inf_nan=False)
+    h: float = Field(gt=0, title="Height", description="Height in pixels.", allow_inf_nan=False)
+
+    def outline(self) -> tuple[tuple[float, float], ...]:
+        """Return the corners in order."""
+        right, bottom = self.x + self.w, self.y + self.h
+        return ((self.x, self.y), (right, self.y), (right, bottom), (self.x, bottom))
+
+
+class Polygon(BaseModel):
+    """A polygon in pixels of the camera frame; where it crosses itself the even-odd rule holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    points: tuple[tuple[float, float], ...] = Field(
+        min_length=3, title="Points", description="Corners as [x, y] in pixels of the camera frame."
+    )
+
+    def outline(self) -> tuple[tuple[float, float], ...]:
+        """Return the corners in order."""
+        return self.points
+
+
+class RegionOfInterest(BaseModel):
+    """Where defects matter: inside any of ``include`` (empty: everywhere) and outside all of ``exclude``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    include: tuple[Rectangle | Polygon, ...] = Field(
+        (), title="Include", description="Shapes that are judged; without any, the whole frame is."
+    )
+    exclude: tuple[Rectangle | Polygon, ...] = Field(
+        (), title="Exclude", description="Shapes that are not judged, whatever include says."
+    )
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether nothing is drawn."""
+        return not self.include and not self.exclude
+
+
+def covered_box(crop: Crop | None, *, frame_width: int, frame_height: int) -> Box:
+    """Return the part of the camera frame that a map covers: the manifest's crop, or all of it."""
+    if crop is None:
+        return (0.0, 0.0, float(frame_width), float(frame_height))
+    return (float(crop.x), float(crop.y), float(crop.w), float(crop.h))
+
+
+def rasterise(region: RegionOfInterest, box: Box, map_shape: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
+    """Turn a region of interest into map cells.
+
+    Args:
+        region: what the settings draw.
+        box: the part of the camera frame that the map covers.
+        map_shape: (h, w) of the map.
+
+    Returns:
+        bool [h, w], True where at least half of the cell's area counts; None where the whole map counts.
+
+    Raises:
+        SettingsError: no cell is left.
+    """
+    if region.everywhere:
+        return None
+    height, width = map_shape
+    x = box[0] + (np.arange(width * SAMPLES, dtype=np.float64) + 0.5) * (box[2] / (width * SAMPLES))
+    y = box[1] + (np.arange(height * SAMPLES, dtype=np.float64) + 0.5) * (box[3] / (height * SAMPLES))
+    counts = np.full((y.size, x.size), not region.include)
+    for shape in region.include:
+        counts |= _inside(shape.outline(), x, y)
+    for shape in region.exclude:
+        counts &= ~_inside(shape.outline(), x, y)
+    share = counts.reshape(height, SAMPLES, width, SAMPLES).mean(axis=(1, 3))
+    mask: npt.NDArray[np.bool_] = share >= 0.5  # noqa: PLR2004 (half)
+    if not mask.any():
+        raise SettingsError(
+            f"region_of_interest: nothing is left of the {box[2]:g}x{box[3]:g} pixels at ({box[0]:g}, {box[1]:g}) "
+            "that this bundle judges; draw it in pixels of the camera frame"
+        )
+    return None if mask.all() else mask
+
+
+def find_regions(
+    anomaly_map: npt.NDArray[np.float32],
+    threshold: float,
+    box: Box,
+    *,
+    mask: npt.NDArray[np.bool_] | None = None,
+    limit: int = 16,
+) -> tuple[Region, ...]:
+    """Find connected regions at or above the threshold (8 neighbours).
+
+    Args:
+        anomaly_map: float32 [h, w], raw, without NaN.
+        threshold: raw.
+        box: the part of the camera frame that the map covers.
+        mask: bool [h, w], True where the map counts; None everywhere.
+        limit: most regions to return.
+
+    Returns:
+        The regions in pixels of the camera frame, highest peak first, larger first among equal peaks.
+    """
+    hot = anomaly_map >= threshold
+    if mask is not None:
+        hot &= mask
+    if not hot.any():
+        return ()
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(hot.astype(np.uint8), connectivity=8)
+    peaks = np.full(count, -np.inf, dtype=np.float64)
+    np.maximum.at(peaks, labels[hot], anomaly_map[hot].astype(np.float64))
+    areas = stats[:, cv2.CC_STAT_AREA]
+    order = sorted(range(1, count), key=lambda label: (-peaks[label], -int(areas[label])))[:limit]
+    return tuple(_scaled(stats[label], float(peaks[label]), anomaly_map.shape, box) for label in order)
+
+
+def _scaled(stats: npt.NDArray[np.int32], peak: float, map_shape: tuple[int, ...], box: Box) -> Region:
+    cell_w, cell_h = box[2] / map_shape[1], box[3] / map_shape[0]
+    left, top = (int(stats[cv2.CC_STAT_LEFT]), int(stats[cv2.CC_STAT_TOP]))
+    right, bottom = left + int(stats[cv2.CC_STAT_WIDTH]), top + int(stats[cv2.CC_STAT_HEIGHT])
+    x, y = round(box[0] + left * cell_w), round(box[1] + top * cell_h)
+    return Region(
+        x=x,
+        y=y,
+        w=max(1, round(box[0] + right * cell_w) - x),
+        h=max(1, round(box[1] + bottom * cell_h) - y),
+        area=max(1, round(int(stats[cv2.CC_STAT_AREA]) * cell_w * cell_h)),
+        peak=peak,
+    )
+
+
+def _inside(
+    outline: tuple[tuple[float, float], ...], x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]
+) -> npt.NDArray[np.bool_]:
+    """Return bool [len(y), len(x)] by the even-odd rule: a ray to the left crosses an odd number of edges."""
+    inside = np.zeros((y.size, x.size), dtype=bool)
+    for (x0, y0), (x1, y1) in zip(outline, (*outline[1:], outline[0]), strict=True):
+        if y0 == y1:
+            continue
+        rows = (y >= min(y0, y1)) & (y < max(y0, y1))
+        crossing = x0 + (y[rows] - y0) * ((x1 - x0) / (y1 - y0))
+        inside[rows] ^= x[np.newaxis, :] >= crossing[:, np.newaxis]
+    return inside
