@@ -57,3 +57,7 @@ class GateError(LinewardError):
     """A check that guards a bundle refused it; the message carries the measured figures."""
 
     exit_code: ClassVar[int] = 4
+
+
+class MessageError(LinewardError):
+    """A topic or payload is not one of the published messages, or a value cannot be put into one."""
