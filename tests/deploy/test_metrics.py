@@ -86,6 +86,12 @@ def test_image_f1_is_the_best_of_all_thresholds(case):
     assert best.threshold == max(t for t, f1 in at.items() if f1 == pytest.approx(max(at.values()), abs=TOLERANCE))
 
 
+def test_image_f1_takes_the_highest_of_equally_good_thresholds():
+    best = image_f1([True, False, False, True], [4.0, 3.0, 2.0, 1.0])
+    assert best.f1 == pytest.approx(2 / 3)
+    assert best.threshold == 4.0
+
+
 @given(two_classes(), st.integers(-3, 3).map(float))
 def test_rates_at_threshold_equal_the_confusion_matrix(case, threshold):
     labels, scores = case
