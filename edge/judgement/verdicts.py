@@ -14,7 +14,8 @@ import numpy as np
 
 from edge.errors import BundleError
 from edge.frames import Decision, Verdict
-from edge.judgement.region import Box, RegionOfInterest, covered_box, find_regions, rasterise
+from edge.judgement.region_of_interest import Box, RegionOfInterest, covered_box, rasterise
+from edge.judgement.regions import find_regions
 from edge.judgement.score import pool_score
 from edge.judgement.threshold import ExternalThreshold, Threshold, fit_threshold, leave_level, p_value
 

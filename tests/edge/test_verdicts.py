@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from edge.bundle import CalibrationScores, Crop, Pooling
 from edge.errors import BundleError, SettingsError
 from edge.frames import Decision, Frame, Prediction
-from edge.judgement.region import Polygon, Rectangle, RegionOfInterest, covered_box, find_regions, rasterise
+from edge.judgement.region_of_interest import Polygon, Rectangle, RegionOfInterest, covered_box, rasterise
+from edge.judgement.regions import find_regions
 from edge.judgement.threshold import ExternalThreshold
 from edge.judgement.verdicts import Judge
 

@@ -1,18 +1,16 @@
-"""The region of interest, drawn in pixels of the camera frame, as cells of an anomaly map; and cells back to pixels.
+"""The region of interest, drawn in pixels of the camera frame, as cells of an anomaly map.
 
-Pure geometry; knows nothing of scores, thresholds or cameras.
+Pure geometry; knows nothing of scores, thresholds or cameras, nor of OpenCV: settings are read without it.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from edge.errors import SettingsError
-from edge.frames import Region
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -113,54 +111,6 @@ def rasterise(region: RegionOfInterest, box: Box, map_shape: tuple[int, int]) ->
             "that this bundle judges; draw it in pixels of the camera frame"
         )
     return None if mask.all() else mask
-
-
-def find_regions(
-    anomaly_map: npt.NDArray[np.float32],
-    threshold: float,
-    box: Box,
-    *,
-    mask: npt.NDArray[np.bool_] | None = None,
-    limit: int = 16,
-) -> tuple[Region, ...]:
-    """Find connected regions at or above the threshold (8 neighbours).
-
-    Args:
-        anomaly_map: float32 [h, w], raw, without NaN.
-        threshold: raw.
-        box: the part of the camera frame that the map covers.
-        mask: bool [h, w], True where the map counts; None everywhere.
-        limit: most regions to return.
-
-    Returns:
-        The regions in pixels of the camera frame, highest peak first, larger first among equal peaks.
-    """
-    hot = anomaly_map >= threshold
-    if mask is not None:
-        hot &= mask
-    if not hot.any():
-        return ()
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(hot.astype(np.uint8), connectivity=8)
-    peaks = np.full(count, -np.inf, dtype=np.float64)
-    np.maximum.at(peaks, labels[hot], anomaly_map[hot].astype(np.float64))
-    areas = stats[:, cv2.CC_STAT_AREA]
-    order = sorted(range(1, count), key=lambda label: (-peaks[label], -int(areas[label])))[:limit]
-    return tuple(_scaled(stats[label], float(peaks[label]), anomaly_map.shape, box) for label in order)
-
-
-def _scaled(stats: npt.NDArray[np.int32], peak: float, map_shape: tuple[int, ...], box: Box) -> Region:
-    cell_w, cell_h = box[2] / map_shape[1], box[3] / map_shape[0]
-    left, top = (int(stats[cv2.CC_STAT_LEFT]), int(stats[cv2.CC_STAT_TOP]))
-    right, bottom = left + int(stats[cv2.CC_STAT_WIDTH]), top + int(stats[cv2.CC_STAT_HEIGHT])
-    x, y = round(box[0] + left * cell_w), round(box[1] + top * cell_h)
-    return Region(
-        x=x,
-        y=y,
-        w=max(1, round(box[0] + right * cell_w) - x),
-        h=max(1, round(box[1] + bottom * cell_h) - y),
-        area=max(1, round(int(stats[cv2.CC_STAT_AREA]) * cell_w * cell_h)),
-        peak=peak,
-    )
 
 
 def _inside(

@@ -1,0 +1,248 @@
+"""BoxSettings: one YAML file per box, read with errors that name the file, the key and the nearest valid key.
+
+Reading settings must touch no camera, engine or broker.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import typing
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from edge.alerts.settings import BrokerSettings
+from edge.alerts.topics import check_camera, check_segment
+from edge.bundle import Engine, Precision  # noqa: TC001 (pydantic needs them at run time)
+from edge.capture.settings import SourceSettings  # noqa: TC001 (pydantic needs it at run time)
+from edge.errors import MessageError, SettingsError
+from edge.judgement.events import EventSettings
+from edge.judgement.region_of_interest import RegionOfInterest
+from edge.judgement.threshold import Budget, ExternalThreshold
+
+DEFAULT_FRAME_RATE = 25.0
+
+
+class Mode(str, Enum):
+    """``stream``: frames of a moving web, alerts per anomaly event. ``triggered``: one frame, one part, one verdict."""
+
+    STREAM = "stream"
+    TRIGGERED = "triggered"
+
+
+class CameraSettings(BaseModel):
+    """One camera: where its frames come from and how they are judged."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(title="Name", description="Part of the camera's topics; unique in the box, no + # or /.")
+    source: SourceSettings = Field(title="Source", description="Where frames come from.")
+    mode: Mode = Field(Mode.STREAM, title="Judging mode", description="stream: anomaly events; triggered: a verdict per part.")
+    region_of_interest: RegionOfInterest = Field(
+        RegionOfInterest(), title="Region of interest", description="Where defects matter; everywhere by default."
+    )
+    budget: Budget = Field(Budget(), title="False-alarm budget", description="Sets the threshold.")
+    frame_rate: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        title="Frame rate",
+        description="Frames judged per second, to spread false events per hour over; the source's fps, else 25.",
+    )
+    events: EventSettings = Field(EventSettings(), title="Events", description="Stream mode: when an event lasts.")
+    threshold: ExternalThreshold | None = Field(
+        None, title="Threshold from outside", description="Used in place of the budget where it names this bundle."
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _name_fits_a_topic(cls, name: str) -> str:
+        try:
+            return check_camera(name)
+        except MessageError as error:
+            raise ValueError(str(error)) from error
+
+    @property
+    def alpha(self) -> float:
+        """False-alarm probability per frame that the budget allows."""
+        if self.mode is Mode.TRIGGERED:
+            return self.budget.triggered_alpha()
+        rate = self.frame_rate or self.source.fps or DEFAULT_FRAME_RATE
+        return self.budget.stream_alpha(frame_rate=rate, enter_hits=self.events.enter_hits)
+
+
+class BoxSettings(BaseModel):
+    """Everything one box needs to know. Relative paths are relative to the YAML file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    site: str = Field(title="Site", description="The plant; second segment of every topic.")
+    box: str = Field(title="Box", description="This box, unique in its site; third segment of every topic.")
+    state_dir: Path = Field(title="State folder", description="Where the durable outbox is kept; made if missing.")
+    bundle: Path = Field(title="Bundle", description="Folder of the bundle that judges.")
+    engine: Engine | None = Field(None, title="Engine", description="onnxruntime or openvino; the best one by default.")
+    precision: Precision | None = Field(
+        None, title="Precision", description="float32, bfloat16 or int8; the fastest one that is exact by default."
+    )
+    threads: int = Field(0, ge=0, le=256, title="Threads", description="For the engine; 0 lets the engine choose.")
+    broker: BrokerSettings = Field(BrokerSettings(), title="Broker", description="The MQTT broker.")
+    outbox_max_mb: int = Field(
+        64, ge=1, le=65536, title="Outbox limit [MiB]", description="The least important messages are dropped beyond."
+    )
+    status_every_s: float = Field(
+        10.0, ge=0.1, le=3600, title="Status interval [s]", description="Status is published on change and this often."
+    )
+    cameras: tuple[CameraSettings, ...] = Field(min_length=1, title="Cameras", description="One entry per camera.")
+
+    @field_validator("site", "box")
+    @classmethod
+    def _name_fits_a_topic(cls, name: str, info: Any) -> str:  # noqa: ANN401 (pydantic's ValidationInfo)
+        try:
+            return check_segment(name, field=str(info.field_name))
+        except MessageError as error:
+            raise ValueError(str(error)) from error
+
+    @model_validator(mode="after")
+    def _camera_names_are_unique(self) -> BoxSettings:
+        names = [camera.name for camera in self.cameras]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two cameras are named {twice[0]!r}; give each its own name")
+        return self
+
+
+def load_settings(path: Path) -> BoxSettings:
+    """Read a box's YAML file.
+
+    Args:
+        path: the file; relative paths in it are relative to its folder.
+
+    Raises:
+        SettingsError: the file is missing, no YAML, or has an unknown, doubled, missing or invalid key. The message
+            names the file, the key and, for an unknown key, the nearest valid one; it never repeats a value, since
+            that may be a password.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror}); name the box's YAML file") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    try:
+        content = _StrictLoader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise SettingsError(f"{path}: {where}{error.problem or error.context}; correct the YAML") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise SettingsError(f"{path}: cannot be parsed as YAML ({type(error).__name__}); correct it") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: holds no settings; at least site, box, state_dir, bundle and cameras are needed")
+    try:
+        settings = BoxSettings.model_validate(content)
+    except ValidationError as error:
+        raise SettingsError(f"{path}: {explain(error, BoxSettings)}") from error
+    return _resolved(settings, path.resolve().parent)
+
+
+def settings_schema() -> str:
+    """Return the JSON Schema of the YAML file, with title and description of each key."""
+    return json.dumps(BoxSettings.model_json_schema(), indent=1)
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Say in one line what is wrong with settings: the key, the reason and the nearest valid key; never the value.
+
+    Args:
+        error: what pydantic raised.
+        model: the model that it raised it for.
+    """
+    problems = error.errors(include_url=False, include_input=False)
+    # An unknown key is often also a missing one; the unknown one tells more.
+    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+    loc = first["loc"]
+    owner, path = _walk(model, loc)
+    key = ".".join(path) or "settings"
+    if first["type"] == "extra_forbidden":
+        return f"{key}: unknown key; {_nearest(str(loc[-1]), owner)}"
+    if first["type"] == "missing":
+        return f"{key}: is missing; add it"
+    return f"{key}: {first['msg'].removeprefix('Value error, ')}"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice, which YAML forbids and PyYAML overlooks."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 (PyYAML's signature)
+        seen = set()
+        for key_node, _ in node.value:
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                if key_node.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {key_node.value!r} is given twice", key_node.start_mark
+                    )
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def _resolved(settings: BoxSettings, folder: Path) -> BoxSettings:
+    def absolute(path: Path) -> Path:
+        return folder / path.expanduser()
+
+    broker = settings.broker
+    files = {
+        name: absolute(value)
+        for name in ("password_file", "ca_file", "cert_file", "key_file")
+        if (value := getattr(broker, name)) is not None
+    }
+    cameras = tuple(
+        camera
+        if camera.source.path is None
+        else camera.model_copy(
+            update={"source": camera.source.model_copy(update={"path": str(absolute(Path(camera.source.path)))})}
+        )
+        for camera in settings.cameras
+    )
+    return settings.model_copy(
+        update={
+            "state_dir": absolute(settings.state_dir),
+            "bundle": absolute(settings.bundle),
+            "broker": broker.model_copy(update=files),
+            "cameras": cameras,
+        }
+    )
+
+
+def _models_in(annotation: object) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+
+
+def _walk(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[list[type[BaseModel]], list[str]]:
+    """Follow an error's location: the models that own its last key, and the path without pydantic's union tags."""
+    owners, path = [model], list[str]()
+    here = [model]
+    for part in loc:
+        if any(one.__name__ == part for one in here):
+            continue
+        path.append(str(part))
+        if isinstance(part, str):
+            owners = here
+            here = [
+                inner
+                for one in here
+                if part in one.model_fields
+                for inner in _models_in(one.model_fields[part].annotation)
+            ]
+    return owners, path
+
+
+def _nearest(key: str, owners: list[type[BaseModel]]) -> str:
+    valid = sorted({name for owner in owners for name in owner.model_fields})
+    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"valid keys here: {', '.join(valid)}"
