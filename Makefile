@@ -18,12 +18,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install $(if $(TORCH_IND
 # Debian puts mosquitto where only root's path looks.
 export PATH := $(PATH):/usr/sbin:/usr/local/sbin
 
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test lint format docs bench clean
 
 help:
 	@echo "make demo [DATA=DIR]  train, pack, run a box, replay a line with defects, show the alerts"
 	@echo "make test             run every test"
-	@echo "make install | lint | format | bench | clean"
+	@echo "make install | lint | format | docs | bench | clean"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -54,6 +54,9 @@ lint: $(VENV)/.installed-dev
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m deploy.reference > docs/settings.md
 
 bench: $(VENV)/.installed-dev
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
