@@ -41,7 +41,9 @@ class CameraSettings(BaseModel):
 
     name: str = Field(title="Name", description="Part of the camera's topics; unique in the box, no + # or /.")
     source: SourceSettings = Field(title="Source", description="Where frames come from.")
-    mode: Mode = Field(Mode.STREAM, title="Judging mode", description="stream: anomaly events; triggered: a verdict per part.")
+    mode: Mode = Field(
+        Mode.STREAM, title="Judging mode", description="stream: anomaly events; triggered: a verdict per part."
+    )
     region_of_interest: RegionOfInterest = Field(
         RegionOfInterest(), title="Region of interest", description="Where defects matter; everywhere by default."
     )
@@ -54,6 +56,12 @@ class CameraSettings(BaseModel):
         description="Frames judged per second, to spread false events per hour over; the source's fps, else 25.",
     )
     events: EventSettings = Field(EventSettings(), title="Events", description="Stream mode: when an event lasts.")
+    timeout_ms: float | None = Field(
+        None,
+        gt=0,
+        title="Time-out [ms]",
+        description="Triggered mode: a part judged later than this after capture is NOT_JUDGED; unlimited by default.",
+    )
     threshold: ExternalThreshold | None = Field(
         None, title="Threshold from outside", description="Used in place of the budget where it names this bundle."
     )

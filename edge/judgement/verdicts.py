@@ -32,24 +32,31 @@ NS_PER_MS = 1e6
 
 
 @dataclass(frozen=True, slots=True)
-class _Fit:
+class _Levels:
+    """What the calibration scores say under one region of interest."""
+
+    scores: npt.NDArray[np.float32]
+    threshold: Threshold
+    leave_level: float
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
     """What holds for one frame size."""
 
     frame_shape: tuple[int, int]
     map_shape: tuple[int, ...]
     box: Box
     mask: npt.NDArray[np.bool_] | None
-    scores: npt.NDArray[np.float32]
-    threshold: Threshold
-    leave_level: float
+    levels: _Levels
 
 
 class Judge:
     """Judges the predictions of one camera.
 
-    The threshold is fitted on the bundle's calibration scores; under a region of interest the calibration maps are
-    pooled again under that same region. Both depend on the size of the frames, so it happens with the first frame
-    and again when the size changes.
+    The threshold is fitted on the bundle's calibration scores. Under a region of interest the calibration maps are
+    pooled again under that same region, which depends on the size of the frames: it then happens with the first
+    frame and again when the size changes.
     """
 
     def __init__(
@@ -67,7 +74,7 @@ class Judge:
         max_regions: int = 16,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        """Prepare a judge; nothing is fitted yet.
+        """Prepare a judge.
 
         Args:
             calibration: held-out good scores of the engine and precision in use.
@@ -81,6 +88,9 @@ class Judge:
             memory_version: of the memory in use, 0 for the one packed in the bundle.
             max_regions: most regions in a verdict.
             clock_ns: the monotonic clock.
+
+        Raises:
+            DataError: the calibration cannot give a threshold.
         """
         self._calibration = calibration
         self._pooling = pooling
@@ -90,19 +100,21 @@ class Judge:
         self._region = region_of_interest or RegionOfInterest()
         self._max_regions = max_regions
         self._clock_ns = clock_ns
-        self._fit: _Fit | None = None
         self.notice = "" if external is None else external.mismatch(bundle_id=bundle_id, memory_version=memory_version)
         self._external = None if self.notice else external
+        self._view: _View | None = None
+        self._whole = self._fit(calibration.scores)
+        self._levels = self._whole
 
     @property
-    def threshold(self) -> Threshold | None:
-        """The threshold in force; None before the first frame."""
-        return None if self._fit is None else self._fit.threshold
+    def threshold(self) -> Threshold:
+        """The threshold in force; with a region of interest, that of the whole map before the first frame."""
+        return self._levels.threshold
 
     @property
     def leave_level(self) -> float:
-        """The raw score below which a frame is calm; NaN before the first frame."""
-        return math.nan if self._fit is None else self._fit.leave_level
+        """The raw score below which a frame is calm; at most the threshold."""
+        return self._levels.leave_level
 
     @property
     def calibration_count(self) -> int:
@@ -122,18 +134,18 @@ class Judge:
         """
         started = self._clock_ns()
         frame, anomaly_map = prediction.frame, prediction.anomaly_map
-        fit = self._fitted(frame, anomaly_map.shape)
-        score = pool_score(anomaly_map, self._pooling, fit.mask)
+        view = self._viewed(frame, anomaly_map.shape)
+        score = pool_score(anomaly_map, self._pooling, view.mask)
         if not math.isfinite(score):
             return self.not_judged(frame, "the detector returned a score that is not finite")
-        threshold = fit.threshold.value
+        threshold = view.levels.threshold.value
         nok = score >= threshold
         regions = (
-            find_regions(np.nan_to_num(anomaly_map), threshold, fit.box, mask=fit.mask, limit=self._max_regions)
+            find_regions(np.nan_to_num(anomaly_map), threshold, view.box, mask=view.mask, limit=self._max_regions)
             if nok
             else ()
         )
-        probability = p_value(score, fit.scores)
+        probability = p_value(score, view.levels.scores)
         ended = self._clock_ns()
         return Verdict(
             decision=Decision.NOK if nok else Decision.OK,
@@ -179,7 +191,7 @@ class Judge:
         return Verdict(
             decision=Decision.NOT_JUDGED,
             score=math.nan,
-            threshold=math.nan if self._fit is None else self._fit.threshold.value,
+            threshold=self._levels.threshold.value,
             p_value=math.nan,
             camera=camera,
             camera_seq=camera_seq,
@@ -190,25 +202,29 @@ class Judge:
             latency_ms={"total": (self._clock_ns() - captured_ns) / NS_PER_MS},
         )
 
-    def _fitted(self, frame: Frame, map_shape: tuple[int, ...]) -> _Fit:
+    def _viewed(self, frame: Frame, map_shape: tuple[int, ...]) -> _View:
         frame_shape = (frame.image.shape[0], frame.image.shape[1])
-        if self._fit is None or (frame_shape, map_shape) != (self._fit.frame_shape, self._fit.map_shape):
-            self._fit = self._make_fit(frame_shape, map_shape)
-        return self._fit
+        if self._view is None or (frame_shape, map_shape) != (self._view.frame_shape, self._view.map_shape):
+            self._view = self._look(frame_shape, map_shape)
+            self._levels = self._view.levels
+        return self._view
 
-    def _make_fit(self, frame_shape: tuple[int, int], map_shape: tuple[int, ...]) -> _Fit:
+    def _look(self, frame_shape: tuple[int, int], map_shape: tuple[int, ...]) -> _View:
         box = covered_box(self._crop, frame_width=frame_shape[1], frame_height=frame_shape[0])
         mask = rasterise(self._region, box, (map_shape[0], map_shape[1]))
-        scores = self._calibration.scores
-        if mask is not None:
-            maps = self._calibration.maps
-            if maps.shape[1:] != map_shape:
-                raise BundleError(
-                    f"calibration maps are {maps.shape[1:]}, the detector's {map_shape}: the bundle cannot be "
-                    "calibrated for a region of interest; export it again"
-                )
-            pooled = [pool_score(one.astype(np.float32), self._pooling, mask) for one in maps]
-            scores = np.asarray(pooled, dtype=np.float32)
+        levels = self._whole if mask is None else self._fit(self._pooled_again(mask, map_shape))
+        return _View(frame_shape=frame_shape, map_shape=map_shape, box=box, mask=mask, levels=levels)
+
+    def _pooled_again(self, mask: npt.NDArray[np.bool_], map_shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+        maps = self._calibration.maps
+        if maps.shape[1:] != map_shape:
+            raise BundleError(
+                f"calibration maps are {maps.shape[1:]}, the detector's {map_shape}: the bundle cannot be calibrated "
+                "for a region of interest; export it again"
+            )
+        return np.asarray([pool_score(one.astype(np.float32), self._pooling, mask) for one in maps], dtype=np.float32)
+
+    def _fit(self, scores: npt.NDArray[np.float32]) -> _Levels:
         groups = self._calibration.groups
         if self._external is None:
             threshold = fit_threshold(scores, groups, self._alpha)
@@ -223,12 +239,5 @@ class Judge:
                 smallest_supported_alpha=1 / (n_groups + 1),
                 method="external",
             )
-        return _Fit(
-            frame_shape=frame_shape,
-            map_shape=map_shape,
-            box=box,
-            mask=mask,
-            scores=scores,
-            threshold=threshold,
-            leave_level=leave_level(scores, groups, self._leave_quantile, threshold.value),
-        )
+        calm = leave_level(scores, groups, self._leave_quantile, threshold.value)
+        return _Levels(scores=scores, threshold=threshold, leave_level=calm)
