@@ -39,11 +39,13 @@ class GraphSession(ABC):
     Attributes:
         input_names: in the order of the graph.
         output_names: those asked for, in that order.
+        graph_outputs: all that the file has.
         input_shapes: per input, None for a dimension that may vary.
     """
 
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    graph_outputs: tuple[str, ...]
     input_shapes: dict[str, Shape]
     _label: str
     _dtypes: dict[str, np.dtype[Any]]
@@ -224,7 +226,8 @@ class _OnnxRuntimeSession(GraphSession):
         self.input_names = tuple(shapes)
         # A graph of varying shapes needs no second compilation here: the shapes asked for are only checked.
         self.input_shapes = _narrow(label, shapes, input_shapes)
-        self.output_names = _choose_outputs(label, [node.name for node in session.get_outputs()], outputs)
+        self.graph_outputs = tuple(node.name for node in session.get_outputs())
+        self.output_names = _choose_outputs(label, self.graph_outputs, outputs)
         return self
 
     def clone(self) -> GraphSession:
@@ -295,6 +298,7 @@ class _OpenVinoSession(GraphSession):
         self.input_names = tuple(shapes)
         self.input_shapes = narrowed
         self.output_names = chosen
+        self.graph_outputs = tuple(names)
         self._static = not graph.is_dynamic()
         self.attach_request()
         return self
