@@ -1,0 +1,167 @@
+"""The body of `lineward evaluate`: a run or a bundle, a folder of labelled images, a JSON file and a report.
+
+The command line itself is in trainer/cli.py, the measuring in protocol.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deploy.evaluation import Evaluation, Subject, write_json
+from deploy.report import write_report
+from edge.bundle import Bundle, Engine, Precision
+from edge.errors import DataError, UsageError
+from edge.inference.detector import Detector
+from edge.judgement.threshold import fit_threshold
+from trainer.data.folder import check, content_hash, read_folder
+from trainer.evaluation.protocol import DEFAULT_ALPHA, LabelledImage
+from trainer.evaluation.protocol import evaluate as measure
+from trainer.progress import progress_bars
+from trainer.runs import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from trainer.evaluation.protocol import Progress
+
+
+def evaluate(
+    *,
+    run: Path | None,
+    bundle: Path | None,
+    data: Path,
+    json: Path | None = None,
+    report: Path | None = None,
+    engine: Engine | None = None,
+    precision: Precision | None = None,
+    alpha: float = DEFAULT_ALPHA,
+) -> Evaluation:
+    """Measure a run or a bundle on the test images of a folder and print the figures.
+
+    The threshold is frozen before the first test image: it comes from held-out good images, the run's own or those of
+    the bundle's calibration for the engine and precision used.
+
+    Args:
+        run: folder of a run; or
+        bundle: folder of a bundle.
+        data: folder in MVTec layout with test images.
+        json: where to write the figures, if anywhere.
+        report: where to write the HTML report, if anywhere.
+        engine: of a bundle; None for the box's own choice.
+        precision: of a bundle; None for the box's own choice.
+        alpha: false-alarm probability per good image for which the threshold is set.
+
+    Returns:
+        The evaluation that was printed and written.
+
+    Raises:
+        UsageError: not exactly one of run and bundle, an engine or precision for a run, or alpha out of range.
+        DataError: the folder, the run or an output file cannot be used.
+        BundleError: the bundle is damaged or not calibrated for the engine and precision.
+        EngineError: no engine runs the bundle here.
+    """
+    _check_usage(run, bundle, engine, precision, alpha)
+    images = read_folder(data)
+    if not images.test:
+        raise DataError(f"{data / 'test'}: no test images; add test/good and test/<kind of defect>")
+    with progress_bars() as progress:
+        checked = check(replace(images, train=()), progress=progress)
+        samples = [LabelledImage.from_sample(sample) for sample in images.test]
+        if run is not None:
+            found, details = _evaluate_run(Run.load(run), samples, alpha, progress)
+        else:
+            assert bundle is not None
+            detector = Detector.open(Bundle.open(bundle), engine=engine, precision=precision)
+            found, details = _evaluate_detector(detector, samples, alpha, progress)
+    found = replace(found, notes=(*found.notes, *map(_sentence, checked.notes)))
+    if json is not None:
+        write_json(json, found)
+    if report is not None:
+        details["Test data"] = {"folder": str(data), "sha256": content_hash(images.test), "images": len(images.test)}
+        write_report(report, found, title=f"{found.subject.product}: evaluation", details=details)
+    print_figures(found, Console())
+    return found
+
+
+def print_figures(found: Evaluation, console: Console) -> None:
+    """Print the figures as a table that fits one screen."""
+    figures = found.figures()
+    subject = found.subject
+    table = Table(title=f"{subject.product}: {subject.method} on {subject.engine} {subject.precision}")
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, key in (
+        ("I-AUROC", "image_auroc"),
+        ("average precision", "image_ap"),
+        ("F1-max", "image_f1"),
+        ("P-AUROC", "pixel_auroc"),
+        ("AUPRO (0.3)", "aupro"),
+        ("false alarms at the threshold", "fpr_at_threshold"),
+        ("recall at the threshold", "recall_at_threshold"),
+    ):
+        table.add_row(name, "-" if figures[key] is None else f"{figures[key]:.4f}")
+    table.add_row("threshold (raw score)", f"{found.threshold.value:.5g}")
+    table.add_row("ms per image", f"{figures['ms_per_image']:.2f}")
+    table.add_row("good / defective images", f"{figures['n_good']} / {figures['n_defective']}")
+    console.print(table)
+    for note in found.notes:
+        console.print(note, style="dim", markup=False)
+
+
+def _check_usage(
+    run: Path | None, bundle: Path | None, engine: Engine | None, precision: Precision | None, alpha: float
+) -> None:
+    if (run is None) == (bundle is None):
+        raise UsageError("give exactly one of --run and --bundle")
+    if run is not None and (engine is not None or precision is not None):
+        raise UsageError("--engine and --precision belong to a bundle; a run is judged by torch in float32")
+    if not 0.0 < alpha < 1.0:
+        raise UsageError(f"--alpha is {alpha:g}; give a probability between 0 and 1, such as 0.01")
+
+
+def _evaluate_run(
+    run: Run, samples: Sequence[LabelledImage], alpha: float, progress: Progress
+) -> tuple[Evaluation, dict[str, dict[str, Any]]]:
+    record = run.record
+    threshold = fit_threshold(run.holdout_scores(), run.holdout_groups, alpha)
+    found = measure(
+        run.judge,
+        samples,
+        preprocessing=record.preprocessing,
+        pooling=record.pooling,
+        threshold=threshold,
+        subject=Subject(record.product, record.method, "torch", Precision.FLOAT32.value),
+        progress=progress,
+    )
+    fields = {"preset", "seed", "train_images", "data_sha256", "validation", "versions", "created"}
+    return found, {"Provenance": record.model_dump(mode="json", include=fields)}
+
+
+def _evaluate_detector(
+    detector: Detector, samples: Sequence[LabelledImage], alpha: float, progress: Progress
+) -> tuple[Evaluation, dict[str, dict[str, Any]]]:
+    bundle, manifest = detector.bundle, detector.bundle.manifest
+    calibration = bundle.calibration(detector.engine, detector.precision)
+    found = measure(
+        detector.map_of_canvas,
+        samples,
+        preprocessing=manifest.preprocessing,
+        pooling=manifest.pooling,
+        threshold=fit_threshold(calibration.scores, calibration.groups, alpha),
+        subject=Subject(manifest.product, manifest.method, detector.engine.value, detector.precision.value),
+        progress=progress,
+    )
+    identity = {"bundle": bundle.id, "created": manifest.created.isoformat()}
+    return found, {
+        "Provenance": identity | manifest.provenance.model_dump(mode="json"),
+        "Parity": manifest.parity,
+    }
+
+
+def _sentence(note: str) -> str:
+    return note[:1].upper() + note[1:].rstrip(".") + "."
