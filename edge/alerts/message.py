@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import (
     AwareDatetime,
@@ -93,6 +93,8 @@ class RegionMessage(Message):
 
 class _Numbered(Message):
     """What every durable message carries. (site, box, epoch, seq) is its identity: drop duplicates by it."""
+
+    schema_: str = Field(alias="schema")
 
     epoch: Epoch
     seq: Seq
@@ -235,8 +237,10 @@ class CommandResult(Message):
 
 
 _M = TypeVar("_M", bound=Message)
-Numbered: TypeAlias = Union[Alert, VerdictMessage, Gap]  # noqa: UP007 (isinstance takes it on Python 3.10 as well)
-AnyMessage: TypeAlias = Union[Alert, VerdictMessage, Gap, Status, CameraState, Availability, ReplayCommand, CommandResult]  # noqa: E501, UP007
+Numbered: TypeAlias = Alert | VerdictMessage | Gap
+AnyMessage: TypeAlias = (
+    Alert | VerdictMessage | Gap | Status | CameraState | Availability | ReplayCommand | CommandResult
+)
 
 _MODELS: dict[Kind, type[Message]] = {
     Kind.ALERT: Alert,

@@ -1,14 +1,423 @@
-"""The link to an MQTT broker, and the publisher that empties the outbox over it. The only user of paho-mqtt."""
+"""The link to an MQTT broker: one connection at a time, and the task that makes it again. The only user of paho-mqtt.
+
+Knows nothing of alerts: what is said over a connection is the business of whoever serves it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import socket
+import ssl
+import threading
+import time
+from dataclasses import dataclass
+from enum import Enum
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, TypeAlias
+
+from paho.mqtt.client import Client
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+from paho.mqtt.properties import Properties  # noqa: TC002 (in signatures that paho calls)
+
+from edge.alerts.settings import BrokerSettings, Protocol, check_secret_file
+from edge.errors import BrokerError, OutboxError, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from paho.mqtt.client import ConnectFlags, DisconnectFlags, MQTTMessage
+    from paho.mqtt.reasoncodes import ReasonCode
+
+LOG = logging.getLogger("lineward.mqtt")
+# Long enough for a DISCONNECT to leave, short enough not to hold up a stop over a dead network.
+_GOODBYE_S = 1.0
 
 
-class Publisher:
-    """Work in progress: the signatures are final. ``start()`` or ``with``; never blocks the caller on the network."""
+class LinkKind(str, Enum):
+    """Where a connection stands. ``refused`` needs a person; attempts go on, at the longest interval."""
 
-    def __init__(self, *, settings: BrokerSettings, identity: Identity, outbox: Outbox) -> None: ...
-    def start(self) -> None: ...
-    def stop(self, timeout: float = 5.0) -> None: ...
-    def publish_status(self, values: dict[str, Any]) -> None: ...  # fields of message.Status; ts, site, box, outbox are filled in
-    def publish_state(self, camera: str, values: dict[str, Any]) -> None: ...  # fields of message.CameraState
-    def wait_until_drained(self, timeout: float) -> bool: ...
-    def wait_until_connected(self, timeout: float) -> bool: ...
-    state: LinkState  # .kind (LinkKind.CONNECTED | CONNECTING | REFUSED | STOPPED), .reason
+    CONNECTING = "connecting"
+    CONNECTED = "connected"
+    REFUSED = "refused"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class LinkState:
+    """Where a connection stands, and why, in words that name the cure."""
+
+    kind: LinkKind
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind.value} ({self.reason})" if self.reason else self.kind.value
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The broker has accepted us and takes ``receive_maximum`` unacknowledged messages at a time."""
+
+    receive_maximum: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """There is no connection (any more). ``other_protocol``: the broker may take the other version of MQTT."""
+
+    reason: str
+    refused: bool = False
+    other_protocol: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Acked:
+    """The broker has answered message ``mid``; ``refusal`` is empty, or why it does not want it."""
+
+    mid: int
+    refusal: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A message from the broker."""
+
+    topic: str
+    payload: bytes
+    retained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Subscribed:
+    """The broker has answered a subscription; ``refusal`` is empty, or why it does not allow it."""
+
+    refusal: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Somebody has work for the thread that serves the connection."""
+
+
+Event: TypeAlias = Connected | Lost | Acked | Incoming | Subscribed | Wake
+Inbox: TypeAlias = "SimpleQueue[Event]"
+
+
+@dataclass(frozen=True, slots=True)
+class Will:
+    """What the broker says for us, retained, when we are gone."""
+
+    topic: str
+    payload: bytes
+
+
+class Link:
+    """One connection to the broker; never made again by itself.
+
+    A client per connection: paho keeps what could not be sent and would send it after a reconnect on its own account,
+    beside the outbox that does the same.
+
+    Args:
+        settings: the broker.
+        client_id: unique at the broker.
+        protocol: 5 or 3.1.1.
+        will: published by the broker when the connection dies.
+        inbox: gets every event; callbacks do nothing else, so they cannot deadlock with paho's locks.
+    """
+
+    def __init__(
+        self, *, settings: BrokerSettings, client_id: str, protocol: Protocol, will: Will | None, inbox: Inbox
+    ) -> None:
+        self._settings = settings
+        self._inbox = inbox
+        self._five = protocol is Protocol.V5
+        self._accepted = False
+        self._client = Client(
+            CallbackAPIVersion.VERSION2,
+            client_id=client_id,
+            clean_session=None if self._five else True,
+            protocol=MQTTProtocolVersion.MQTTv5 if self._five else MQTTProtocolVersion.MQTTv311,
+            reconnect_on_failure=False,
+        )
+        self._client.connect_timeout = settings.connect_timeout_s
+        # Our own window is what limits; paho's, fixed once connected, must never queue.
+        self._client.max_inflight_messages_set(0)
+        if will is not None:
+            self._client.will_set(will.topic, will.payload, qos=1, retain=True)
+        self._client.on_connect = self._on_connect
+        self._client.on_disconnect = self._on_disconnect
+        self._client.on_publish = self._on_publish
+        self._client.on_message = self._on_message
+        self._client.on_subscribe = self._on_subscribe
+
+    def open(self) -> None:
+        """Connect and send CONNECT; the answer comes as an event. Blocks for the connect time-out at most.
+
+        Raises:
+            BrokerError: TLS fails.
+            SettingsError: a file of the settings is missing or open to others.
+            OSError: nobody answers.
+        """
+        login = self._settings.login
+        if login is not None:
+            self._client.username_pw_set(login, self._settings.read_password())
+        if self._settings.tls:
+            self._client.tls_set_context(tls_context(self._settings))
+        keepalive = self._settings.keepalive_s
+        try:
+            if self._five:
+                self._client.connect(self._settings.host, self._settings.port, keepalive, clean_start=True)
+            else:
+                self._client.connect(self._settings.host, self._settings.port, keepalive)
+        except ssl.SSLError as error:
+            reason = getattr(error, "verify_message", "") or error.reason or str(error)
+            raise BrokerError(f"TLS: {reason}; check ca_file, the broker's certificate and its host name") from error
+        sock = self._client.socket()
+        if isinstance(sock, socket.socket):
+            # Nagle's algorithm holds back the second small packet: 40 ms on some stacks.
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._client.loop_start()
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> int | None:
+        """Send with QoS 1; its number for the later :class:`Acked`, None when the connection is gone."""
+        info = self._client.publish(topic, payload, qos=1, retain=retain)
+        return info.mid if info.rc == MQTTErrorCode.MQTT_ERR_SUCCESS else None
+
+    def subscribe(self, filters: Sequence[str]) -> None:
+        """Ask for topics with QoS 1."""
+        self._client.subscribe([(name, 1) for name in filters])
+
+    def close(self, *, goodbye: bool) -> None:
+        """End the connection. With ``goodbye`` the broker is told, and drops our will."""
+        thread = self._client._thread  # noqa: SLF001 (paho has no bounded wait for its own thread)
+        if goodbye:
+            self._client.disconnect()
+            if thread is not None:
+                thread.join(_GOODBYE_S)
+        sock = self._client.socket()
+        if sock is not None:
+            # Over a dead network paho's thread would wait for the keep-alive; a closed socket ends it now.
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]  # paho declares less than a socket has
+        self._client.loop_stop()
+
+    def _on_connect(
+        self, _client: Client, _data: object, _flags: ConnectFlags, reason: ReasonCode, properties: Properties | None
+    ) -> None:
+        if not reason.is_failure:
+            self._accepted = True
+            self._inbox.put(Connected(getattr(properties, "ReceiveMaximum", 65_535)))
+            return
+        name = str(reason)
+        if "rotocol version" in name or "rotocol error" in name:
+            self._inbox.put(Lost(f"the broker does not take this MQTT version ({name})", other_protocol=True))
+        else:
+            self._inbox.put(Lost(_with_cure(name), refused=name not in _PASSING))
+
+    def _on_disconnect(
+        self, _client: Client, _data: object, flags: DisconnectFlags, reason: ReasonCode, _properties: Properties | None
+    ) -> None:
+        if flags.is_disconnect_packet_from_server:
+            self._inbox.put(Lost(_with_cure(str(reason)), refused=str(reason) not in _PASSING))
+        else:
+            # A broker that speaks 3.1.1 only may hang up on a version 5 CONNECT instead of answering it.
+            self._inbox.put(Lost("the connection was lost", other_protocol=self._five and not self._accepted))
+
+    def _on_publish(
+        self, _client: Client, _data: object, mid: int, reason: ReasonCode, _properties: Properties
+    ) -> None:
+        self._inbox.put(Acked(mid, str(reason) if reason.is_failure else ""))
+
+    def _on_subscribe(
+        self, _client: Client, _data: object, _mid: int, reasons: list[ReasonCode], _properties: Properties | None
+    ) -> None:
+        self._inbox.put(Subscribed(next((str(reason) for reason in reasons if reason.is_failure), "")))
+
+    def _on_message(self, _client: Client, _data: object, message: MQTTMessage) -> None:
+        try:
+            topic = message.topic
+        except UnicodeDecodeError:
+            topic = ""
+        self._inbox.put(Incoming(topic, bytes(message.payload), message.retain))
+
+
+# Reasons that pass by themselves; every other refusal needs somebody to change something.
+_PASSING = frozenset({
+    "Server unavailable", "Server busy", "Server shutting down", "Quota exceeded", "Connection rate exceeded",
+    "Keep alive timeout", "Receive maximum exceeded", "Message rate too high", "Administrative action",
+    "Unspecified error", "Normal disconnection", "Success",
+})  # fmt: skip
+_CURES = {
+    "Not authorized": "check username and password_file, and the broker's access list",
+    "Bad user name or password": "check username and password_file",
+    "Bad authentication method": "check username and password_file",
+    "Client identifier not valid": "set another client_id",
+    "Session taken over": "another client uses this client_id; give each box its own name",
+    "Banned": "ask whoever runs the broker",
+    "Packet too large": "raise the broker's packet limit to 256 KiB",
+}
+
+
+def _with_cure(reason: str) -> str:
+    cure = _CURES.get(reason)
+    return f"{reason}; {cure}" if cure else reason
+
+
+def tls_context(settings: BrokerSettings) -> ssl.SSLContext:
+    """The context of an mqtts connection: the broker's certificate and host name are always checked.
+
+    Raises:
+        SettingsError: a file is missing, no PEM, or a key open to everybody.
+    """
+    if settings.key_file is not None:
+        check_secret_file(settings.key_file)
+    try:
+        context = ssl.create_default_context(cafile=None if settings.ca_file is None else str(settings.ca_file))
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if settings.cert_file is not None:
+            context.load_cert_chain(
+                str(settings.cert_file), None if settings.key_file is None else str(settings.key_file)
+            )
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(f"ca_file, cert_file, key_file: {error}; name PEM files that this user can read") from error
+    return context
+
+
+class Reconnector:
+    """The one task that keeps a connection up: connects, lets ``serve`` use it, waits, connects again.
+
+    Waits double from ``backoff_min_s`` to ``backoff_max_s`` with a random part, and start over once a connection has
+    lasted for the longest wait. One log line per change of state.
+
+    Args:
+        settings: the broker.
+        client_id: unique at the broker.
+        will: what the broker says when we are gone.
+        serve: called in the task's thread with each open link, its inbox and what the broker granted. Returns why it
+            ended: :class:`Lost`, or None when :attr:`stopping` made it leave. OutboxError ends the connection.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: BrokerSettings,
+        client_id: str,
+        will: Will | None,
+        serve: Callable[[Link, Inbox, Connected], Lost | None],
+    ) -> None:
+        self.stopping = threading.Event()
+        self.connections = 0
+        self._settings = settings
+        self._client_id = client_id
+        self._will = will
+        self._serve = serve
+        self._state = LinkState(LinkKind.CONNECTING)
+        self._changed = threading.Condition()
+        self._inbox: Inbox = SimpleQueue()
+        self._protocol = Protocol.V5 if settings.protocol is Protocol.AUTO else settings.protocol
+        self._thread = threading.Thread(target=self._run, name=f"mqtt {client_id}", daemon=True)
+
+    @property
+    def state(self) -> LinkState:
+        """Where the connection stands."""
+        return self._state
+
+    def start(self) -> None:
+        """Begin, in a thread of its own."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Give ``serve`` a :class:`Wake`."""
+        self._inbox.put(Wake())
+
+    def stop(self, timeout: float) -> None:
+        """Ask ``serve`` to leave and wait for it."""
+        self.stopping.set()
+        self.wake()
+        if self._thread.ident is not None:
+            self._thread.join(timeout + self._settings.connect_timeout_s + _GOODBYE_S)
+        self.set_state(LinkState(LinkKind.STOPPED))
+
+    def wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
+        """Wait until ``condition`` holds, looked at whenever the state changes or :meth:`notify` is called."""
+        with self._changed:
+            return self._changed.wait_for(condition, timeout)
+
+    def notify(self) -> None:
+        """Let those who wait look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def set_state(self, state: LinkState) -> None:
+        """Change the state; a change is logged once."""
+        with self._changed:
+            if state == self._state:
+                return
+            before, self._state = self._state, state
+            self._changed.notify_all()
+        calm = state.kind in {LinkKind.CONNECTED, LinkKind.STOPPED} or before.kind is LinkKind.STOPPED
+        LOG.log(logging.INFO if calm else logging.WARNING, "broker %s: %s", self._settings.address, state)
+
+    def _run(self) -> None:
+        delay = self._settings.backoff_min_s
+        while not self.stopping.is_set():
+            began = time.monotonic()
+            lost = self._connect_and_serve()
+            if lost is None or self.stopping.is_set():
+                break
+            if lost.other_protocol and self._settings.protocol is Protocol.AUTO and self._protocol is Protocol.V5:
+                self._protocol = Protocol.V311
+                continue
+            if time.monotonic() - began > self._settings.backoff_max_s:
+                delay = self._settings.backoff_min_s
+            if lost.refused or lost.other_protocol:
+                self.set_state(LinkState(LinkKind.REFUSED, lost.reason))
+                delay = self._settings.backoff_max_s
+            else:
+                self.set_state(LinkState(LinkKind.CONNECTING, lost.reason))
+            # Many boxes lose one broker at the same moment; they shall not come back at the same moment.
+            self.stopping.wait(delay * random.uniform(0.75, 1.0))  # noqa: S311 (no secret)
+            delay = min(2 * delay, self._settings.backoff_max_s)
+
+    def _connect_and_serve(self) -> Lost | None:
+        inbox: Inbox = SimpleQueue()
+        self._inbox = inbox
+        link = Link(
+            settings=self._settings, client_id=self._client_id, protocol=self._protocol, will=self._will, inbox=inbox
+        )
+        goodbye = False
+        try:
+            link.open()
+            answer = self._await_answer(inbox)
+            if not isinstance(answer, Connected):
+                return answer
+            self.connections += 1
+            self.set_state(LinkState(LinkKind.CONNECTED))
+            lost = self._serve(link, inbox, answer)
+            goodbye = lost is None
+        except (BrokerError, SettingsError) as error:
+            return Lost(str(error), refused=True)
+        except OutboxError as error:
+            return Lost(str(error))
+        except (OSError, ValueError) as error:
+            # ValueError: paho and the ssl module answer so to host names that cannot be encoded.
+            return Lost(f"{getattr(error, 'strerror', None) or error}; is the broker running at this address?")
+        else:
+            return lost
+        finally:
+            link.close(goodbye=goodbye)
+
+    def _await_answer(self, inbox: Inbox) -> Connected | Lost | None:
+        deadline = time.monotonic() + self._settings.connect_timeout_s
+        while not self.stopping.is_set():
+            try:
+                event = inbox.get(timeout=max(0.0, deadline - time.monotonic()))
+            except Empty:
+                return Lost(
+                    "no answer to CONNECT; is this an MQTT broker?", other_protocol=self._protocol is Protocol.V5
+                )
+            if isinstance(event, (Connected, Lost)):
+                return event
+        return None

@@ -1,11 +1,197 @@
-"""A subscriber as an integrator wants it: connected, free of duplicates, and aware of what is missing."""
+"""A subscriber as an integrator wants it: it reconnects, drops duplicates, and knows what is missing.
+
+Messages come in the order of their arrival; the order of the box is that of their numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING
+
+from edge.alerts.message import Alert, AnyMessage, Gap, VerdictMessage, parse
+from edge.alerts.mqtt import Connected, Inbox, Incoming, Link, LinkKind, LinkState, Lost, Reconnector, Subscribed, Wake
+from edge.alerts.sequence import Deduplicator
+from edge.alerts.topics import Kind, subscriptions
+from edge.errors import BrokerError, MessageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+    from edge.alerts.settings import BrokerSettings
+
+LOG = logging.getLogger("lineward.subscriber")
+EVENTS = frozenset({Kind.ALERT, Kind.VERDICT, Kind.GAP})
+EVERYTHING = frozenset(Kind) - {Kind.COMMAND}
+_LOOK_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message that was not there before.
+
+    Attributes:
+        topic: where it was published.
+        message: what it says.
+        payload: as it came, for whoever passes it on.
+        received_ns: ``time.monotonic_ns()`` when it was taken from the network.
+    """
+
+    topic: str
+    message: AnyMessage
+    payload: bytes
+    received_ns: int
 
 
 class Subscriber:
-    """Work in progress: the signatures are final. A context manager; iterating yields ``Received`` until stopped."""
+    """Alerts, verdicts and gaps of boxes, each once; a context manager.
 
-    def __init__(self, settings: BrokerSettings, *, site: str = "+", box: str = "+", kinds=DEFAULT_KINDS, window: int = 100_000) -> None: ...
-    def receive(self, timeout: float | None = None) -> Received | None: ...  # .topic, .message, .payload, .received_at
-    def stop(self) -> None: ...
-    missing: dict  # (site, box, epoch) -> numbers not seen
-    duplicates: int
+    Args:
+        settings: the broker.
+        site: only this plant; any by default.
+        box: only this box; any by default.
+        kinds: what to listen to, by default :data:`EVENTS`.
+        holes: missing ranges remembered per box.
+
+    Raises:
+        MessageError: a name cannot be part of a topic.
+    """
+
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        *,
+        site: str = "+",
+        box: str = "+",
+        kinds: frozenset[Kind] = EVENTS,
+        holes: int = 10_000,
+    ) -> None:
+        self._filters = subscriptions(settings.prefix, site=site, box=box, kinds=kinds)
+        self._prefix = settings.prefix
+        self._received: SimpleQueue[Received] = SimpleQueue()
+        self._seen = Deduplicator(holes=holes)
+        self._lock = threading.Lock()
+        self._ready = False
+        self._counters = dict.fromkeys(("received", "duplicates", "junk"), 0)
+        self._reconnector = Reconnector(
+            settings=settings,
+            client_id=settings.client_id or f"lineward-watch-{secrets.token_hex(6)}",
+            will=None,
+            serve=self._serve,
+        )
+
+    def __enter__(self) -> Subscriber:  # noqa: PYI034 (Self needs Python 3.11)
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def __iter__(self) -> Iterator[Received]:
+        """Messages as they come, until :meth:`stop`.
+
+        Raises:
+            BrokerError: the broker refuses us.
+        """
+        while not self._reconnector.stopping.is_set():
+            received = self.receive(timeout=_LOOK_S)
+            if received is not None:
+                yield received
+
+    @property
+    def state(self) -> LinkState:
+        """Where the connection stands."""
+        return self._reconnector.state
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Since the start: received (each once), duplicates dropped, junk dropped, connections."""
+        with self._lock:
+            return {**self._counters, "connections": self._reconnector.connections}
+
+    @property
+    def missing(self) -> dict[tuple[str, str, str], list[tuple[int, int]]]:
+        """Ranges of numbers per (site, box, epoch) that have not come and that no gap message explains."""
+        with self._lock:
+            return self._seen.missing()
+
+    def start(self) -> None:
+        """Begin to connect, in a thread of its own."""
+        self._reconnector.start()
+
+    def stop(self) -> None:
+        """Disconnect; iterations end."""
+        self._reconnector.stop(timeout=1.0)
+
+    def wait_until_ready(self, timeout: float) -> None:
+        """Wait until the broker has taken the subscriptions: whatever is published from then on is seen.
+
+        Raises:
+            BrokerError: it refuses us, or is not there after ``timeout`` seconds.
+        """
+        done = self._reconnector.wait_for(lambda: self._ready or self.state.kind is LinkKind.REFUSED, timeout)
+        if not done or not self._ready:
+            raise BrokerError(f"broker: {self.state}")
+
+    def receive(self, timeout: float | None = None) -> Received | None:
+        """The next message that is not a duplicate; None when none came within ``timeout`` seconds.
+
+        Raises:
+            BrokerError: the broker refuses us and nothing is left to hand out.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = _LOOK_S if deadline is None else min(_LOOK_S, deadline - time.monotonic())
+            try:
+                return self._received.get(timeout=max(0.0, left))
+            except Empty:
+                if self.state.kind is LinkKind.REFUSED:
+                    raise BrokerError(f"broker: {self.state.reason}") from None
+                stopped = self._reconnector.stopping.is_set()
+                if stopped or (deadline is not None and time.monotonic() >= deadline):
+                    return None
+
+    def _serve(self, link: Link, inbox: Inbox, _granted: Connected) -> Lost | None:
+        link.subscribe(self._filters)
+        try:
+            while True:
+                event = inbox.get()
+                if isinstance(event, Lost):
+                    return event
+                if isinstance(event, Subscribed):
+                    if event.refusal:
+                        return Lost(f"subscription refused: {event.refusal}; let this user read it", refused=True)
+                    self._ready = True
+                    self._reconnector.notify()
+                elif isinstance(event, Incoming):
+                    self._take(event)
+                elif isinstance(event, Wake) and self._reconnector.stopping.is_set():
+                    return None
+        finally:
+            self._ready = False
+
+    def _take(self, event: Incoming) -> None:
+        now = time.monotonic_ns()
+        try:
+            message = parse(event.topic, event.payload, prefix=self._prefix)
+        except MessageError as error:
+            with self._lock:
+                self._counters["junk"] += 1
+            LOG.debug("dropped: %s", error)
+            return
+        with self._lock:
+            if isinstance(message, (Alert, VerdictMessage, Gap)):
+                if not self._seen.is_new(message.site, message.box, message.epoch, message.seq):
+                    self._counters["duplicates"] += 1
+                    return
+                if isinstance(message, Gap):
+                    self._seen.explain(message.site, message.box, message.epoch, message.first, message.last)
+            self._counters["received"] += 1
+        self._received.put(Received(event.topic, message, event.payload, now))
