@@ -1,0 +1,358 @@
+"""The gate between a trained module and a bundle: what an engine computes must judge as the module judged.
+
+Pure rules over scores and maps; it must not know how graphs are made or run. It can fail, and says by how much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+
+from deploy.metrics import image_auroc
+from edge.bundle import Engine, Precision
+from edge.errors import DataError, GateError
+
+if TYPE_CHECKING:
+    Canvases = npt.NDArray[np.uint8]
+
+MakeDefects = Callable[[float], npt.NDArray[np.uint8]]
+"""Called with a contrast in (0, 1]; returns uint8 [n, canvas_height, canvas_width, 3] RGB, the same n and the same
+defects every time, only fainter at a lower contrast."""
+
+Scorer = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+"""From canvases uint8 [n, Hc, Wc, 3] to raw image scores float32 [n]."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParityRules:
+    """The limits of the gate, and how much it looks at.
+
+    Attributes:
+        shift: largest |median of paired score differences| on good images, in float32 interquartile ranges.
+        flipped: largest share of good samples that one path flags and the other does not.
+        alarm_rate: share of good samples that each path flags, each at its own threshold. At 0.02 unrelated scores
+            would flip 4 %, so the limit of 1 % demands that three of four alarms are the same.
+        auroc_drop: largest loss of I-AUROC on low-contrast defects.
+        auroc_window: where float32 should be on them: neither sure of everything nor guessing.
+        map_error: largest |map - torch| of a float32 engine, relative to the largest |torch| value of that image.
+        good_samples: good samples looked at; jittered copies fill up what the held-out images lack.
+        defect_samples: defective samples looked at, filled up in the same way.
+    """
+
+    shift: float = 0.25
+    flipped: float = 0.01
+    alarm_rate: float = 0.02
+    auroc_drop: float = 0.005
+    auroc_window: tuple[float, float] = (0.80, 0.95)
+    map_error: float = 1e-3
+    good_samples: int = 400
+    defect_samples: int = 200
+
+
+class PathParity(BaseModel):
+    """Figures of one engine and precision against torch in float32. None: not measured or not finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    engine: Engine
+    precision: Precision
+    map_error: float | None
+    median_shift: float | None
+    shift_in_iqr: float | None
+    flipped: float | None
+    auroc: float | None
+    auroc_drop: float | None
+    auroc_drop_se: float | None
+    refusals: list[str]
+
+
+class ParityReport(BaseModel):
+    """What the gate measured; goes into the manifest."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rules: dict[str, Any]
+    good_images: int
+    good_samples: int
+    defect_samples: int
+    good_iqr: float
+    contrast: float
+    contrast_in_window: bool
+    reference_auroc: float
+    int8_head: bool
+    dropped: list[str]
+    paths: list[PathParity]
+    passed: bool
+    refusals: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The images that every path is measured on; the same for all, so differences are paired.
+
+    Attributes:
+        good: uint8 [n, Hc, Wc, 3]; the first ``images`` are the held-out images themselves, the rest jittered copies.
+        good_base: int64 [n], which held-out image a row comes from.
+        defective: uint8 [m, Hc, Wc, 3].
+        defect_base: int64 [m].
+        images: how many held-out images there are.
+        contrast: of the defects.
+        in_window: whether float32 gave an I-AUROC inside the window at that contrast.
+    """
+
+    good: Canvases
+    good_base: npt.NDArray[np.int64]
+    defective: Canvases
+    defect_base: npt.NDArray[np.int64]
+    images: int
+    contrast: float
+    in_window: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PathScores:
+    """What one path said of a :class:`Sample`.
+
+    Attributes:
+        good: float32 [n].
+        defective: float32 [m].
+        maps: float32 [k, h, w] of the first k good images, to compare maps; k may be 0.
+    """
+
+    good: npt.NDArray[np.float32]
+    defective: npt.NDArray[np.float32]
+    maps: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0, 0), np.float32))
+
+
+def jitter(canvases: Canvases, count: int, *, seed: int) -> tuple[Canvases, npt.NDArray[np.int64]]:
+    """Fill a set up to ``count`` with copies that are moved by up to 4 pixels, lit by +-3 % and noisy (sigma 1).
+
+    No flips and no turns: those would not be good images of every product.
+
+    Returns:
+        uint8 [max(count, n), Hc, Wc, 3], the originals first, and int64 the index of the original of each.
+    """
+    n = len(canvases)
+    base = np.concatenate([np.arange(n), np.arange(max(count - n, 0)) % n]).astype(np.int64)
+    generator = np.random.default_rng(seed)
+    copies = []
+    for index in base[n:]:
+        dy, dx = generator.integers(-4, 5, 2)
+        padded = np.pad(canvases[index], ((4, 4), (4, 4), (0, 0)), mode="reflect")
+        height, width = canvases.shape[1:3]
+        moved = padded[4 + dy : 4 + dy + height, 4 + dx : 4 + dx + width].astype(np.float32)
+        noisy = moved * generator.uniform(0.97, 1.03) + generator.standard_normal(moved.shape, dtype=np.float32)
+        copies.append(np.clip(np.rint(noisy), 0, 255).astype(np.uint8))
+    return np.concatenate([canvases, np.stack(copies)]) if copies else canvases, base
+
+
+def draw_sample(
+    good: Canvases, make_defects: MakeDefects, score: Scorer, *, rules: ParityRules | None = None, seed: int = 0
+) -> Sample:
+    """Choose the contrast on the float32 path and fill the sample up.
+
+    The contrast is bisected (12 steps, on a logarithmic scale from 0.01 to 1) for the middle of the window. Where
+    even 1 is too faint, or 0.01 too plain, the nearest is taken and recorded.
+
+    Args:
+        good: uint8 [n, Hc, Wc, 3], held-out good canvases, n >= 8.
+        make_defects: see :data:`MakeDefects`.
+        score: the float32 path.
+        rules: limits and counts.
+        seed: of the jitter.
+
+    Raises:
+        DataError: fewer than 8 good images, or the callback returns images of another size.
+    """
+    rules = rules or ParityRules()
+    if len(good) < 8:  # noqa: PLR2004 (an interquartile range of fewer says nothing)
+        raise DataError(f"{len(good)} held-out good images; the parity gate needs at least 8, hold out more")
+    good_scores = score(good)
+
+    def auroc_at(contrast: float) -> float:
+        canvases = make_defects(contrast)
+        if canvases.dtype != np.uint8 or canvases.shape[1:] != good.shape[1:] or not len(canvases):
+            raise DataError(f"defects are {canvases.dtype} {canvases.shape}, expected uint8 {good.shape[1:]} each")
+        return _auroc(good_scores, score(canvases))
+
+    low, high = rules.auroc_window
+    contrast, reached = _bisect(auroc_at, (low + high) / 2, window=(low, high))
+    defective, defect_base = jitter(make_defects(contrast), rules.defect_samples, seed=seed + 1)
+    samples, base = jitter(good, rules.good_samples, seed=seed)
+    return Sample(
+        good=samples, good_base=base, defective=defective, defect_base=defect_base, images=len(good),
+        contrast=contrast, in_window=low <= reached <= high,
+    )  # fmt: skip
+
+
+def _bisect(
+    auroc_at: Callable[[float], float], target: float, *, window: tuple[float, float], steps: int = 12
+) -> tuple[float, float]:
+    """Return the contrast whose I-AUROC is nearest the target, and that I-AUROC."""
+    left, right = math.log(0.01), 0.0
+    best = (1.0, auroc_at(1.0))
+    if best[1] <= window[1]:
+        return best  # contrast cannot be raised further
+    # A fifth of the window from its middle is as good as its middle.
+    near = (window[1] - window[0]) / 5
+    for _ in range(steps):
+        contrast = math.exp((left + right) / 2)
+        value = auroc_at(contrast)
+        if abs(value - target) < abs(best[1] - target):
+            best = (contrast, value)
+        if abs(value - target) <= near:
+            break
+        left, right = (left, math.log(contrast)) if value > target else (math.log(contrast), right)
+    return best
+
+
+def judge(
+    sample: Sample,
+    reference: PathScores,
+    paths: dict[tuple[Engine, Precision], PathScores],
+    *,
+    rules: ParityRules | None = None,
+    optional: Sequence[Precision] = (),
+    int8_head: bool = True,
+) -> ParityReport:
+    """Compare every path with the reference.
+
+    On good images: |median(path - reference)| over the held-out images themselves is at most ``rules.shift`` of the
+    reference's interquartile range; of all good samples at most ``rules.flipped`` are flagged by one and not by the
+    other, where each flags the ``alarm_rate`` share with its own highest scores, as calibration would. On the
+    defects the I-AUROC of the path is at most ``rules.auroc_drop`` below the reference's on the same images; its
+    standard error (paired, DeLong, one base image with all its copies as one unit) is recorded beside it. A float32
+    path must also give the reference's maps to ``rules.map_error``.
+
+    Args:
+        sample: what was judged.
+        reference: of torch in float32.
+        paths: of each engine and precision.
+        rules: the limits.
+        optional: precisions that are dropped, not refused, when they fail.
+        int8_head: recorded in the report.
+
+    Returns:
+        The report; ``passed`` when no path that is not optional was refused.
+    """
+    rules = rules or ParityRules()
+    quartiles = np.percentile(reference.good[: sample.images], (25, 75))
+    iqr = float(quartiles[1] - quartiles[0])
+    results = [
+        _judge_path(key, scores, reference=reference, sample=sample, iqr=iqr, rules=rules)
+        for key, scores in sorted(paths.items())
+    ]
+    failed = [result for result in results if result.refusals]
+    refusals = [text for result in failed if result.precision not in optional for text in result.refusals]
+    return ParityReport(
+        rules={name: getattr(rules, name) for name in rules.__slots__},
+        good_images=sample.images, good_samples=len(sample.good), defect_samples=len(sample.defective),
+        good_iqr=iqr, contrast=sample.contrast, contrast_in_window=sample.in_window,
+        reference_auroc=_auroc(reference.good, reference.defective), int8_head=int8_head,
+        dropped=[f"{r.engine.value} {r.precision.value}" for r in failed if r.precision in optional],
+        paths=results, passed=not refusals, refusals=refusals,
+    )  # fmt: skip
+
+
+def require(report: ParityReport) -> None:
+    """Raise what the gate refused.
+
+    Raises:
+        GateError: with every refused figure.
+    """
+    if report.passed:
+        return
+    cure = (
+        "; pack without it: --precision float32"
+        if all(Precision.INT8.value in text for text in report.refusals)
+        else "; the exported graph does not compute what the module computes"
+    )
+    raise GateError("parity gate refused the bundle: " + "; ".join(report.refusals) + cure)
+
+
+def _judge_path(
+    key: tuple[Engine, Precision],
+    path: PathScores,
+    *,
+    reference: PathScores,
+    sample: Sample,
+    iqr: float,
+    rules: ParityRules,
+) -> PathParity:
+    engine, precision = key
+    name = f"{engine.value} {precision.value}"
+    if not (np.isfinite(path.good).all() and np.isfinite(path.defective).all()):
+        return PathParity(
+            engine=engine, precision=precision, map_error=None, median_shift=None, shift_in_iqr=None, flipped=None,
+            auroc=None, auroc_drop=None, auroc_drop_se=None, refusals=[f"{name}: scores are not finite"],
+        )  # fmt: skip
+    originals = slice(0, sample.images)
+    shift = float(np.median(path.good[originals].astype(np.float64) - reference.good[originals]))
+    shift_in_iqr = abs(shift) / max(iqr, 1e-12)
+    flipped = float(np.mean(_flags(path.good, rules.alarm_rate) != _flags(reference.good, rules.alarm_rate)))
+    auroc = _auroc(path.good, path.defective)
+    drop = _auroc(reference.good, reference.defective) - auroc
+    map_error = _map_error(path.maps, reference.maps) if precision is Precision.FLOAT32 and len(path.maps) else None
+    checks = (
+        (shift_in_iqr, rules.shift, "median score shift on good images is {:.3f} of the float32 IQR"),
+        (flipped, rules.flipped, "flipped decisions on good images {:.4f}"),
+        (drop, rules.auroc_drop, "I-AUROC on low-contrast defects drops by {:.4f}"),
+        (map_error, rules.map_error, "maps differ from torch by {:.2e} relative"),
+    )
+    refusals = [
+        f"{name}: {text.format(value)} (limit {limit})"
+        for value, limit, text in checks
+        if value is not None and not value <= limit
+    ]
+    return PathParity(
+        engine=engine, precision=precision, map_error=map_error, median_shift=shift, shift_in_iqr=shift_in_iqr,
+        flipped=flipped, auroc=auroc, auroc_drop=drop, auroc_drop_se=_drop_error(reference, path, sample),
+        refusals=refusals,
+    )  # fmt: skip
+
+
+def _flags(scores: npt.NDArray[np.float32], rate: float) -> npt.NDArray[np.bool_]:
+    """Flag the ``rate`` share with the highest scores; ties go by order, so that both paths flag equally many."""
+    flags = np.zeros(len(scores), bool)
+    flags[np.argsort(-scores, kind="stable")[: max(1, round(rate * len(scores)))]] = True
+    return flags
+
+
+def _map_error(maps: npt.NDArray[np.float32], reference: npt.NDArray[np.float32]) -> float:
+    if maps.shape != reference.shape or not np.isfinite(maps).all():
+        return float("inf")
+    peak = np.maximum(np.abs(reference).max((1, 2)), 1e-12)
+    return float((np.abs(maps - reference).max((1, 2)) / peak).max())
+
+
+def _auroc(good: npt.NDArray[np.float32], defective: npt.NDArray[np.float32]) -> float:
+    labels = np.repeat([False, True], [len(good), len(defective)])
+    value = image_auroc(labels, np.concatenate([good, defective]))
+    return float("nan") if value is None else value
+
+
+def _drop_error(reference: PathScores, path: PathScores, sample: Sample) -> float | None:
+    """Standard error of the paired I-AUROC difference: DeLong's components, averaged per base image first."""
+    gained = [_components(scores.good, scores.defective) for scores in (reference, path)]
+    variance = 0.0
+    for index, base in ((0, sample.good_base), (1, sample.defect_base)):
+        difference = gained[0][index] - gained[1][index]
+        groups = np.unique(base, return_inverse=True)[1]
+        means = np.bincount(groups, difference) / np.bincount(groups)
+        if len(means) < 2:  # noqa: PLR2004 (no variance of one)
+            return None
+        variance += float(means.var(ddof=1)) / len(means)
+    return math.sqrt(variance)
+
+
+def _components(
+    good: npt.NDArray[np.float32], defective: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    wins = (defective[None, :] > good[:, None]) + 0.5 * (defective[None, :] == good[:, None])
+    return wins.mean(1), wins.mean(0)
