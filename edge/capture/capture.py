@@ -253,7 +253,7 @@ class Capture:
             self._enter(CameraState.FAILED, redact(str(error)))
         except Exception as error:  # noqa: BLE001 the thread's rim: a driver may raise anything, and nobody else sees it
             # Not _LOG.exception: a driver's message may hold the URL with its password.
-            _LOG.error("camera %s: capture failed: %s", self.name, redact(traceback.format_exc()))  # noqa: TRY400
+            _LOG.error("camera %s: capture failed: %s", self.name, redact(traceback.format_exc()))
             self._enter(CameraState.FAILED, redact(f"{type(error).__name__}: {error}"))
         finally:
             self._source.close()

@@ -11,8 +11,9 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-# user:password@ of a URL, wherever it stands in a text; the password may hold anything but white space and "/".
-_CREDENTIALS = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s/]*@")
+# user:password@ of a URL, wherever it stands in a text. Up to the last "@" of the word: an unescaped password may hold
+# "/" or "@", and hiding too much is the safe mistake.
+_CREDENTIALS = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)\S*@")
 # Query values that cameras use for logins, such as ?user=admin&password=1234 or &token=...
 _SECRET_QUERY = re.compile(r"(?i)(?P<key>[?&;](?:user(?:name)?|pass(?:word)?|passwd|pwd|token|key|auth)=)[^&;#\s]*")
 _URL_SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "tcp")

@@ -5,6 +5,7 @@ A source knows how to open, read and close one place; it knows nothing of thread
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,6 +320,8 @@ def _stream_backends() -> list[int]:
 
 
 def _open_capture(place: int | str, backends: list[int], parameters: list[int]) -> cv2.VideoCapture | None:
+    # FFmpeg prints to stderr past OpenCV's own level; read once, when its backend is first used.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     level = cv2.utils.logging.getLogLevel()
     try:
         # A camera that is away is tried for hours; the caller logs it once.

@@ -5,14 +5,9 @@ It proves itself on the bundle's golden frames before it judges anything. It mus
 
 from __future__ import annotations
 
-import functools
 import logging
-import queue
-import threading
 import time
-import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,25 +18,17 @@ from safetensors.numpy import load_file
 from edge.bundle import Bundle, Engine, Precision, load_arrays
 from edge.errors import BundleError, EngineError, MissingExtraError
 from edge.frames import Frame, Prediction
-from edge.inference.engines import GraphSession, available_engines, open_graph
+from edge.inference.engines import available_engines
 from edge.inference.preprocessing import cut_tiles, join_maps, to_canvas
+from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE, Head, Runtime, shared_trunk
 from edge.judgement.score import pool_score
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
-
     import numpy.typing as npt
 
-    from edge.bundle import Graph
-
-    State = Mapping[str, npt.NDArray[Any]]
+    from edge.inference.sessions import State
 
 _LOG = logging.getLogger(__name__)
-
-IMAGE = "image"
-ANOMALY_MAP = "anomaly_map"
-EMBEDDING = "embedding"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,67 +52,6 @@ class DetectorStatus:
     golden_max_error: float
 
 
-class _Lanes:
-    """One compiled graph with a session for each stream; a thread borrows one at a time."""
-
-    def __init__(self, session: GraphSession, streams: int) -> None:
-        self.graph_outputs = session.graph_outputs
-        self._free: queue.SimpleQueue[GraphSession] = queue.SimpleQueue()
-        self._free.put(session)
-        for _ in range(streams - 1):
-            self._free.put(session.clone())
-
-    @contextmanager
-    def borrow(self) -> Iterator[GraphSession]:
-        session = self._free.get()
-        try:
-            yield session
-        finally:
-            self._free.put(session)
-
-
-class _Head:
-    """A head with one state: sessions for the map, and sessions for the embedding once somebody asks for it."""
-
-    def __init__(self, bundle: Bundle, runtime: _Runtime, shapes: dict[str, tuple[int, ...]], state: State) -> None:
-        self._open = functools.partial(
-            open_graph,
-            _file(bundle, bundle.manifest.head, runtime.precision),
-            engine=runtime.engine,
-            precision=runtime.precision,
-            threads=runtime.threads,
-            streams=runtime.streams,
-            state=state,
-            input_shapes=shapes,
-        )
-        self._streams = runtime.streams
-        self._lock = threading.Lock()
-        # Each graph is pruned to the output it is for: a map does not pay for writing the embedding.
-        self._lanes = {ANOMALY_MAP: _Lanes(self._open(outputs=[ANOMALY_MAP]), self._streams)}
-        self.outputs = self._lanes[ANOMALY_MAP].graph_outputs
-
-    def lanes(self, output: str) -> _Lanes:
-        with self._lock:
-            if output not in self._lanes:
-                self._lanes[output] = _Lanes(self._open(outputs=[output]), self._streams)
-            return self._lanes[output]
-
-
-@dataclass(frozen=True, slots=True)
-class _Runtime:
-    """What graphs are compiled for."""
-
-    engine: Engine
-    precision: Precision
-    threads: int
-    streams: int
-
-
-# Bundles of one trunk share its sessions for as long as a detector holds them.
-_trunks: weakref.WeakValueDictionary[tuple[object, ...], _Lanes] = weakref.WeakValueDictionary()
-_trunks_lock = threading.Lock()
-
-
 class Detector:
     """Frames of one product in, raw anomaly maps out. Safe to call from several threads.
 
@@ -140,10 +66,10 @@ class Detector:
     bundle: Bundle
     status: DetectorStatus
 
-    def __init__(self, bundle: Bundle, runtime: _Runtime, state: State) -> None:
+    def __init__(self, bundle: Bundle, runtime: Runtime, state: State) -> None:
         self.bundle = bundle
         self._runtime = runtime
-        self._trunk = _shared_trunk(bundle, runtime)
+        self._trunk = shared_trunk(bundle, runtime)
         preprocessing = bundle.manifest.preprocessing
         blank = np.zeros((preprocessing.canvas_height, preprocessing.canvas_width, 3), np.uint8)
         with self._trunk.borrow() as trunk:
@@ -189,7 +115,7 @@ class Detector:
         for pair in _attempts(bundle, requested):
             tolerance = bundle.manifest.golden.tolerance.get(_key(*pair), float("nan"))
             try:
-                detector = cls(bundle, _Runtime(*pair, threads, streams), state)
+                detector = cls(bundle, Runtime(*pair, threads, streams), state)
                 error = detector.golden_error()
             except EngineError as problem:
                 reasons.append(str(problem))
@@ -311,8 +237,8 @@ class Detector:
         scores = [pool_score(self.map_of_canvas(canvas), manifest.pooling) for canvas in arrays["canvas"]]
         return float(np.max(np.abs(np.array(scores) - arrays[f"score_{key}"].astype(np.float64))))
 
-    def _build_head(self, state: State) -> _Head:
-        return _Head(self.bundle, self._runtime, self._tap_shapes, state)
+    def _build_head(self, state: State) -> Head:
+        return Head(self.bundle, self._runtime, self._tap_shapes, state)
 
     def _run(self, canvas: npt.NDArray[np.uint8], output: str) -> npt.NDArray[np.float32]:
         # Read once: a switch in the middle of this call must not mix two heads.
@@ -321,30 +247,6 @@ class Detector:
             taps = trunk.run({IMAGE: cut_tiles(canvas, self.bundle.manifest.preprocessing)})
             # The sessions' own buffers are used again by the next call.
             return np.array(head.run(taps)[output], dtype=np.float32)
-
-
-def _shared_trunk(bundle: Bundle, runtime: _Runtime) -> _Lanes:
-    manifest = bundle.manifest
-    path = _file(bundle, manifest.trunk, runtime.precision)
-    preprocessing = manifest.preprocessing
-    tiles = preprocessing.tiles.rows * preprocessing.tiles.cols
-    shape = (tiles, preprocessing.height, preprocessing.width, 3)
-    # By the hash of the file that is run: the manifest's trunk id is that of the float32 file alone.
-    key = (manifest.files[path.relative_to(bundle.path).as_posix()], runtime, manifest.taps, shape)
-    with _trunks_lock:
-        lanes = _trunks.get(key)
-        if lanes is None:
-            session = open_graph(
-                path,
-                engine=runtime.engine,
-                precision=runtime.precision,
-                threads=runtime.threads,
-                streams=runtime.streams,
-                outputs=manifest.taps,
-                input_shapes={IMAGE: shape},
-            )
-            lanes = _trunks[key] = _Lanes(session, runtime.streams)
-        return lanes
 
 
 def _choose(bundle: Bundle, engine: Engine | None, precision: Precision | None) -> tuple[Engine, Precision]:
@@ -373,14 +275,6 @@ def _attempts(bundle: Bundle, requested: tuple[Engine, Precision]) -> list[tuple
     others = [engine for engine in available_engines() if engine is not requested[0]]
     fallbacks = [(engine, Precision.FLOAT32) for engine in (requested[0], *others)]
     return [requested, *(pair for pair in fallbacks if pair != requested and pair in bundle.calibrated())]
-
-
-def _file(bundle: Bundle, graph: Graph, precision: Precision) -> Path:
-    if precision is not Precision.INT8:
-        return bundle.file(graph.float32)
-    if graph.int8 is None:
-        raise EngineError(f"{bundle.path}: has no int8 file beside {graph.float32}; choose float32 or export again")
-    return bundle.file(graph.int8)
 
 
 def _stored_state(bundle: Bundle) -> State:
