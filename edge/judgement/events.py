@@ -80,6 +80,11 @@ class EventTracker:
         """Whether an event lasts."""
         return bool(self._event_id)
 
+    @property
+    def event_id(self) -> str | None:
+        """Of the event that lasts; None where none does."""
+        return self._event_id or None
+
     def step(self, verdict: Verdict, *, leave_level: float) -> list[AnomalyEvent]:
         """Take one verdict, in order of capture.
 

@@ -1,0 +1,346 @@
+"""Box: the bundle, the cameras, the outbox and the broker link of one box, started, supervised and stopped together.
+
+Knows the parts and their order; what each does is theirs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from edge.alerts.message import gap_maker
+from edge.alerts.mqtt import LinkKind
+from edge.alerts.outbox import Outbox
+from edge.alerts.publisher import Publisher
+from edge.alerts.topics import Identity
+from edge.bundle import Bundle
+from edge.camera import CameraWorker
+from edge.errors import CaptureError, MessageError, OutboxError
+from edge.health.metrics import Metrics
+from edge.health.watchdog import Watchdog, clock_synchronised, notify_systemd
+from edge.inference.detector import Detector
+from edge.judgement.verdicts import Judge
+from edge.reporter import Reporter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+
+    from edge.camera import OnVerdict
+    from edge.settings import BoxSettings, CameraSettings
+
+_LOG = logging.getLogger(__name__)
+OUTBOX_FILE = "outbox.db"
+TICK_S = 0.2
+# systemd and a PLC wait; a box is down within 3 s of the signal.
+WORKERS_STOP_S = 1.2
+LAST_WORDS_S = 0.6
+PUBLISHER_STOP_S = 1.0
+WATCHDOG_LIMIT_S = 30.0
+# The memory that was packed in the bundle.
+PACKED_MEMORY = 0
+
+
+class Box:
+    """One box. Use :meth:`run`, or :meth:`start`, :meth:`supervise` now and then, and :meth:`stop`.
+
+    Args:
+        settings: what the YAML file says.
+        on_verdict: called with a frame's name and its verdict, in the thread of its camera.
+    """
+
+    def __init__(self, settings: BoxSettings, *, on_verdict: OnVerdict | None = None) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self._on_verdict = on_verdict
+        self._stop = threading.Event()
+        self._watchdog = Watchdog(limit_s=WATCHDOG_LIMIT_S)
+        self._started_ns = time.monotonic_ns()
+        self._identity = Identity(site=settings.site, box=settings.box, prefix=settings.broker.prefix)
+        self._workers: list[CameraWorker] = []
+        self._detector: Detector | None = None
+        self._reporter: Reporter | None = None
+        self._status_key: object = None
+        self._status_due_ns = 0
+        self._versions: dict[str, str] = {}
+        self.outbox: Outbox | None = None
+        self.publisher: Publisher | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every source has ended; never so while there is a camera."""
+        return bool(self._workers) and all(worker.done for worker in self._workers)
+
+    @property
+    def workers(self) -> tuple[CameraWorker, ...]:
+        """One per camera, in the order of the settings."""
+        return tuple(self._workers)
+
+    @property
+    def fallback_reason(self) -> str:
+        """Why another engine or precision judges than was asked for; empty where the one asked for does."""
+        return "" if self._detector is None else self._detector.status.fallback_reason
+
+    def start(self) -> None:
+        """Open everything and begin to judge. A broker that is down is no error: messages wait in the outbox.
+
+        Raises:
+            BundleError: the bundle is damaged or not calibrated for the engine in use.
+            DataError: its calibration cannot give a threshold.
+            EngineError: no engine runs it.
+            OutboxError: the outbox cannot be opened.
+            CaptureError: none of the files and folders that are the sources can be opened.
+        """
+        settings = self.settings
+        bundle = Bundle.open(settings.bundle)
+        detector = Detector.open(
+            bundle, engine=settings.engine, precision=settings.precision, threads=settings.threads
+        )
+        judges = [self._judge(camera, bundle, detector) for camera in settings.cameras]
+        self._detector = detector
+        self._versions = _versions(detector.status.engine.value)
+        if self.fallback_reason:
+            _LOG.warning("fallback: %s", self.fallback_reason)
+        try:
+            self._open_outbox()
+            self._start_workers(bundle, detector, judges)
+        except BaseException:
+            self.stop()
+            raise
+        notify_systemd("READY=1")
+
+    def supervise(self) -> None:
+        """Publish the status when it has changed or is due; tell systemd that all loops go round."""
+        stuck = self._watchdog.stuck()
+        if not stuck:
+            notify_systemd("WATCHDOG=1")
+        status = self.status()
+        key = (
+            status["engine"], status["precision"], status["warnings"], self._link_kind(),
+            tuple((name, camera["state"]) for name, camera in status["cameras"].items()),
+        )  # fmt: skip
+        now = time.monotonic_ns()
+        if key != self._status_key or now >= self._status_due_ns:
+            self._status_key = key
+            self._status_due_ns = now + round(self.settings.status_every_s * 1e9)
+            self._publish(status)
+
+    def run(self, *, drain_s: float = 10.0) -> bool:
+        """Start, supervise until SIGTERM, SIGINT or the end of every source, and stop.
+
+        Args:
+            drain_s: once every source has ended, how long to wait for the broker to acknowledge all messages.
+
+        Returns:
+            Whether every message was acknowledged.
+
+        Raises:
+            LinewardError: as :meth:`start`.
+        """
+        drained = False
+        with self._signals():
+            self.start()
+            try:
+                while not self._stop.wait(TICK_S):
+                    self.supervise()
+                    if self.finished:
+                        break
+                drained = self._drain(drain_s)
+            finally:
+                self.stop()
+        return drained
+
+    def end_sources(self) -> None:
+        """Treat every source as ended; :meth:`run` then drains and stops. May be called from another thread."""
+        for worker in self._workers:
+            worker.end()
+
+    def request_stop(self) -> None:
+        """Ask :meth:`run` to stop; may be called from a signal handler or another thread."""
+        self._stop.set()
+
+    def stop(self) -> None:
+        """End events, publish ``stopped`` and close, within 3 s. Stopping again does nothing."""
+        deadline = time.monotonic() + WORKERS_STOP_S
+        self._stop.set()
+        notify_systemd("STOPPING=1")
+        for worker in self._workers:
+            if not worker.join(max(0.0, deadline - time.monotonic())):
+                _LOG.warning("camera %s does not stop; left behind", worker.name)
+        if self.publisher is not None:
+            self._publish(self.status())
+            if self.publisher.state.kind is LinkKind.CONNECTED:
+                # The last events and states; what the broker does not take in time stays in the outbox.
+                self.publisher.wait_until_drained(LAST_WORDS_S)
+            self.publisher.stop(PUBLISHER_STOP_S)
+        if self.outbox is not None:
+            self.outbox.close()
+
+    def status(self) -> dict[str, Any]:
+        """The fields of :class:`edge.alerts.message.Status`, as far as the box knows them."""
+        detector = self._detector
+        manifest = None if detector is None else detector.bundle.manifest
+        return {
+            "uptime_ms": (time.monotonic_ns() - self._started_ns) // 1_000_000,
+            "versions": self._versions,
+            "product": None if manifest is None else manifest.product,
+            "bundle": None
+            if detector is None or manifest is None
+            else {"id": detector.bundle.id, "method": manifest.method},
+            "memory": {"version": PACKED_MEMORY},
+            "engine": None if detector is None else detector.status.engine.value,
+            "precision": None if detector is None else detector.status.precision.value,
+            "cameras": {worker.name: worker.status() for worker in self._workers},
+            "drops": self.metrics.counts(),
+            "latency_ms": self.metrics.percentiles(),
+            "clock_synced": clock_synchronised(),
+            "warnings": tuple(self._warnings()),
+        }
+
+    def _judge(self, camera: CameraSettings, bundle: Bundle, detector: Detector) -> Judge:
+        manifest = bundle.manifest
+        judge = Judge(
+            calibration=bundle.calibration(detector.status.engine, detector.status.precision),
+            pooling=manifest.pooling,
+            crop=manifest.preprocessing.crop,
+            alpha=camera.alpha,
+            leave_quantile=camera.events.leave_quantile,
+            region_of_interest=camera.region_of_interest,
+            external=camera.threshold,
+            bundle_id=bundle.id,
+            memory_version=PACKED_MEMORY,
+        )
+        threshold = judge.threshold
+        _LOG.info(
+            "camera %s: threshold %.6g (%s, alpha %.2g, %d calibration images in %d groups)",
+            camera.name, threshold.value, threshold.method, threshold.alpha, threshold.n, threshold.n_groups,
+        )  # fmt: skip
+        return judge
+
+    def _open_outbox(self) -> None:
+        settings = self.settings
+        try:
+            settings.state_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutboxError(
+                f"{settings.state_dir}: cannot be made ({error.strerror}); set state_dir to a folder that this user "
+                "may write"
+            ) from error
+        self.outbox = Outbox(
+            settings.state_dir / OUTBOX_FILE,
+            make_gap=gap_maker(self._identity),
+            max_bytes=settings.outbox_max_mb * 2**20,
+            replay_rows=settings.broker.replay_rows,
+            replay_seconds=settings.broker.replay_seconds,
+        )
+        self.publisher = Publisher(settings=settings.broker, identity=self._identity, outbox=self.outbox)
+        self.publisher.start()
+
+    def _start_workers(self, bundle: Bundle, detector: Detector, judges: list[Judge]) -> None:
+        assert self.outbox is not None
+        assert self.publisher is not None
+        self._reporter = Reporter(
+            identity=self._identity,
+            outbox=self.outbox,
+            publisher=self.publisher,
+            bundle=bundle,
+            memory_version=PACKED_MEMORY,
+            metrics=self.metrics,
+        )
+        refused: list[CaptureError] = []
+        for camera, judge in zip(self.settings.cameras, judges, strict=True):
+            worker = CameraWorker(
+                settings=camera,
+                detector=detector,
+                judge=judge,
+                reporter=self._reporter,
+                metrics=self.metrics,
+                watchdog=self._watchdog,
+                stop=self._stop,
+                on_verdict=self._on_verdict,
+            )
+            self._workers.append(worker)
+            try:
+                worker.start()
+            except CaptureError as error:
+                # One source that is not there must not blind the others; without any there is nothing to do.
+                _LOG.error("camera %s: %s", camera.name, error)
+                self.metrics.count("captures_refused")
+                refused.append(error)
+        if len(refused) == len(self._workers):
+            raise refused[0]
+
+    def _drain(self, seconds: float) -> bool:
+        """Wait for the broker to acknowledge everything, unless a signal came."""
+        assert self.publisher is not None
+        deadline = time.monotonic() + seconds
+        while not self._stop.is_set():
+            left = deadline - time.monotonic()
+            if self.publisher.wait_until_drained(min(TICK_S, max(0.0, left))):
+                return True
+            if left <= 0:
+                return False
+            self.supervise()
+        return self.publisher.wait_until_drained(0)
+
+    def _warnings(self) -> list[str]:
+        found = []
+        if self.fallback_reason:
+            found.append(f"fallback: {self.fallback_reason}")
+        found += [text for worker in self._workers for text in worker.warnings()]
+        if self._reporter is not None and self._reporter.error:
+            found.append(f"messages are being lost: {self._reporter.error}")
+        if self.outbox is not None and self.outbox.damage:
+            found.append(f"the outbox was damaged and put aside: {self.outbox.damage}")
+        found += [f"{name}: stuck for more than {WATCHDOG_LIMIT_S:g} s" for name in self._watchdog.stuck()]
+        return found
+
+    def _link_kind(self) -> object:
+        return None if self.publisher is None else self.publisher.state.kind
+
+    def _publish(self, status: dict[str, Any]) -> None:
+        if self.publisher is None:
+            return
+        try:
+            self.publisher.publish_status(status)
+        except MessageError as error:
+            # A status that cannot be said is a defect, but no reason to stop judging.
+            self.metrics.count("status_failed")
+            _LOG.error("status cannot be published: %s", error)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Stop on SIGTERM and SIGINT; in a thread other than the main one signals cannot be caught and are left."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, _frame: FrameType | None) -> None:
+            _LOG.info("%s: stopping", signal.Signals(number).name)
+            self._stop.set()
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _versions(engine: str) -> dict[str, str]:
+    found = {name: _version(name) for name in ("lineward", "numpy", "paho-mqtt", engine)}
+    return {"python": platform.python_version()} | found
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        # A Jetson's onnxruntime-gpu goes by another name.
+        return "unknown"

@@ -1,0 +1,321 @@
+"""CameraWorker: one camera's way from frame to message, in a thread of its own.
+
+Every frame is judged or counted. What fails on the way becomes NOT_JUDGED and a counter, never a wrong OK.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import queue
+import threading
+import time
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from edge.capture.capture import CameraState, Capture, LostFrame
+from edge.capture.settings import SourceKind
+from edge.errors import CaptureError
+from edge.frames import Decision, EventPhase
+from edge.judgement.events import EventTracker
+from edge.settings import Mode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from edge.frames import AnomalyEvent, Frame, Verdict
+    from edge.health.metrics import Metrics
+    from edge.health.watchdog import Watchdog
+    from edge.inference.detector import Detector
+    from edge.judgement.verdicts import Judge
+    from edge.reporter import Reporter
+    from edge.settings import CameraSettings
+
+    OnVerdict = Callable[[str, Verdict], None]
+
+_LOG = logging.getLogger(__name__)
+POLL_S = 0.2
+# A capture that broke down is made anew after this long, doubled each time up to the settings' reconnect_seconds.
+FIRST_RESTART_S = 1.0
+CAPTURE_STOP_S = 0.5
+NS_PER_MS = 1e6
+_LOST = frozenset({CameraState.RECONNECTING, CameraState.FAILED, CameraState.ENDED})
+_NOT_WELL = _LOST | {CameraState.STALLED}
+
+
+class CameraWorker:
+    """Takes frames of one camera through inference and judgement to the reporter.
+
+    Args:
+        settings: of the camera.
+        detector: shared by the cameras.
+        judge: of this camera alone.
+        reporter: where verdicts, events and states go.
+        metrics: of the box; counters are also kept per camera, see :meth:`status`.
+        watchdog: hears a beat per round.
+        stop: set when the box stops.
+        on_verdict: called with a frame's name and its verdict, in the worker's thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: CameraSettings,
+        detector: Detector,
+        judge: Judge,
+        reporter: Reporter,
+        metrics: Metrics,
+        watchdog: Watchdog,
+        stop: threading.Event,
+        on_verdict: OnVerdict | None = None,
+    ) -> None:
+        self.name = settings.name
+        self._settings = settings
+        self._detector = detector
+        self._judge = judge
+        self._reporter = reporter
+        self._metrics = metrics
+        self._watchdog = watchdog
+        self._stop = stop
+        self._on_verdict = on_verdict
+        self._tracker = EventTracker(settings.events)
+        self._lost: queue.SimpleQueue[LostFrame] = queue.SimpleQueue()
+        self._capture = self._new_capture()
+        self._captured_before = dict.fromkeys(("captured", "dropped", "corrupt", "reconnects"), 0)
+        self._seq_offset = 0
+        self._next_seq = 0
+        self._restart_s = FIRST_RESTART_S
+        self._counts = dict.fromkeys(("judged", "ok", "nok", "not_judged", "failed", "events", "restarts"), 0)
+        self._failure = ""
+        self._ending = threading.Event()
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether no frame will come any more and everything was reported."""
+        return self._done.is_set()
+
+    @property
+    def failure(self) -> str:
+        """Why the last frame could not be judged; empty when it was."""
+        return self._failure
+
+    def start(self) -> None:
+        """Open the source and begin.
+
+        Raises:
+            CaptureError: a file or folder cannot be opened; the camera's state says so too.
+        """
+        self._reporter.state(self.name, "not_judged", reason="starting")
+        try:
+            self._capture.start()
+        except CaptureError as error:
+            self._reporter.state(self.name, "not_judged", reason=str(error)[:200])
+            self._done.set()
+            raise
+        self._thread = threading.Thread(target=self._run, name=f"judge-{self.name}", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Treat the source as ended: the frame in hand is finished, those in the queue are reported as dropped."""
+        self._ending.set()
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the end of the thread after the stop event was set; returns whether it ended."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+            return not self._thread.is_alive()
+        return True
+
+    def status(self) -> dict[str, Any]:
+        """What the box's status says of this camera."""
+        threshold = self._judge.threshold
+        counters = self._capture.counters
+        captured = {name: before + getattr(counters, name) for name, before in self._captured_before.items()}
+        return {
+            "state": self._capture.state.value,
+            "error": self._capture.error,
+            "mode": self._settings.mode.value,
+            "source": self._settings.source.label,
+            "counters": captured | self._counts,
+            "threshold": dataclasses.asdict(threshold),
+            "failure": self._failure or None,
+        }
+
+    def warnings(self) -> list[str]:
+        """What an operator should know of this camera."""
+        threshold = self._judge.threshold
+        found = [self._judge.notice] if self._judge.notice else []
+        if threshold.method == "tail_fit":
+            found.append(
+                f"the budget asks for a false-alarm probability of {threshold.alpha:.2g} per frame, {threshold.n} "
+                f"calibration images in {threshold.n_groups} groups support {threshold.smallest_supported_alpha:.2g} "
+                "at the smallest; the threshold is extrapolated"
+            )
+        if self._failure:
+            found.append(self._failure)
+        return [f"{self.name}: {text}" for text in found]
+
+    def _run(self) -> None:
+        try:
+            while not (self._stop.is_set() or self._ending.is_set()):
+                self._watchdog.beat(self.name)
+                frame = self._capture.get(POLL_S)
+                self._report_lost()
+                if frame is not None:
+                    self._take(frame)
+                elif not self._look_after_capture():
+                    break
+        except Exception:  # noqa: BLE001 (the thread's rim: a defect must not leave a camera silently unjudged)
+            _LOG.exception("camera %s: its worker failed", self.name)
+            self._counts["failed"] += 1
+            self._metrics.count("workers_failed")
+            self._failure = "its worker failed, see the log"
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self._capture.stop(CAPTURE_STOP_S)
+        self._report_lost()
+        self._report(self._tracker.finish())
+        reason = "stopped" if self._stop.is_set() else self._failure or self._capture.error or "the source has ended"
+        self._reporter.state(self.name, "not_judged", reason=reason[:200])
+        self._watchdog.forget(self.name)
+        self._done.set()
+
+    def _take(self, frame: Frame) -> None:
+        triggered = self._settings.mode is Mode.TRIGGERED
+        self._next_seq = frame.camera_seq + self._seq_offset + 1
+        frame = dataclasses.replace(
+            frame, camera_seq=frame.camera_seq + self._seq_offset, part_id=self._part_id(frame.name)
+        )
+        verdict = self._judged(frame)
+        if verdict.decision is not Decision.NOT_JUDGED:
+            stages = verdict.latency_ms
+            processing = stages["preprocess"] + stages["inference"] + stages["judgement"]
+            self._metrics.observe({**stages, "processing": processing})
+            self._restart_s = FIRST_RESTART_S
+        self._deliver(frame.name, verdict)
+        if not triggered:
+            self._report(self._tracker.step(verdict, leave_level=self._judge.leave_level))
+            self._show_stream(verdict)
+
+    def _judged(self, frame: Frame) -> Verdict:
+        timeout_ms = self._settings.timeout_ms if self._settings.mode is Mode.TRIGGERED else None
+        try:
+            verdict = self._judge.judge(self._detector.predict(frame))
+        except Exception as error:  # noqa: BLE001 (one frame's stage is isolated: the next may be judged again)
+            self._counts["failed"] += 1
+            self._metrics.count("frames_failed")
+            failure = f"{type(error).__name__}: {error}"
+            if failure != self._failure:
+                _LOG.error("camera %s: a frame could not be judged: %s", self.name, failure, exc_info=error)
+            self._failure = failure
+            return self._judge.not_judged(frame, failure[:200])
+        if self._failure:
+            _LOG.info("camera %s: frames are judged again", self.name)
+            self._failure = ""
+        if timeout_ms is not None and verdict.latency_ms["total"] > timeout_ms:
+            self._metrics.count("frames_late")
+            return self._judge.not_judged(
+                frame, f"judged {verdict.latency_ms['total']:.0f} ms after capture, {timeout_ms:g} ms are allowed"
+            )
+        return verdict
+
+    def _deliver(self, name: str, verdict: Verdict) -> None:
+        judged = verdict.decision is not Decision.NOT_JUDGED
+        self._counts["judged"] += judged
+        self._counts[verdict.decision.value.lower()] += 1
+        self._metrics.count("judged" if judged else "not_judged")
+        if self._settings.mode is Mode.TRIGGERED:
+            started = time.monotonic_ns()
+            self._reporter.verdict(verdict, calibration_count=self._judge.calibration_count)
+            self._metrics.observe({"store": (time.monotonic_ns() - started) / NS_PER_MS})
+            self._reporter.state(
+                self.name,
+                verdict.decision.value.lower(),
+                reason=verdict.reason,
+                part_id=verdict.part_id,
+                verdict=verdict,
+            )
+        if self._on_verdict is not None:
+            self._on_verdict(name, verdict)
+
+    def _report(self, events: list[AnomalyEvent]) -> None:
+        for event in events:
+            self._counts["events"] += event.phase is EventPhase.NEW
+            started = time.monotonic_ns()
+            self._reporter.event(event, calibration_count=self._judge.calibration_count)
+            self._metrics.observe({"store": (time.monotonic_ns() - started) / NS_PER_MS})
+
+    def _show_stream(self, verdict: Verdict) -> None:
+        if verdict.decision is Decision.NOT_JUDGED:
+            self._reporter.state(self.name, "not_judged", reason=verdict.reason, verdict=verdict)
+        elif self._tracker.active:
+            self._reporter.state(self.name, "nok", event_id=self._tracker.event_id, verdict=verdict)
+        else:
+            self._reporter.state(self.name, "ok", verdict=verdict)
+
+    def _report_lost(self) -> None:
+        """Count frames that were dropped or unreadable; in triggered mode each of them was a part."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                lost = self._lost.get_nowait()
+                self._metrics.count(f"frames_{lost.reason}")
+                self._next_seq = max(self._next_seq, lost.camera_seq + self._seq_offset + 1)
+                if self._settings.mode is Mode.TRIGGERED:
+                    verdict = self._judge.missing(
+                        camera=self.name,
+                        camera_seq=lost.camera_seq + self._seq_offset,
+                        captured_ns=lost.captured_ns,
+                        captured_at=lost.captured_at,
+                        part_id=self._part_id(lost.name),
+                        reason=f"frame {lost.reason}",
+                    )
+                    self._deliver(lost.name, verdict)
+
+    def _part_id(self, name: str) -> str | None:
+        """In triggered mode a file of a folder is one part, named by the file."""
+        if self._settings.mode is Mode.TRIGGERED and self._settings.source.kind is SourceKind.FOLDER and name:
+            return PurePath(name).stem
+        return None
+
+    def _look_after_capture(self) -> bool:
+        """No frame came: show why, end what cannot go on, and restart a camera that broke down.
+
+        Returns:
+            False when no frame will ever come.
+        """
+        state = self._capture.state
+        if state in _NOT_WELL and not (state is CameraState.ENDED and not self._capture.finished):
+            self._reporter.state(self.name, "not_judged", reason=(self._capture.error or state.value)[:200])
+        if state in _LOST:
+            self._report(self._tracker.finish())
+        if not self._capture.finished:
+            return True
+        if state is not CameraState.FAILED or not self._settings.source.live:
+            return False
+        # A wait on purpose is not a loop that is stuck.
+        self._watchdog.forget(self.name)
+        if not self._stop.wait(self._restart_s):
+            self._restart_s = min(2 * self._restart_s, max(FIRST_RESTART_S, self._settings.source.reconnect_seconds))
+            self._restart()
+        return True
+
+    def _restart(self) -> None:
+        self._capture.stop(CAPTURE_STOP_S)
+        counters = self._capture.counters
+        for name in self._captured_before:
+            self._captured_before[name] += getattr(counters, name)
+        self._report_lost()
+        self._seq_offset = self._next_seq
+        self._counts["restarts"] += 1
+        self._metrics.count("captures_restarted")
+        self._capture = self._new_capture()
+        # A live source opens in its own thread, so this cannot raise.
+        self._capture.start()
+
+    def _new_capture(self) -> Capture:
+        return Capture(name=self.name, settings=self._settings.source, on_lost=self._lost.put)

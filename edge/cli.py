@@ -1,0 +1,342 @@
+"""The command `lineward`: the box's verbs, and those of other rooms by name only.
+
+Imports of the box wait until a verb is called; rooms above are never imported to list them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from edge.errors import BrokerError, LinewardError, MissingExtraError, UsageError
+
+if TYPE_CHECKING:
+    from edge.alerts.settings import BrokerSettings
+    from edge.replay import ReplaySummary
+    from edge.settings import BoxSettings
+
+ENTRY_POINTS = "lineward.commands"
+# A verb's own docstring is not at hand before its room is imported.
+VERB_HELP = {
+    "aggregate": "Collect the fleet's memory updates and build a better memory.",
+    "bench": "Measure this machine.",
+    "demo": "Run the whole main job on an example or on your own images.",
+    "distill": "Teach a small network what a large one knows.",
+    "doctor": "Check this machine for what a box needs.",
+    "evaluate": "Measure a detector on labelled test images.",
+    "export": "Turn a trained detector into a verified bundle.",
+    "rollout": "Bring a bundle to the fleet in waves.",
+    "threshold": "Show what a false-alarm budget means for a bundle.",
+    "train": "Learn what good parts look like.",
+    "verify": "Check a bundle and the figures that it promises.",
+}
+EXTRAS = {"demo": "demo"}
+LINE_FIELDS = (
+    "value", "decision", "phase", "state", "part_id", "event_id", "score", "threshold", "p_value", "reason",
+)  # fmt: skip
+DEFAULT_BROKER = "mqtt://localhost:1883"
+
+ConfigOption = Annotated[Path, typer.Option(help="The box's YAML file.", show_default=False)]
+BrokerOption = Annotated[str, typer.Option(help="mqtt[s]://[user@]host[:port]")]
+PasswordOption = Annotated[Path | None, typer.Option(help="File with the broker password.")]
+CaOption = Annotated[Path | None, typer.Option(help="PEM file to check the broker's certificate with.")]
+PrefixOption = Annotated[str, typer.Option(help="First segments of every topic.")]
+
+
+class _OtherRoomsVerb(TyperCommand):
+    """Stands in --help for a verb whose room is imported only when it is called."""
+
+    def __init__(self, entry: importlib.metadata.EntryPoint) -> None:
+        super().__init__(entry.name, help=VERB_HELP.get(entry.name, f"From {entry.module}."))
+        self._entry = entry
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:  # noqa: ANN401 (typer's signature)
+        return _load_verb(self._entry).make_context(info_name, args, parent=parent, **extra)
+
+
+class _Verbs(TyperGroup):
+    """The base's own commands first, then the entry points' by name."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401 (typer's signature)
+        own = super().list_commands(ctx)
+        return [*own, *sorted(set(_entry_points()) - set(own))]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ANN401 (typer's signature)
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        entry = _entry_points().get(cmd_name)
+        return None if entry is None else _OtherRoomsVerb(entry)
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Anomaly detection at the edge of a production line.",
+)
+
+
+def main() -> None:
+    """Run the command; a LinewardError becomes one line on stderr and its exit code."""
+    try:
+        app()
+    except LinewardError as error:
+        line = " ".join(str(error).split())
+        sys.stderr.write(f"lineward: {line}\n")
+        sys.exit(error.exit_code)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lineward {importlib.metadata.version('lineward')}")
+        raise typer.Exit
+
+
+@app.callback()
+def base(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Anomaly detection at the edge of a production line."""
+
+
+@app.command()
+def run(
+    config: Annotated[Path | None, typer.Option(help="The box's YAML file.", show_default=False)] = None,
+    *,
+    print_schema: Annotated[bool, typer.Option("--print-schema", help="Print the YAML file's JSON Schema.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only read the YAML file.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Run a box until it is told to stop, or until all of its files have been judged."""
+    from edge.settings import load_settings, settings_schema
+
+    if print_schema:
+        typer.echo(settings_schema())
+        return
+    if config is None:
+        raise UsageError("run: give the box's YAML file with --config FILE, or --print-schema")
+    settings = load_settings(config)
+    if check:
+        typer.echo(f"{config}: {len(settings.cameras)} camera(s), bundle {settings.bundle}")
+        return
+    _log_to_stderr(verbose=verbose)
+    from edge.box import Box
+
+    Box(settings).run()
+
+
+@app.command()
+def replay(
+    bundle: Annotated[Path, typer.Option(help="Folder of the bundle that judges.", show_default=False)],
+    source: Annotated[Path, typer.Option(help="Folder of images, or a video file.", show_default=False)],
+    broker: BrokerOption = DEFAULT_BROKER,
+    *,
+    password_file: PasswordOption = None,
+    ca_file: CaOption = None,
+    prefix: PrefixOption = "lineward",
+    site: Annotated[str, typer.Option(help="Second segment of the topics.")] = "replay",
+    box: Annotated[str, typer.Option(help="Third segment of the topics.")] = "box",
+    camera: Annotated[str, typer.Option(help="Fourth segment of the topics.")] = "camera",
+    mode: Annotated[str, typer.Option(help="stream: anomaly events; triggered: a verdict per frame.")] = "stream",
+    fps: Annotated[float | None, typer.Option(help="Pace; as fast as judged by default.")] = None,
+    frame_rate: Annotated[float | None, typer.Option(help="Frames per second that the budget counts with.")] = None,
+    loop: Annotated[bool, typer.Option("--loop", help="Start again at the end, until --seconds or Ctrl-C.")] = False,
+    seconds: Annotated[float | None, typer.Option(help="Stop after this long.")] = None,
+    false_events_per_hour: Annotated[float, typer.Option(help="Budget in stream mode.")] = 1.0,
+    false_nok_per_1000: Annotated[float, typer.Option(help="Budget in triggered mode.")] = 1.0,
+    enter_hits: Annotated[int, typer.Option(help="Frames at or above the threshold that begin an event ...")] = 3,
+    enter_window: Annotated[int, typer.Option(help="... among this many.")] = 5,
+    leave_calm: Annotated[int, typer.Option(help="Calm frames that end an event.")] = 10,
+    engine: Annotated[str | None, typer.Option(help="onnxruntime or openvino.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or int8.")] = None,
+    threads: Annotated[int, typer.Option(help="Threads of the engine, 0 for its own choice.")] = 0,
+    state_dir: Annotated[Path | None, typer.Option(help="Folder of the outbox; a temporary one by default.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the broker at the end.")] = 30.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the summary and every frame here.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
+) -> None:
+    """Judge a folder or video through the whole box and publish what it finds."""
+    import json
+    import shutil
+    import tempfile
+
+    from edge.replay import replay as run_replay
+    from edge.replay import replay_source
+
+    folder = Path(tempfile.mkdtemp(prefix="lineward-replay-")) if state_dir is None else state_dir
+    settings = None
+    try:
+        settings = _replay_settings(
+            site=site, box=box, state_dir=folder, bundle=bundle, engine=engine, precision=precision, threads=threads,
+            broker=_broker(broker, password_file=password_file, ca_file=ca_file, prefix=prefix),
+            cameras=[{
+                "name": camera, "source": replay_source(source, fps=fps, loop=loop), "mode": mode,
+                "frame_rate": frame_rate,
+                "budget": {"false_events_per_hour": false_events_per_hour, "false_nok_per_1000": false_nok_per_1000},
+                "events": {"enter_hits": enter_hits, "enter_window": enter_window, "leave_calm": leave_calm},
+            }],
+        )  # fmt: skip
+        _log_to_stderr(verbose=verbose, level=logging.WARNING)
+        summary = run_replay(settings, seconds=seconds, drain_s=timeout, keep_results=json_file is not None)
+    except BaseException:
+        # Nothing is unsent before the box has run; after that the outbox is worth keeping.
+        if state_dir is None and (settings is None or not any(folder.iterdir())):
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if json_file is not None:
+        json_file.write_text(json.dumps(summary.as_json(), indent=1) + "\n", encoding="utf-8")
+    _print_summary(summary)
+    if summary.unsent:
+        raise BrokerError(
+            f"{summary.unsent} messages were not acknowledged by the broker at {settings.broker.address}; they are "
+            f"kept in {folder}: run again with --state-dir {folder} once it can be reached"
+        )
+    if state_dir is None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@app.command()
+def watch(
+    broker: BrokerOption = DEFAULT_BROKER,
+    *,
+    password_file: PasswordOption = None,
+    ca_file: CaOption = None,
+    prefix: PrefixOption = "lineward",
+    site: Annotated[str, typer.Option(help="Only this site.")] = "+",
+    box: Annotated[str, typer.Option(help="Only this box.")] = "+",
+    camera: Annotated[str | None, typer.Option(help="Only this camera.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Also status, states and availability.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line, as published.")] = False,
+    count: Annotated[int | None, typer.Option(min=1, help="Stop after this many messages.")] = None,
+    timeout: Annotated[float | None, typer.Option(min=0.0, help="Stop after this many seconds.")] = None,
+    connect_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the broker.")] = 10.0,
+) -> None:
+    """Print alerts and verdicts as they come, each once."""
+    from edge.alerts.subscriber import EVENTS, EVERYTHING, Subscriber
+
+    settings = _broker(broker, password_file=password_file, ca_file=ca_file, prefix=prefix)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    subscriber = Subscriber(settings, site=site, box=box, kinds=EVERYTHING if everything else EVENTS)
+    printed = 0
+    with contextlib.suppress(KeyboardInterrupt), subscriber:
+        subscriber.wait_until_ready(connect_timeout)
+        while count is None or printed < count:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                break
+            received = subscriber.receive(left)
+            if received is None or (camera is not None and getattr(received.message, "camera", None) != camera):
+                continue
+            printed += 1
+            text = received.payload.decode() if as_json else _line(received.topic, received.message)
+            typer.echo(text)
+            sys.stdout.flush()
+
+
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def _load_verb(entry: importlib.metadata.EntryPoint) -> Any:  # noqa: ANN401 (a typer command)
+    """Import a verb of another room.
+
+    Raises:
+        MissingExtraError: its room, or something that the room needs, is not installed.
+    """
+    room = entry.module.split(".")[0]
+    extra = EXTRAS.get(entry.name, room)
+    try:
+        function = entry.load()
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"{entry.name} is not part of this installation ({error.name} is missing): pip install 'lineward[{extra}]'"
+        ) from error
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(entry.name)(function)
+    return typer.main.get_command(single)
+
+
+def _broker(url: str, *, password_file: Path | None, ca_file: Path | None, prefix: str) -> BrokerSettings:
+    from pydantic import ValidationError
+
+    from edge.alerts.settings import BrokerSettings, parse_broker_url
+    from edge.settings import explain
+
+    parse_broker_url(url)
+    try:
+        return BrokerSettings(url=url, password_file=password_file, ca_file=ca_file, prefix=prefix)
+    except ValidationError as error:
+        raise UsageError(f"broker: {explain(error, BrokerSettings)}") from error
+
+
+def _replay_settings(**values: Any) -> BoxSettings:  # noqa: ANN401 (pydantic checks each)
+    from pydantic import ValidationError
+
+    from edge.settings import BoxSettings, explain
+
+    try:
+        return BoxSettings.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"replay: {explain(error, BoxSettings)}") from error
+
+
+def _log_to_stderr(*, verbose: bool, level: int = logging.INFO) -> None:
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if verbose else level,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+
+
+def _line(topic: str, message: Any) -> str:  # noqa: ANN401 (one of the published messages)
+    """Say a message in one line for people."""
+    values = message.model_dump()
+    parts = [topic]
+    for name in LINE_FIELDS:
+        value = values.get(name)
+        if value not in (None, ""):
+            shown = getattr(value, "value", value)
+            parts.append(f"{name}={shown:.4g}" if isinstance(shown, float) else f"{name}={shown}")
+    if values.get("regions"):
+        parts.append(f"regions={len(values['regions'])}")
+    if values.get("late"):
+        parts.append("late")
+    return " ".join(parts)
+
+
+def _print_summary(summary: ReplaySummary) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    latency = summary.latency_ms.get("processing", {})
+    rate = summary.frames_per_second
+    supported = "supported" if summary.threshold["budget_supported"] else "not supported by so few good images"
+    for name, value in (
+        ("frames", f"{summary.frames} ({summary.judged} judged, {summary.not_judged} not)"),
+        ("NOK frames", str(summary.nok)),
+        ("anomaly events", str(summary.events)),
+        ("messages acknowledged", f"{summary.published} ({summary.unsent} waiting, {summary.lost} lost)"),
+        ("frames per second", "-" if rate is None else f"{rate:.1f}"),
+        ("latency p50 / p99", f"{latency['p50']:.1f} / {latency['p99']:.1f} ms" if latency else "-"),
+        ("engine", f"{summary.engine} {summary.precision}"),
+        ("threshold", f"{summary.threshold['value']:.6g} ({summary.threshold['method']}; budget {supported})"),
+    ):
+        table.add_row(name, value)
+    console = Console()
+    console.print(table)
+    for warning in summary.warnings:
+        typer.echo(f"note: {warning}", err=True)

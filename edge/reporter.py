@@ -1,0 +1,148 @@
+"""Reporter: verdicts and events into the durable outbox, camera states into retained topics.
+
+A full disk or a message that cannot be built is counted and shown, and never stops the judging.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from typing import TYPE_CHECKING, Any
+
+from edge.alerts.message import BundleRef, Judge, MemoryRef, alert_from_event, encode, verdict_message
+from edge.alerts.outbox import Draft, Priority
+from edge.errors import MessageError, OutboxError
+from edge.frames import Decision, EventPhase
+
+if TYPE_CHECKING:
+    from edge.alerts.outbox import Outbox
+    from edge.alerts.publisher import Publisher
+    from edge.alerts.topics import Identity
+    from edge.bundle import Bundle
+    from edge.frames import AnomalyEvent, Verdict
+    from edge.health.metrics import Metrics
+
+_LOG = logging.getLogger(__name__)
+# What an operator misses least goes first when the outbox is full.
+_EVENT_PRIORITY = {EventPhase.NEW: Priority.HIGH, EventPhase.UPDATE: Priority.LOW, EventPhase.END: Priority.HIGH}
+_VERDICT_PRIORITY = {Decision.NOK: Priority.HIGH, Decision.NOT_JUDGED: Priority.HIGH, Decision.OK: Priority.NORMAL}
+
+
+class Reporter:
+    """Where the cameras of a box hand in what they found. Safe to call from several threads.
+
+    Args:
+        identity: of the box, for topics.
+        outbox: the durable queue.
+        publisher: for retained states.
+        bundle: that judges.
+        memory_version: of the memory in use, 0 for the packed one.
+        metrics: counts ``alerts``, ``verdicts`` and ``messages_lost``.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        outbox: Outbox,
+        publisher: Publisher,
+        bundle: Bundle,
+        memory_version: int,
+        metrics: Metrics,
+    ) -> None:
+        self._identity = identity
+        self._outbox = outbox
+        self._publisher = publisher
+        self._product = bundle.manifest.product
+        self._bundle = BundleRef(id=bundle.id, method=bundle.manifest.method)
+        self._memory = MemoryRef(version=memory_version)
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._shown: dict[str, tuple[object, ...]] = {}
+        self._error = ""
+
+    @property
+    def error(self) -> str:
+        """Why the last message was lost; empty when it was stored."""
+        return self._error
+
+    def event(self, event: AnomalyEvent, *, calibration_count: int) -> None:
+        """Store one phase of an event."""
+        judge = self._judge(calibration_count)
+
+        def make(epoch: str, seq: int) -> bytes:
+            return encode(alert_from_event(event, identity=self._identity, judge=judge, epoch=epoch, seq=seq))
+
+        self._store(Draft(self._identity.alert(event.camera), make, _EVENT_PRIORITY[event.phase]), "alerts")
+
+    def verdict(self, verdict: Verdict, *, calibration_count: int) -> None:
+        """Store the verdict on one part."""
+        judge = self._judge(calibration_count)
+
+        def make(epoch: str, seq: int) -> bytes:
+            return encode(verdict_message(verdict, identity=self._identity, judge=judge, epoch=epoch, seq=seq))
+
+        topic = self._identity.verdict(verdict.camera)
+        self._store(Draft(topic, make, _VERDICT_PRIORITY[verdict.decision]), "verdicts")
+
+    def state(
+        self,
+        camera: str,
+        state: str,
+        *,
+        reason: str = "",
+        event_id: str | None = None,
+        part_id: str | None = None,
+        verdict: Verdict | None = None,
+    ) -> None:
+        """Publish a camera's retained state where it differs from the one shown.
+
+        Args:
+            camera: its name.
+            state: ``ok``, ``nok`` or ``not_judged``.
+            reason: why it was not judged.
+            event_id: of the event that lasts, in stream mode.
+            part_id: of the part, in triggered mode.
+            verdict: whose score and threshold are shown, and whose part is a new one each time.
+        """
+        part = None if verdict is None or part_id is None else verdict.camera_seq
+        shown = (state, reason, event_id, part_id, part)
+        values: dict[str, Any] = {"state": state, "reason": reason, "event_id": event_id, "part_id": part_id}
+        if verdict is not None:
+            values |= {
+                name: value
+                for name, value in (("score", verdict.score), ("threshold", verdict.threshold))
+                if math.isfinite(value)
+            }
+        with self._lock:
+            if self._shown.get(camera) == shown:
+                return
+            self._shown[camera] = shown
+        try:
+            self._publisher.publish_state(camera, values)
+        except MessageError as error:
+            self._metrics.count("states_failed")
+            _LOG.error("camera %s: its state cannot be published: %s", camera, error)
+
+    def _judge(self, calibration_count: int) -> Judge:
+        return Judge(
+            product=self._product,
+            bundle=self._bundle,
+            memory=self._memory,
+            p_value_floor=1 / (calibration_count + 1),
+        )
+
+    def _store(self, draft: Draft, counter: str) -> None:
+        try:
+            self._outbox.append_many([draft])
+        except (OutboxError, MessageError) as error:
+            self._metrics.count("messages_lost")
+            if not self._error:
+                _LOG.error("messages are being lost: %s", error)
+            self._error = str(error)
+            return
+        self._metrics.count(counter)
+        if self._error:
+            _LOG.info("messages are stored again")
+            self._error = ""
