@@ -15,9 +15,11 @@ from importlib import metadata
 from pathlib import Path
 
 import cv2
-import numpy as np
 import pytest
 from packaging.requirements import Requirement
+
+from deploy.embedded_broker import EmbeddedBroker
+from tests.edge.tiny_bundle import defective_frame, good_frame, make_tiny_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("edge", "deploy", "trainer")
@@ -152,14 +154,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-@pytest.fixture(scope="module")
-def bare_box(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make an environment with the installed wheel, the base and box-cpu packages, and nothing else.
+def install_box(wheel: Path, environment: Path) -> Path:
+    """Make an environment with the wheel, the base and box-cpu packages, and nothing else.
 
     Returns:
         The environment's folder. Its packages are links into this environment, so that none is downloaded.
     """
-    environment = tmp_path_factory.mktemp("bare_box") / "venv"
     venv.create(environment, with_pip=False, symlinks=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(environment / "bin" / "python")]
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], check=True, capture_output=True)
@@ -167,16 +167,21 @@ def bare_box(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return environment
 
 
-def site_packages(environment: Path) -> Path:
-    return Path(sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)}))
+@pytest.fixture(scope="module")
+def bare_box(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install_box(wheel, tmp_path_factory.mktemp("bare_box") / "venv")
 
 
 @pytest.fixture(scope="module")
-def edge_alone(bare_box: Path) -> Path:
-    """Delete the rooms above the edge from the installed wheel."""
+def edge_alone(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    environment = install_box(wheel, tmp_path_factory.mktemp("edge_alone") / "venv")
     for room in ("trainer", "deploy"):
-        shutil.rmtree(site_packages(bare_box) / room)
-    return bare_box
+        shutil.rmtree(site_packages(environment) / room)
+    return environment
+
+
+def site_packages(environment: Path) -> Path:
+    return Path(sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)}))
 
 
 def run_in(environment: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -211,26 +216,35 @@ def test_help_lists_the_verbs(edge_alone: Path, tmp_path: Path) -> None:
         assert re.search(rf"\b{verb}\b", result.stdout)
 
 
-def test_box_judges_a_folder_alone(edge_alone: Path, tmp_path: Path) -> None:
-    from tests.edge.tiny_bundle import make_tiny_bundle
+def test_verb_without_torch_names_the_extra(bare_box: Path, tmp_path: Path) -> None:
+    result = run_in(bare_box, "lineward", "train", "--data", "x", "--out", "y", cwd=tmp_path)
 
+    assert result.returncode == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "lineward[trainer]" in result.stderr
+
+
+def test_box_judges_a_folder_alone(edge_alone: Path, tmp_path: Path) -> None:
     make_tiny_bundle(tmp_path / "bundle")
     images = tmp_path / "images"
     images.mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(3):
-        cv2.imwrite(str(images / f"{index}.png"), rng.integers(0, 255, (96, 128, 3), dtype=np.uint8))
-    script = (
-        "import json, sys\n"
-        "from pathlib import Path\n"
-        "import cv2\n"
-        "from edge.bundle import Bundle\n"
-        "print(json.dumps(sorted(m for m in sys.modules if m.split('.')[0] in ('torch', 'deploy', 'trainer'))))\n"
-    )
-    result = run_in(edge_alone, "python", "-c", script, cwd=tmp_path)
+    for index in range(6):
+        image = defective_frame(index) if index in {2, 3, 4} else good_frame(index)
+        cv2.imwrite(str(images / f"{index}.png"), image)
+    found = tmp_path / "found.json"
+
+    with EmbeddedBroker() as broker:
+        result = run_in(
+            edge_alone, "lineward", "replay", "--bundle", "bundle", "--source", "images", "--broker", broker.url,
+            "--engine", "onnxruntime", "--mode", "triggered", "--false-nok-per-1000", "30", "--json", str(found),
+            cwd=tmp_path,
+        )  # fmt: skip
 
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout) == []
+    summary = json.loads(found.read_text(encoding="utf-8"))
+    decisions = {frame["name"]: frame["decision"] for frame in summary["results"]}
+    assert {name for name, decision in decisions.items() if decision == "NOK"} == {"2.png", "3.png", "4.png"}
+    assert (summary["published"], summary["unsent"], summary["lost"]) == (6, 0, 0)
 
 
 # --- what a Jetson's Python can install -------------------------------------------------------------------------
