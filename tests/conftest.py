@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from tests.mosquitto_process import Mosquitto
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 INSTALL_MOSQUITTO = "apt-get install mosquitto (Debian, Ubuntu) or brew install mosquitto"
 
@@ -33,3 +39,25 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if skipped:
         terminalreporter.section("mosquitto is missing", red=True, bold=True)
         terminalreporter.line(f"{skipped} tests were skipped. Install it and run again: {INSTALL_MOSQUITTO}", red=True)
+
+
+@pytest.fixture
+def make_mosquitto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Mosquitto]]:
+    """Starts brokers; see :class:`mosquitto_process.Mosquitto` for what can be asked for."""
+    brokers: list[Mosquitto] = []
+
+    def make(**options: Any) -> Mosquitto:
+        broker = Mosquitto(tmp_path_factory.mktemp("mosquitto"), **options)
+        brokers.append(broker)
+        broker.start()
+        return broker
+
+    yield make
+    for broker in brokers:
+        broker.stop()
+
+
+@pytest.fixture
+def mosquitto(make_mosquitto: Callable[..., Mosquitto]) -> Mosquitto:
+    """A broker without login and persistence, already running."""
+    return make_mosquitto()

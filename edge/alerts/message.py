@@ -5,8 +5,11 @@ The models are the source of docs/schemas. This module must not know how message
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import (
@@ -440,3 +443,14 @@ def _explain(name: str, error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or "payload"
     return f"{name}: {where}: {first['msg']}"[:500]
+
+
+def write_schemas(folder: Path) -> None:
+    """Write the JSON Schema files; ``python -m edge.alerts.message docs/schemas`` does it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, schema in json_schemas().items():
+        (folder / name).write_text(json.dumps(schema, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_schemas(Path(sys.argv[1]))
