@@ -6,6 +6,7 @@ Imports of the box wait until a verb is called; rooms above are never imported t
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import sys
@@ -39,6 +40,7 @@ VERB_HELP = {
     "verify": "Check a bundle and the figures that it promises.",
 }
 EXTRAS = {"demo": "demo"}
+_ROOMS = frozenset({"edge", "deploy", "trainer"})
 LINE_FIELDS = (
     "value", "decision", "phase", "state", "part_id", "event_id", "score", "threshold", "p_value", "reason",
 )  # fmt: skip
@@ -258,14 +260,24 @@ def _load_verb(entry: importlib.metadata.EntryPoint) -> Any:  # noqa: ANN401 (a 
     """
     room = entry.module.split(".")[0]
     extra = EXTRAS.get(entry.name, room)
+    missing = f"{entry.name} is not part of this installation ({{}} is missing): pip install 'lineward[{extra}]'"
     try:
         function = entry.load()
     except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"{entry.name} is not part of this installation ({error.name} is missing): pip install 'lineward[{extra}]'"
-        ) from error
+        raise MissingExtraError(missing.format(error.name)) from error
+
+    @functools.wraps(function)
+    def call(*args: Any, **values: Any) -> None:  # noqa: ANN401 (typer's)
+        try:
+            function(*args, **values)
+        except ModuleNotFoundError as error:
+            # Verbs import what they need when called. A module of our own that is missing is a defect, not an extra.
+            if (error.name or "").split(".")[0] in _ROOMS:
+                raise
+            raise MissingExtraError(missing.format(error.name)) from error
+
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(entry.name)(function)
+    single.command(entry.name)(call)
     return typer.main.get_command(single)
 
 
