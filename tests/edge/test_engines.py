@@ -258,3 +258,10 @@ def test_damaged_graph_raises_only_our_error(data: st.DataObject) -> None:
         content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(0, 255))
     with contextlib.suppress(EngineError):
         with_initialisers(bytes(content), {"t": np.zeros(6, np.float32)})
+
+
+def test_truncated_graph_is_refused(bundle: Bundle) -> None:
+    whole = file_of(bundle, "head", Precision.FLOAT32).read_bytes()
+    inside = read_initialisers(whole)["bank"].offset + 100
+    with pytest.raises(EngineError, match="not an ONNX model .*runs past"):
+        read_initialisers(whole[:inside])
