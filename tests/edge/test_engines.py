@@ -263,5 +263,5 @@ def test_damaged_graph_raises_only_our_error(data: st.DataObject) -> None:
 def test_truncated_graph_is_refused(bundle: Bundle) -> None:
     whole = file_of(bundle, "head", Precision.FLOAT32).read_bytes()
     inside = read_initialisers(whole)["bank"].offset + 100
-    with pytest.raises(EngineError, match="not an ONNX model .*runs past"):
+    with pytest.raises(EngineError, match=r"not an ONNX model .*runs past"):
         read_initialisers(whole[:inside])
