@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("lineward.mqtt")
 # Long enough for a DISCONNECT to leave, short enough not to hold up a stop over a dead network.
 _GOODBYE_S = 1.0
+# mosquitto 2.0 does not say that another client took the session over; what it looks like is all there is to go by.
+_SHORT_LIVES = 3
+_SHORT_LIVED = " soon after each connect; does another client use this client_id? Give each box its own name"
 
 
 class LinkKind(str, Enum):
@@ -362,21 +365,26 @@ class Reconnector:
 
     def _run(self) -> None:
         delay = self._settings.backoff_min_s
+        short_lives = 0
         while not self.stopping.is_set():
-            began = time.monotonic()
+            began, before = time.monotonic(), self.connections
             lost = self._connect_and_serve()
             if lost is None or self.stopping.is_set():
                 break
             if lost.other_protocol and self._settings.protocol is Protocol.AUTO and self._protocol is Protocol.V5:
                 self._protocol = Protocol.V311
                 continue
-            if time.monotonic() - began > self._settings.backoff_max_s:
+            lasted = time.monotonic() - began
+            if lasted > self._settings.backoff_max_s:
                 delay = self._settings.backoff_min_s
-            if lost.refused or lost.other_protocol:
-                self.set_state(LinkState(LinkKind.REFUSED, lost.reason))
+            if lasted > 2 * self._settings.backoff_max_s:
+                short_lives = 0
+            short_lives += self.connections - before
+            reason = lost.reason + (_SHORT_LIVED if short_lives >= _SHORT_LIVES else "")
+            refused = lost.refused or lost.other_protocol
+            if refused or short_lives >= _SHORT_LIVES:
                 delay = self._settings.backoff_max_s
-            else:
-                self.set_state(LinkState(LinkKind.CONNECTING, lost.reason))
+            self.set_state(LinkState(LinkKind.REFUSED if refused else LinkKind.CONNECTING, reason))
             # Many boxes lose one broker at the same moment; they shall not come back at the same moment.
             self.stopping.wait(delay * random.uniform(0.75, 1.0))  # noqa: S311 (no secret)
             delay = min(2 * delay, self._settings.backoff_max_s)
@@ -403,7 +411,8 @@ class Reconnector:
             return Lost(str(error))
         except (OSError, ValueError) as error:
             # ValueError: paho and the ssl module answer so to host names that cannot be encoded.
-            return Lost(f"{getattr(error, 'strerror', None) or error}; is the broker running at this address?")
+            question = "does this port speak TLS" if self._settings.tls else "is the broker running at this address"
+            return Lost(f"{getattr(error, 'strerror', None) or error}; {question}?")
         else:
             return lost
         finally:

@@ -360,7 +360,11 @@ class Outbox:
         gone: list[tuple[int]] = []
         query = "SELECT seq, size, acked FROM rows WHERE acked = 1 OR again = 1 ORDER BY seq LIMIT ?"
         for seq, size, acked in db.execute(query, (rows + len(self._in_flight),)).fetchall():
-            if seq in self._in_flight or len(gone) >= rows or (bytes_over is not None and bytes_over <= 0):
+            if (
+                (not acked and seq in self._in_flight)
+                or len(gone) >= rows
+                or (bytes_over is not None and bytes_over <= 0)
+            ):
                 continue
             gone.append((seq,))
             bytes_over = None if bytes_over is None else bytes_over - size
