@@ -99,9 +99,7 @@ class Box:
         """
         settings = self.settings
         bundle = Bundle.open(settings.bundle)
-        detector = Detector.open(
-            bundle, engine=settings.engine, precision=settings.precision, threads=settings.threads
-        )
+        detector = Detector.open(bundle, engine=settings.engine, precision=settings.precision, threads=settings.threads)
         judges = [self._judge(camera, bundle, detector) for camera in settings.cameras]
         self._detector = detector
         self._versions = _versions(detector.status.engine.value)

@@ -41,7 +41,7 @@ FIRST_RESTART_S = 1.0
 CAPTURE_STOP_S = 0.5
 NS_PER_MS = 1e6
 _LOST = frozenset({CameraState.RECONNECTING, CameraState.FAILED, CameraState.ENDED})
-_NOT_WELL = _LOST | {CameraState.STALLED}
+_NOT_WELL = frozenset({CameraState.STALLED, CameraState.RECONNECTING, CameraState.FAILED})
 
 
 class CameraWorker:
@@ -249,6 +249,11 @@ class CameraWorker:
             started = time.monotonic_ns()
             self._reporter.event(event, calibration_count=self._judge.calibration_count)
             self._metrics.observe({"store": (time.monotonic_ns() - started) / NS_PER_MS})
+            if event.phase is not EventPhase.UPDATE:
+                _LOG.info(
+                    "camera %s: anomaly %s, frame %d, score %.6g, peak %.6g, threshold %.6g",
+                    self.name, event.phase.value, event.camera_seq, event.score, event.peak_score, event.threshold,
+                )  # fmt: skip
 
     def _show_stream(self, verdict: Verdict) -> None:
         if verdict.decision is Decision.NOT_JUDGED:
@@ -289,7 +294,7 @@ class CameraWorker:
             False when no frame will ever come.
         """
         state = self._capture.state
-        if state in _NOT_WELL and not (state is CameraState.ENDED and not self._capture.finished):
+        if state in _NOT_WELL:
             self._reporter.state(self.name, "not_judged", reason=(self._capture.error or state.value)[:200])
         if state in _LOST:
             self._report(self._tracker.finish())

@@ -21,6 +21,7 @@ from edge.errors import BrokerError, LinewardError, MissingExtraError, UsageErro
 
 if TYPE_CHECKING:
     from edge.alerts.settings import BrokerSettings
+    from edge.alerts.subscriber import Subscriber
     from edge.replay import ReplaySummary
     from edge.settings import BoxSettings
 
@@ -230,11 +231,13 @@ def watch(
     from edge.alerts.subscriber import EVENTS, EVERYTHING, Subscriber
 
     settings = _broker(broker, password_file=password_file, ca_file=ca_file, prefix=prefix)
+    # The subscriber's own words on each attempt to connect would stand between the messages.
+    _log_to_stderr(verbose=False, level=logging.ERROR)
     deadline = None if timeout is None else time.monotonic() + timeout
     subscriber = Subscriber(settings, site=site, box=box, kinds=EVERYTHING if everything else EVENTS)
     printed = 0
     with contextlib.suppress(KeyboardInterrupt), subscriber:
-        subscriber.wait_until_ready(connect_timeout)
+        _wait_until_ready(subscriber, settings, connect_timeout)
         while count is None or printed < count:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
@@ -292,6 +295,13 @@ def _broker(url: str, *, password_file: Path | None, ca_file: Path | None, prefi
         return BrokerSettings(url=url, password_file=password_file, ca_file=ca_file, prefix=prefix)
     except ValidationError as error:
         raise UsageError(f"broker: {explain(error, BrokerSettings)}") from error
+
+
+def _wait_until_ready(subscriber: Subscriber, settings: BrokerSettings, timeout: float) -> None:
+    try:
+        subscriber.wait_until_ready(timeout)
+    except BrokerError as error:
+        raise BrokerError(f"{settings.address}: {error}") from error
 
 
 def _replay_settings(**values: Any) -> BoxSettings:  # noqa: ANN401 (pydantic checks each)

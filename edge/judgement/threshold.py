@@ -123,9 +123,7 @@ def p_value(score: float, scores: npt.NDArray[np.floating]) -> float:
     return (1 + int(np.count_nonzero(scores >= score))) / (scores.size + 1)
 
 
-def fit_threshold(
-    scores: npt.NDArray[np.floating], groups: npt.NDArray[np.str_] | None, alpha: float
-) -> Threshold:
+def fit_threshold(scores: npt.NDArray[np.floating], groups: npt.NDArray[np.str_] | None, alpha: float) -> Threshold:
     """Find the raw threshold that good images reach with probability at most ``alpha``.
 
     Images of one group (one part, one crop source) are not independent, so every group weighs the same, its images

@@ -40,8 +40,10 @@ def test_budget_at_the_limit_of_support_is_supported() -> None:
 
 def test_empirical_threshold_covers_new_scores() -> None:
     rng = np.random.default_rng(1)
-    rates = [(rng.standard_normal(400) >= fit_threshold(rng.standard_normal(59), None, 0.05).value).mean()
-             for _ in range(300)]
+    rates = [
+        (rng.standard_normal(400) >= fit_threshold(rng.standard_normal(59), None, 0.05).value).mean()
+        for _ in range(300)
+    ]
 
     assert 0.035 < np.mean(rates) <= 0.055
 
@@ -94,9 +96,7 @@ def test_tail_fit_is_never_below_the_highest_good_score(scores: np.ndarray, alph
 
 
 @given(scores=SCORES, alphas=st.tuples(ALPHAS, ALPHAS), groups=st.integers(1, 60))
-def test_smaller_alpha_never_lowers_the_threshold(
-    scores: np.ndarray, alphas: tuple[float, float], groups: int
-) -> None:
+def test_smaller_alpha_never_lowers_the_threshold(scores: np.ndarray, alphas: tuple[float, float], groups: int) -> None:
     low, high = sorted(alphas)
     names = groups_for(scores.size, groups)
 
@@ -105,9 +105,7 @@ def test_smaller_alpha_never_lowers_the_threshold(
     assert strict >= lax - 1e-9 * max(1.0, abs(lax))
 
 
-@given(
-    scores=SCORES, alpha=ALPHAS, scale=st.floats(0.125, 8), offset=st.floats(-50, 50), groups=st.integers(1, 60)
-)
+@given(scores=SCORES, alpha=ALPHAS, scale=st.floats(0.125, 8), offset=st.floats(-50, 50), groups=st.integers(1, 60))
 def test_threshold_follows_a_positive_affine_map(
     scores: np.ndarray, alpha: float, scale: float, offset: float, groups: int
 ) -> None:

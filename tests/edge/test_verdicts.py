@@ -210,9 +210,7 @@ def test_polygon_is_cut_along_its_edge() -> None:
 
 
 def test_exclusion_wins_over_inclusion() -> None:
-    region = RegionOfInterest(
-        include=(Rectangle(x=0, y=0, w=50, h=80),), exclude=(Rectangle(x=20, y=0, w=80, h=80),)
-    )
+    region = RegionOfInterest(include=(Rectangle(x=0, y=0, w=50, h=80),), exclude=(Rectangle(x=20, y=0, w=80, h=80),))
 
     mask = rasterise(region, BOX, (H, W))
 

@@ -1,0 +1,326 @@
+"""One camera's worker: every frame judged or counted, failures isolated, never a wrong OK."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+import pytest
+
+import edge.camera
+from edge.bundle import CalibrationScores, Pooling
+from edge.camera import CameraWorker
+from edge.capture.capture import CameraState, Counters
+from edge.errors import CaptureError, EngineError
+from edge.frames import AnomalyEvent, Frame, Prediction, Verdict
+from edge.health.metrics import Metrics
+from edge.health.watchdog import Watchdog
+from edge.judgement.verdicts import Judge
+from edge.settings import CameraSettings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+HOT, CALM = 255, 0
+SOON = 20
+
+
+class Recorder:
+    """Stands for the reporter: keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.verdicts: list[Verdict] = []
+        self.events: list[AnomalyEvent] = []
+        self.states: list[tuple[str, str]] = []
+        self.seen = threading.Condition()
+
+    def verdict(self, verdict: Verdict, **_: Any) -> None:
+        with self.seen:
+            self.verdicts.append(verdict)
+            self.seen.notify_all()
+
+    def event(self, event: AnomalyEvent, **_: Any) -> None:
+        with self.seen:
+            self.events.append(event)
+            self.seen.notify_all()
+
+    def state(self, _camera: str, state: str, *, reason: str = "", **_: Any) -> None:
+        if not self.states or self.states[-1] != (state, reason):
+            self.states.append((state, reason))
+
+
+class Brightness:
+    """A detector whose map is the image's own brightness; ``fail_on`` names values that break it."""
+
+    def __init__(self, fail_on: int | None = None, nan_on: int | None = None) -> None:
+        self.fail_on = fail_on
+        self.nan_on = nan_on
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def predict(self, frame: Frame) -> Prediction:
+        assert self.gate.wait(SOON)
+        value = int(frame.image[0, 0, 0])
+        if value == self.fail_on:
+            raise EngineError("the engine gave up")
+        score = math.nan if value == self.nan_on else float(value)
+        return Prediction(np.full((4, 4), score, np.float32), frame, 1, 1)
+
+
+def judge() -> Judge:
+    scores = np.linspace(0, 10, 50, dtype=np.float32)
+    calibration = CalibrationScores(scores, np.zeros((50, 4, 4), np.float16), np.arange(50).astype(np.str_))
+    return Judge(calibration=calibration, pooling=Pooling(), crop=None, alpha=0.05)
+
+
+def folder_of(path: Path, values: list[int | None]) -> Path:
+    path.mkdir()
+    for index, value in enumerate(values):
+        file = path / f"part{index:03d}.png"
+        if value is None:
+            file.write_bytes(b"no image")
+        else:
+            cv2.imwrite(str(file), np.full((8, 8, 3), value, np.uint8))
+    return path
+
+
+def work(
+    folder: Path, *, detector: Any = None, stop: threading.Event | None = None, **settings: Any
+) -> tuple[CameraWorker, Recorder, Metrics]:
+    recorder, metrics = Recorder(), Metrics()
+    worker = CameraWorker(
+        settings=CameraSettings.model_validate(
+            {"name": "cam", "source": {"kind": "folder", "path": str(folder)}, "mode": "triggered", **settings}
+        ),
+        detector=detector or Brightness(),
+        judge=judge(),
+        reporter=recorder,
+        metrics=metrics,
+        watchdog=Watchdog(limit_s=SOON),
+        stop=stop or threading.Event(),
+    )
+    return worker, recorder, metrics
+
+
+def finish(worker: CameraWorker) -> None:
+    worker.start()
+    assert worker.join(SOON)
+    assert worker.done
+
+
+def wait_for_captured(worker: CameraWorker, count: int) -> None:
+    deadline = time.monotonic() + SOON
+    while worker.status()["counters"]["captured"] < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)  # the capture's own counter: it tells nobody
+
+
+def decisions(recorder: Recorder) -> dict[str | None, str]:
+    return {verdict.part_id: verdict.decision.value for verdict in recorder.verdicts}
+
+
+def test_every_file_is_one_part_with_one_verdict(tmp_path: Path) -> None:
+    worker, recorder, _ = work(folder_of(tmp_path / "in", [CALM, HOT, CALM]))
+
+    finish(worker)
+
+    assert decisions(recorder) == {"part000": "OK", "part001": "NOK", "part002": "OK"}
+    assert len(recorder.verdicts) == 3
+    assert recorder.states[-1] == ("not_judged", "the source has ended")
+
+
+def test_unreadable_part_is_not_judged(tmp_path: Path) -> None:
+    worker, recorder, metrics = work(folder_of(tmp_path / "in", [CALM, None, HOT]))
+
+    finish(worker)
+
+    assert decisions(recorder) == {"part000": "OK", "part001": "NOT_JUDGED", "part002": "NOK"}
+    assert sorted(verdict.camera_seq for verdict in recorder.verdicts) == [0, 1, 2]
+    assert metrics.value("frames_corrupt") == 1
+    assert worker.status()["counters"]["corrupt"] == 1
+
+
+def test_part_whose_inference_fails_is_not_judged_and_the_next_one_is(tmp_path: Path) -> None:
+    detector = Brightness(fail_on=7)
+    worker, recorder, metrics = work(folder_of(tmp_path / "in", [CALM, 7, CALM]), detector=detector)
+
+    finish(worker)
+
+    assert decisions(recorder) == {"part000": "OK", "part001": "NOT_JUDGED", "part002": "OK"}
+    assert "the engine gave up" in recorder.verdicts[1].reason
+    assert metrics.value("frames_failed") == 1
+    assert worker.failure == ""
+
+
+def test_lasting_failure_is_a_warning(tmp_path: Path) -> None:
+    worker, _, metrics = work(folder_of(tmp_path / "in", [7, 7]), detector=Brightness(fail_on=7))
+
+    finish(worker)
+
+    assert metrics.value("frames_failed") == 2
+    assert "the engine gave up" in worker.warnings()[-1]
+
+
+def test_part_with_a_nan_map_is_not_judged(tmp_path: Path) -> None:
+    worker, recorder, _ = work(folder_of(tmp_path / "in", [CALM, 7]), detector=Brightness(nan_on=7))
+
+    finish(worker)
+
+    assert decisions(recorder) == {"part000": "OK", "part001": "NOT_JUDGED"}
+
+
+def test_part_judged_too_late_is_not_judged(tmp_path: Path) -> None:
+    worker, recorder, metrics = work(folder_of(tmp_path / "in", [CALM]), timeout_ms=1e-6)
+
+    finish(worker)
+
+    assert decisions(recorder) == {"part000": "NOT_JUDGED"}
+    assert "allowed" in recorder.verdicts[0].reason
+    assert metrics.value("frames_late") == 1
+
+
+def test_parts_dropped_by_policy_are_not_judged(tmp_path: Path) -> None:
+    detector = Brightness()
+    detector.gate.clear()
+    source = {"kind": "folder", "path": str(folder_of(tmp_path / "in", [CALM] * 10)), "policy": "drop_oldest",
+              "capacity": 1}  # fmt: skip
+    worker, recorder, _ = work(tmp_path, detector=detector, source=source)
+
+    worker.start()
+    wait_for_captured(worker, 10)
+    detector.gate.set()
+    assert worker.join(SOON)
+
+    found = decisions(recorder)
+    assert len(found) == len(recorder.verdicts) == 10
+    assert set(found.values()) == {"OK", "NOT_JUDGED"}
+    assert {v.reason for v in recorder.verdicts if v.decision.value == "NOT_JUDGED"} == {"frame dropped"}
+
+
+def test_parts_in_the_queue_at_stop_are_not_judged(tmp_path: Path) -> None:
+    detector, stop = Brightness(), threading.Event()
+    detector.gate.clear()
+    worker, recorder, _ = work(folder_of(tmp_path / "in", [CALM] * 4), detector=detector, stop=stop)
+
+    worker.start()
+    wait_for_captured(worker, 4)
+    stop.set()
+    detector.gate.set()
+    assert worker.join(SOON)
+
+    assert list(decisions(recorder).values()) == ["OK", "NOT_JUDGED", "NOT_JUDGED", "NOT_JUDGED"]
+    assert recorder.states[-1] == ("not_judged", "stopped")
+
+
+def test_stream_gives_events_and_states(tmp_path: Path) -> None:
+    events = {"enter_hits": 2, "enter_window": 3, "leave_calm": 2}
+    values = [CALM, HOT, HOT, HOT, CALM, CALM, CALM]
+    worker, recorder, metrics = work(folder_of(tmp_path / "in", values), mode="stream", events=events)
+
+    finish(worker)
+
+    assert [(e.phase.value, e.camera_seq) for e in recorder.events] == [("new", 2), ("end", 5)]
+    assert [state for state, _ in recorder.states] == ["not_judged", "ok", "nok", "ok", "not_judged"]
+    assert recorder.verdicts == []
+    assert metrics.value("judged") == 7
+
+
+def test_event_ends_with_its_source(tmp_path: Path) -> None:
+    events = {"enter_hits": 1, "enter_window": 1}
+    worker, recorder, _ = work(folder_of(tmp_path / "in", [CALM, HOT, HOT]), mode="stream", events=events)
+
+    finish(worker)
+
+    assert [e.phase.value for e in recorder.events] == ["new", "end"]
+
+
+def test_stream_frame_that_fails_shows_not_judged(tmp_path: Path) -> None:
+    worker, recorder, _ = work(
+        folder_of(tmp_path / "in", [CALM, 7, CALM]), detector=Brightness(fail_on=7), mode="stream"
+    )
+
+    finish(worker)
+
+    assert [state for state, _ in recorder.states] == ["not_judged", "ok", "not_judged", "ok", "not_judged"]
+
+
+def test_missing_folder_is_refused_and_shown(tmp_path: Path) -> None:
+    worker, recorder, _ = work(tmp_path / "none")
+
+    with pytest.raises(CaptureError, match="none"):
+        worker.start()
+
+    assert worker.done
+    assert recorder.states[-1][0] == "not_judged"
+
+
+def test_defect_of_the_worker_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, recorder, metrics = work(folder_of(tmp_path / "in", [CALM]))
+    monkeypatch.setattr(recorder, "verdict", lambda *_, **__: 1 / 0)
+
+    finish(worker)
+
+    assert metrics.value("workers_failed") == 1
+    assert "its worker failed" in worker.failure
+    assert recorder.states[-1] == ("not_judged", "its worker failed, see the log")
+
+
+class BreakingCapture:
+    """A live capture: the first one breaks down after two frames, the second one gives two more and goes on."""
+
+    made = 0
+
+    def __init__(self, **_: object) -> None:
+        BreakingCapture.made += 1
+        self.first = BreakingCapture.made == 1
+        self.given = 0
+
+    @property
+    def state(self) -> CameraState:
+        broken = self.first and self.given == 2
+        return CameraState.FAILED if broken else CameraState.STREAMING
+
+    error = "the driver broke"
+
+    @property
+    def finished(self) -> bool:
+        return self.state is CameraState.FAILED
+
+    @property
+    def counters(self) -> Counters:
+        return Counters(captured=self.given, delivered=self.given)
+
+    def start(self) -> None: ...
+
+    def stop(self, _timeout: float) -> None: ...
+
+    def get(self, _timeout: float) -> Frame | None:
+        if self.given == 2:
+            return None
+        frame = Frame(np.zeros((8, 8, 3), np.uint8), "cam", self.given, 0, datetime.now(timezone.utc))
+        self.given += 1
+        return frame
+
+
+def test_camera_that_breaks_down_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    BreakingCapture.made = 0
+    monkeypatch.setattr(edge.camera, "Capture", BreakingCapture)
+    monkeypatch.setattr(edge.camera, "FIRST_RESTART_S", 0.01)
+    stop = threading.Event()
+    worker, recorder, metrics = work(tmp_path, source={"kind": "camera", "device": 0}, stop=stop)
+
+    worker.start()
+    with recorder.seen:
+        assert recorder.seen.wait_for(lambda: len(recorder.verdicts) == 4, SOON)
+    stop.set()
+    assert worker.join(SOON)
+
+    assert [verdict.camera_seq for verdict in recorder.verdicts] == [0, 1, 2, 3]
+    assert ("not_judged", "the driver broke") in recorder.states
+    assert metrics.value("captures_restarted") == 1
+    assert worker.status()["counters"]["captured"] == 4
