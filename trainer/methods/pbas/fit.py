@@ -43,15 +43,15 @@ class PbasConfig(MethodConfig):
 
     k: float = Field(0.25, gt=0, le=10, description="Displacement of anomalies in units of the mean radius.")
     direction: Direction = Field(Direction.OUTWARD, description="Random is the ablation.")
-    standardise: bool = Field(True, description="Give every feature channel mean 0 and deviation 1 on good patches.")
+    standardise: bool = Field(False, description="Give every feature channel mean 0 and deviation 1 on good patches.")
     alignment: bool = Field(True, description="Align the features of later batches with the centres of the first.")
-    centre_weight: float = Field(1.0, ge=0, description="Weight of the centre loss.")
+    centre_weight: float = Field(0.05, ge=0, description="Weight of the centre loss.")
     refinement: bool = Field(True, description="Let the classification losses move the projector too.")
-    steps: int = Field(400, ge=1, description="Optimiser steps; fixed, there is no early stop.")
+    steps: int = Field(250, ge=1, description="Optimiser steps; fixed, there is no early stop.")
     batch_tiles: int = Field(8, ge=1, description="Tiles that a step draws its patches from.")
-    batch_rows: int = Field(1024, ge=2, description="Patches of a step at most, drawn from its tiles.")
-    projector_rate: float = Field(1e-3, gt=0, description="Learning rate of the projector (Adam).")
-    discriminator_rate: float = Field(2e-3, gt=0, description="Learning rate of the discriminator (AdamW).")
+    batch_rows: int = Field(768, ge=2, description="Patches of a step at most, drawn from its tiles.")
+    projector_rate: float = Field(3e-3, gt=0, description="Learning rate of the projector (Adam).")
+    discriminator_rate: float = Field(6e-3, gt=0, description="Learning rate of the discriminator (AdamW).")
     schedule: Schedule = Field(Schedule.COSINE, description="How the learning rates go over the steps.")
     smoothing: float = Field(0.5, ge=0, le=16, description="Sigma of the Gaussian over the map, in cells; 0 is none.")
 
@@ -193,7 +193,7 @@ def train(context: FitContext, config: PbasConfig) -> Fitted:
         if not torch.isfinite(loss):
             raise UsageError(
                 f"PBAS: the loss became {float(loss)} at step {step + 1} of {config.steps}; "
-                "lower projector_rate and discriminator_rate, or leave standardise on"
+                "lower projector_rate and discriminator_rate, or turn standardise on"
             )
         for optimiser in optimisers:
             optimiser.zero_grad()
@@ -209,7 +209,7 @@ def train(context: FitContext, config: PbasConfig) -> Fitted:
 
 
 class PbasMethod(Method):
-    """PBAS on the shared trunk (Chen et al., "Progressive Boundary Guided Anomaly Synthesis")."""
+    """PBAS on the shared trunk (Q. Chen et al., arXiv 2412.17458)."""
 
     name: ClassVar[str] = "pbas"
     tap_names: ClassVar[tuple[str, ...]] = TAP_NAMES

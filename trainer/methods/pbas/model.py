@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils import skip_init
 
 from edge.errors import DataError
 from trainer.methods.base import Head
@@ -78,7 +79,8 @@ class Projector(nn.Module):
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
-        self.linear = nn.Linear(EMBEDDING_DIM, EMBEDDING_DIM)
+        # skip_init: the global generator is not ours to advance.
+        self.linear = skip_init(nn.Linear, EMBEDDING_DIM, EMBEDDING_DIM)
         nn.init.xavier_normal_(self.linear.weight, generator=generator)
         nn.init.zeros_(self.linear.bias)
         self.register_buffer("mean", torch.zeros(EMBEDDING_DIM))
@@ -98,9 +100,9 @@ class Discriminator(nn.Module):
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()
-        self.hidden = nn.Linear(EMBEDDING_DIM, HIDDEN_DIM)
+        self.hidden = skip_init(nn.Linear, EMBEDDING_DIM, HIDDEN_DIM)
         self.norm = nn.BatchNorm1d(HIDDEN_DIM)
-        self.logit = nn.Linear(HIDDEN_DIM, 1, bias=False)
+        self.logit = skip_init(nn.Linear, HIDDEN_DIM, 1, bias=False)
         nn.init.xavier_normal_(self.hidden.weight, generator=generator)
         nn.init.zeros_(self.hidden.bias)
         nn.init.xavier_normal_(self.logit.weight, generator=generator)
@@ -176,13 +178,13 @@ class PbasHead(Head):
 
     def __init__(self, smoothing: float) -> None:
         super().__init__()
-        self.from_s8 = nn.Conv2d(TAP_CHANNELS[0], HIDDEN_DIM, 1)
-        self.from_s16 = nn.Conv2d(TAP_CHANNELS[1], HIDDEN_DIM, 1, bias=False)
-        self.logit = nn.Conv2d(HIDDEN_DIM, 1, 1, bias=False)
+        self.from_s8 = skip_init(nn.Conv2d, TAP_CHANNELS[0], HIDDEN_DIM, 1)
+        self.from_s16 = skip_init(nn.Conv2d, TAP_CHANNELS[1], HIDDEN_DIM, 1, bias=False)
+        self.logit = skip_init(nn.Conv2d, HIDDEN_DIM, 1, 1, bias=False)
         self.smooth: nn.Conv2d | None = None
         if smoothing > 0:
             kernel = gaussian_kernel(smoothing)
-            self.smooth = nn.Conv2d(1, 1, kernel.shape[-1], bias=False)
+            self.smooth = skip_init(nn.Conv2d, 1, 1, kernel.shape[-1], bias=False)
             with torch.no_grad():
                 self.smooth.weight.copy_(kernel)
 
