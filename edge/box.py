@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import os
 import platform
 import signal
 import threading
@@ -99,7 +100,14 @@ class Box:
         """
         settings = self.settings
         bundle = Bundle.open(settings.bundle)
-        detector = Detector.open(bundle, engine=settings.engine, precision=settings.precision, threads=settings.threads)
+        detector = Detector.open(
+            bundle,
+            engine=settings.engine,
+            precision=settings.precision,
+            threads=settings.threads,
+            # One camera wants the lowest latency; several share the cores side by side.
+            streams=min(len(settings.cameras), len(os.sched_getaffinity(0))),
+        )
         judges = [self._judge(camera, bundle, detector) for camera in settings.cameras]
         self._detector = detector
         self._versions = _versions(detector.status.engine.value)

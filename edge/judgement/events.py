@@ -102,8 +102,7 @@ class EventTracker:
         if self._cool_until_ns is not None and verdict.captured_ns < self._cool_until_ns:
             return []
         self._window.append(verdict.decision is Decision.NOK)
-        # The frame that completes the count is itself a hit: a calm frame never begins an event.
-        if not self._window[-1] or sum(self._window) < self._settings.enter_hits:
+        if sum(self._window) < self._settings.enter_hits:
             return []
         self._event_id = self._new_id()
         self._peak = verdict.score

@@ -239,6 +239,23 @@ def test_event_ends_with_its_source(tmp_path: Path) -> None:
     assert [e.phase.value for e in recorder.events] == ["new", "end"]
 
 
+def test_event_ends_when_the_box_stops(tmp_path: Path) -> None:
+    detector, stop = Brightness(), threading.Event()
+    detector.gate.clear()
+    worker, recorder, _ = work(
+        folder_of(tmp_path / "in", [HOT] * 4), detector=detector, stop=stop, mode="stream",
+        events={"enter_hits": 1, "enter_window": 1},
+    )  # fmt: skip
+
+    worker.start()
+    wait_for_captured(worker, 4)
+    stop.set()
+    detector.gate.set()
+    assert worker.join(SOON)
+
+    assert [e.phase.value for e in recorder.events] == ["new", "end"]
+
+
 def test_stream_frame_that_fails_shows_not_judged(tmp_path: Path) -> None:
     worker, recorder, _ = work(
         folder_of(tmp_path / "in", [CALM, 7, CALM]), detector=Brightness(fail_on=7), mode="stream"

@@ -65,10 +65,10 @@ def test_hits_too_far_apart_begin_no_event() -> None:
 def test_scores_between_the_levels_keep_an_event_going() -> None:
     settings = EventSettings(enter_hits=1, enter_window=1, leave_calm=2, update_every_s=100)
 
-    events = play(settings, [2, 0, 0, 0, 0, -2, 0, -2])
+    events = play(settings, [2, 0, 0, 0, 0, -2, 0, -2, 0, -2, -2, -2])
 
     assert phases(events) == ["new", "end"]
-    assert events[1].camera_seq == 7
+    assert events[1].camera_seq == 10
 
 
 def test_updates_are_spaced() -> None:

@@ -204,3 +204,10 @@ def test_reading_settings_loads_no_camera_library() -> None:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
 
     assert result.stdout.strip() == "[]"
+
+
+def test_example_that_operators_copy_is_valid() -> None:
+    settings = load_settings(Path(__file__).parents[2] / "deploy" / "box.example.yaml")
+
+    assert [camera.mode for camera in settings.cameras] == [Mode.STREAM, Mode.TRIGGERED]
+    assert settings.bundle == Path("/var/lib/lineward/bundles/current")

@@ -95,6 +95,26 @@ def test_tail_fit_is_never_below_the_highest_good_score(scores: np.ndarray, alph
         assert threshold.value > scores.max()
 
 
+def test_outlier_among_good_scores_is_still_good() -> None:
+    scores = np.append(np.linspace(0, 1, 59), 100.0)
+
+    threshold = fit_threshold(scores, None, 0.016)
+
+    assert threshold.method == "tail_fit"
+    assert 100 < threshold.value < 100.001
+
+
+def test_part_with_many_images_weighs_as_one() -> None:
+    # Nineteen parts: 0, 1, ... 18; the lowest has a thousand images, which must not outvote the others.
+    scores = np.append(np.arange(1.0, 19.0), np.zeros(1000))
+    groups = np.append(np.arange(1, 19), np.zeros(1000, int)).astype(str)
+
+    threshold = fit_threshold(scores, groups, 0.1)
+
+    assert threshold.n_groups == 19
+    assert 17 < threshold.value < 17.001
+
+
 @given(scores=SCORES, alphas=st.tuples(ALPHAS, ALPHAS), groups=st.integers(1, 60))
 def test_smaller_alpha_never_lowers_the_threshold(scores: np.ndarray, alphas: tuple[float, float], groups: int) -> None:
     low, high = sorted(alphas)
