@@ -1,0 +1,114 @@
+"""The trainer's verbs: train, evaluate, export. Heavy imports wait until a verb is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge.errors import UsageError
+
+
+def _parse_size(size: str | None) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    height, _, width = size.lower().partition("x")
+    try:
+        return int(height), int(width or height)
+    except ValueError as error:
+        raise UsageError(f"--size {size}: give pixels as 224 or HEIGHTxWIDTH, multiples of 32") from error
+
+
+def _parse_crop(crop: str | None) -> tuple[int, int, int, int] | None:
+    if crop is None:
+        return None
+    try:
+        x, y, w, h = (int(part) for part in crop.split(","))
+    except ValueError as error:
+        raise UsageError(f"--crop {crop}: give X,Y,WIDTH,HEIGHT in pixels of the camera frame") from error
+    return x, y, w, h
+
+
+def _parse_tiles(tiles: str) -> tuple[int, int]:
+    rows, _, cols = tiles.lower().partition("x")
+    try:
+        return int(rows), int(cols)
+    except ValueError as error:
+        raise UsageError(f"--tiles {tiles}: give ROWSxCOLS, such as 2x3") from error
+
+
+def train(
+    data: Annotated[Path, typer.Option(help="Folder in MVTec layout; only train/good is read.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    method: Annotated[str, typer.Option(help="pbas or memory.")] = "memory",
+    preset: Annotated[str, typer.Option(help="quick or full.")] = "quick",
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    size: Annotated[
+        str | None, typer.Option(help="Network input: 224, HEIGHTxWIDTH (multiples of 32); default by preset.")
+    ] = None,
+    tiles: Annotated[str, typer.Option(help="Cut the image into ROWSxCOLS network inputs.")] = "1x1",
+    overlap: Annotated[int, typer.Option(help="Pixels that neighbouring tiles share, a multiple of 32.")] = 0,
+    crop: Annotated[str | None, typer.Option(help="X,Y,WIDTH,HEIGHT of the part in the camera frame.")] = None,
+    product: Annotated[str | None, typer.Option(help="Name of the product; default: the folder's name.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Learn what good parts look like."""
+    from rich.console import Console
+
+    from trainer.fit import preprocessing_for
+    from trainer.fit import train as fit
+    from trainer.progress import progress_bars
+
+    wanted = preprocessing_for(
+        size=_parse_size(size), tiles=_parse_tiles(tiles), overlap=overlap, crop=_parse_crop(crop)
+    )
+    with progress_bars() as progress:
+        run = fit(
+            method=method,
+            data=data,
+            out=out,
+            preset=preset,
+            seed=seed,
+            preprocessing=wanted,
+            product=product,
+            device=device,
+            progress=progress,
+        )
+    record = run.record
+    best = max(record.validation.values())
+    Console(stderr=True).print(
+        f"{record.method} for {record.product}: {record.train_images} good images at "
+        f"{record.preprocessing.canvas_height}x{record.preprocessing.canvas_width}, {record.seconds} s, "
+        f"I-AUROC {best:.3f} on synthetic defects -> {out}"
+    )
+
+
+def evaluate(
+    data: Annotated[Path, typer.Option(help="Folder in MVTec layout; its test images are judged.")],
+    run: Annotated[Path | None, typer.Option(help="A run folder (torch).")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="A bundle (the engine of a box).")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
+    engine: Annotated[str | None, typer.Option(help="onnxruntime or openvino.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or int8.")] = None,
+    alpha: Annotated[float, typer.Option(help="False-alarm rate per image that the threshold is set for.")] = 0.01,
+) -> None:
+    """Judge test images and print the figures."""
+    from trainer.evaluation.command import evaluate as judge
+
+    judge(run=run, bundle=bundle, data=data, json=json, report=report, engine=engine, precision=precision, alpha=alpha)
+
+
+def export(
+    run: Annotated[Path, typer.Option(help="A run folder.")],
+    out: Annotated[Path, typer.Option(help="Bundle folder to write.")],
+    precision: Annotated[str, typer.Option(help="int8 (with float32 beside it) or float32 alone.")] = "int8",
+) -> None:
+    """Export, quantise, check parity and pack a bundle for boxes."""
+    from trainer.export import export_run
+    from trainer.progress import progress_bars
+
+    with progress_bars() as progress:
+        bundle = export_run(run, out, precision=precision, progress=progress)
+    typer.echo(f"{bundle.path}  {bundle.id}")

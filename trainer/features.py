@@ -1,0 +1,84 @@
+"""Images -> canvases -> taps of the shared trunk. Knows nothing of methods."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from edge.inference.preprocessing import cut_tiles, to_canvas
+from trainer.data.folder import load_image
+from trainer.methods.base import Features, Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from edge.bundle import Preprocessing
+    from trainer.backbones.efficientnet_lite import Trunk
+    from trainer.data.folder import Sample
+
+_BATCH = 16
+
+
+def load_canvases(
+    samples: Sequence[Sample], preprocessing: Preprocessing, *, progress: Progress, what: str
+) -> npt.NDArray[np.uint8]:
+    """Read images as the box would see them.
+
+    Returns:
+        uint8 [n, canvas_height, canvas_width, 3] RGB.
+
+    Raises:
+        DataError: an image cannot be read.
+        CaptureError: an image is smaller than the crop.
+    """
+    shape = (len(samples), preprocessing.canvas_height, preprocessing.canvas_width, 3)
+    canvases = np.empty(shape, np.uint8)
+    for index, sample in enumerate(samples):
+        canvases[index] = to_canvas(load_image(sample.path), preprocessing)
+        progress(what, index + 1, len(samples))
+    return canvases
+
+
+def extract(
+    trunk: Trunk,
+    canvases: npt.NDArray[np.uint8],
+    preprocessing: Preprocessing,
+    *,
+    tap_names: Sequence[str],
+    groups: npt.NDArray[np.str_],
+    device: torch.device,
+    progress: Progress,
+    what: str,
+) -> Features:
+    """Run the trunk over canvases.
+
+    Args:
+        trunk: the shared trunk.
+        canvases: uint8 [n, canvas_height, canvas_width, 3] RGB.
+        preprocessing: how a canvas is cut into tiles.
+        tap_names: which taps to keep, as float16 on the CPU.
+        groups: one name per canvas.
+        device: where the trunk runs (under autocast on a GPU).
+        progress: progress function.
+        what: its label.
+    """
+    trunk = trunk.to(device, memory_format=torch.channels_last)
+    tiles_per_image = preprocessing.tiles.rows * preprocessing.tiles.cols
+    kept: dict[str, torch.Tensor] = {}
+    step = max(1, _BATCH // tiles_per_image)
+    for start in range(0, len(canvases), step):
+        batch = np.concatenate([cut_tiles(canvas, preprocessing) for canvas in canvases[start : start + step]])
+        with torch.inference_mode(), torch.autocast(device.type, enabled=device.type == "cuda"):
+            taps = dict(zip(trunk.tap_names, trunk(torch.from_numpy(batch).to(device)), strict=True))
+        for name in tap_names:
+            tap = taps[name].to("cpu", torch.float16)
+            if name not in kept:
+                # Allocated once: a list of batches would need twice the memory when it is joined.
+                kept[name] = torch.empty((len(canvases) * tiles_per_image, *tap.shape[1:]), dtype=torch.float16)
+            kept[name][start * tiles_per_image : start * tiles_per_image + len(batch)] = tap
+        progress(what, min(start + step, len(canvases)), len(canvases))
+    return Features(taps=kept, tiles_per_image=tiles_per_image, groups=groups)

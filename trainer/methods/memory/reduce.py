@@ -1,0 +1,93 @@
+"""From all patch rows of good images to a small bank: anchors, then weighted averages of their cells.
+
+Pure functions on rows; float32 on one device, deterministic under a generator.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+_PROJECTION = 32
+_CHUNK = 4096
+
+
+def nearest(rows: torch.Tensor, bank: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return squared distance [n] and index [n] of the bank row nearest to each row.
+
+    Args:
+        rows: float32 [n, D].
+        bank: float32 [R, D].
+    """
+    norms = (bank * bank).sum(1)
+    values, indices = [], []
+    for chunk in rows.split(_CHUNK):
+        value, index = (norms - 2.0 * (chunk @ bank.T)).min(1)
+        values.append((value + (chunk * chunk).sum(1)).clamp_min(0.0))
+        indices.append(index)
+    return torch.cat(values), torch.cat(indices)
+
+
+def greedy_coreset(
+    rows: torch.Tensor, size: int, generator: torch.Generator, report: Callable[[int], None] = lambda _: None
+) -> torch.Tensor:
+    """Select rows by greedy max-min distance on a random projection to 32 dimensions (PatchCore, section 3.2).
+
+    Args:
+        rows: float32 [n, D].
+        size: rows to select; all of them if n is smaller.
+        generator: a CPU generator, for the projection and the first row.
+        report: called with the number of rows selected so far.
+
+    Returns:
+        int64 [min(size, n)], in order of selection.
+    """
+    size = min(size, len(rows))
+    projection = torch.randn(rows.shape[1], _PROJECTION, generator=generator) / _PROJECTION**0.5
+    points = rows @ projection.to(rows.device)
+    norms = (points * points).sum(1)
+    distance = torch.full((len(points),), torch.inf, device=rows.device)
+    current = int(torch.randint(len(points), (1,), generator=generator))
+    selected = torch.empty(size, dtype=torch.int64)
+    for index in range(size):
+        selected[index] = current
+        torch.minimum(distance, norms - 2.0 * (points @ points[current]) + norms[current], out=distance)
+        current = int(distance.argmax())
+        if index % 50 == 0 or index == size - 1:
+            report(index + 1)
+    return selected
+
+
+def weighted_average_reduce(
+    batches: Iterable[torch.Tensor], anchors: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace each anchor by the weighted average of the rows nearest to it.
+
+    ``m_r = sum u_i z_i / sum u_i`` over the anchor's cell, ``u_i = exp(-||z_i - a_r||^2 / tau)``; tau is the median
+    squared distance of the first batch. An anchor whose cell is empty stays as it is.
+
+    Args:
+        batches: rows float32 [n, D] each.
+        anchors: float32 [R, D].
+
+    Returns:
+        Bank float32 [R, D] and support counts int64 [R].
+    """
+    total = torch.zeros(anchors.shape, dtype=torch.float64, device=anchors.device)
+    weight = torch.zeros(len(anchors), dtype=torch.float64, device=anchors.device)
+    support = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
+    tau = 0.0
+    for rows in batches:
+        squared, index = nearest(rows, anchors)
+        if tau == 0.0:
+            tau = max(float(squared.median()), 1e-12)
+        u = torch.exp(-squared / tau).double()
+        total.index_add_(0, index, rows.double() * u[:, None])
+        weight.index_add_(0, index, u)
+        support.index_add_(0, index, torch.ones_like(index))
+    bank = torch.where(weight[:, None] > 0, total / weight.clamp_min(1e-300)[:, None], anchors.double())
+    return bank.float(), support
