@@ -15,7 +15,7 @@ from edge.errors import DataError, UsageError
 from trainer.backbones.efficientnet_lite import lite0_trunk
 from trainer.methods.base import Features, FitContext, Head, MethodConfig, Validation
 from trainer.methods.pbas.boundary import Direction, nearest_centre
-from trainer.methods.pbas.fit import PbasConfig, PbasMethod, initial_centres, patch_rows, train
+from trainer.methods.pbas.fit import PbasConfig, PbasMethod, _losses, initial_centres, patch_rows, train
 from trainer.methods.pbas.model import TAP_NAMES, PbasHead, PbasNetwork
 
 SIDE = 128
@@ -177,6 +177,17 @@ def test_centre_alignment_follows_a_moved_part() -> None:
     assert distance[True] < 0.9 * distance[False]
 
 
+@pytest.mark.parametrize("refinement", [True, False])
+def test_refinement_alone_lets_the_classification_move_the_projector(*, refinement: bool) -> None:
+    config = PbasConfig(refinement=refinement)
+    generator = torch.Generator().manual_seed(0)
+    network = PbasNetwork(generator)
+    rows, centres = torch.randn(64, 152, generator=generator), torch.randn(16, 152, generator=generator)
+    _losses(network, rows, centres, config, generator)[1].backward()
+    assert (network.projector.linear.weight.grad is not None) == refinement
+    assert network.discriminator.hidden.weight.grad is not None
+
+
 def test_centres_are_what_they_were_before_the_first_step() -> None:
     features = texture("brick").train
     brief, longer = (train(context(features), BRIEF.model_copy(update={"steps": s})) for s in (1, 8))
@@ -248,7 +259,7 @@ def test_fit_divergence_names_the_cure() -> None:
 
 def test_config_presets_differ_and_unknown_ones_are_refused() -> None:
     quick, full = PbasMethod.config("quick"), PbasMethod.config("full")
-    assert full.steps > quick.steps
+    assert full.batch_rows > quick.batch_rows
     assert PbasConfig.model_validate(quick.model_dump(mode="json")) == quick
     with pytest.raises(UsageError, match="preset"):
         PbasMethod.config("fast")

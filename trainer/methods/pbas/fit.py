@@ -221,7 +221,7 @@ class PbasMethod(Method):
         Raises:
             UsageError: no preset of that name.
         """
-        presets = {"quick": PbasConfig(), "full": PbasConfig(steps=2000)}
+        presets = {"quick": PbasConfig(), "full": PbasConfig(batch_rows=3136)}
         if preset not in presets:
             raise UsageError(f"--preset {preset}: unknown; choose {' or '.join(presets)}")
         return presets[preset]
