@@ -150,9 +150,10 @@ class CameraWorker:
         found = [self._judge.notice] if self._judge.notice else []
         if threshold.method == "tail_fit":
             found.append(
-                f"the budget asks for a false-alarm probability of {threshold.alpha:.2g} per frame, {threshold.n} "
-                f"calibration images in {threshold.n_groups} groups support {threshold.smallest_supported_alpha:.2g} "
-                "at the smallest; the threshold is extrapolated"
+                f"the budget of {self._settings.budget_text(threshold.alpha)} is not supported: {threshold.n} "
+                f"calibration images in {threshold.n_groups} groups promise "
+                f"{self._settings.budget_text(threshold.smallest_supported_alpha)} at best; the threshold is "
+                "extrapolated from them"
             )
         if self._failure:
             found.append(self._failure)

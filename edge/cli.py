@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from edge.errors import BrokerError, LinewardError, MissingExtraError, UsageError
+from edge.errors import BrokerError, LinewardError, MissingExtraError, OutboxError, UsageError
 
 if TYPE_CHECKING:
     from edge.alerts.settings import BrokerSettings
@@ -180,7 +180,6 @@ def replay(
     from edge.replay import replay_source
 
     folder = Path(tempfile.mkdtemp(prefix="lineward-replay-")) if state_dir is None else state_dir
-    settings = None
     try:
         settings = _replay_settings(
             site=site, box=box, state_dir=folder, bundle=bundle, engine=engine, precision=precision, threads=threads,
@@ -194,9 +193,9 @@ def replay(
         )  # fmt: skip
         _log_to_stderr(verbose=verbose, level=logging.WARNING)
         summary = run_replay(settings, seconds=seconds, drain_s=timeout, keep_results=json_file is not None)
-    except BaseException:
-        # Nothing is unsent before the box has run; after that the outbox is worth keeping.
-        if state_dir is None and (settings is None or not any(folder.iterdir())):
+    except LinewardError:
+        # The box did not start, so the outbox is empty.
+        if state_dir is None:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     if json_file is not None:
@@ -209,6 +208,8 @@ def replay(
         )
     if state_dir is None:
         shutil.rmtree(folder, ignore_errors=True)
+    if summary.lost:
+        raise OutboxError(f"{summary.lost} messages could not be stored in {folder}; see the notes above")
 
 
 @app.command()

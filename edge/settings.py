@@ -79,8 +79,17 @@ class CameraSettings(BaseModel):
         """False-alarm probability per frame that the budget allows."""
         if self.mode is Mode.TRIGGERED:
             return self.budget.triggered_alpha()
-        rate = self.frame_rate or self.source.fps or DEFAULT_FRAME_RATE
-        return self.budget.stream_alpha(frame_rate=rate, enter_hits=self.events.enter_hits)
+        return self.budget.stream_alpha(frame_rate=self._rate, enter_hits=self.events.enter_hits)
+
+    def budget_text(self, alpha: float) -> str:
+        """Say a false-alarm probability per frame in the units of the budget."""
+        if self.mode is Mode.TRIGGERED:
+            return f"{1000 * alpha:.3g} false NOK per 1,000"
+        return f"{3600 * alpha * self._rate / self.events.enter_hits:.3g} false events per hour"
+
+    @property
+    def _rate(self) -> float:
+        return self.frame_rate or self.source.fps or DEFAULT_FRAME_RATE
 
 
 class BoxSettings(BaseModel):

@@ -72,10 +72,10 @@ class Brightness:
         return Prediction(np.full((4, 4), score, np.float32), frame, 1, 1)
 
 
-def judge() -> Judge:
+def judge(alpha: float) -> Judge:
     scores = np.linspace(0, 10, 50, dtype=np.float32)
     calibration = CalibrationScores(scores, np.zeros((50, 4, 4), np.float16), np.arange(50).astype(np.str_))
-    return Judge(calibration=calibration, pooling=Pooling(), crop=None, alpha=0.05)
+    return Judge(calibration=calibration, pooling=Pooling(), crop=None, alpha=alpha)
 
 
 def folder_of(path: Path, values: list[int | None]) -> Path:
@@ -90,7 +90,7 @@ def folder_of(path: Path, values: list[int | None]) -> Path:
 
 
 def work(
-    folder: Path, *, detector: Any = None, stop: threading.Event | None = None, **settings: Any
+    folder: Path, *, detector: Any = None, stop: threading.Event | None = None, alpha: float = 0.05, **settings: Any
 ) -> tuple[CameraWorker, Recorder, Metrics]:
     recorder, metrics = Recorder(), Metrics()
     worker = CameraWorker(
@@ -98,7 +98,7 @@ def work(
             {"name": "cam", "source": {"kind": "folder", "path": str(folder)}, "mode": "triggered", **settings}
         ),
         detector=detector or Brightness(),
-        judge=judge(),
+        judge=judge(alpha),
         reporter=recorder,
         metrics=metrics,
         watchdog=Watchdog(limit_s=SOON),
@@ -264,6 +264,15 @@ def test_stream_frame_that_fails_shows_not_judged(tmp_path: Path) -> None:
     finish(worker)
 
     assert [state for state, _ in recorder.states] == ["not_judged", "ok", "not_judged", "ok", "not_judged"]
+
+
+def test_budget_beyond_the_calibration_is_a_warning(tmp_path: Path) -> None:
+    worker, _, _ = work(folder_of(tmp_path / "in", [CALM]), alpha=0.001)
+
+    assert worker.warnings() == [
+        "cam: the budget of 1 false NOK per 1,000 is not supported: 50 calibration images in 50 groups promise "
+        "19.6 false NOK per 1,000 at best; the threshold is extrapolated from them"
+    ]
 
 
 def test_missing_folder_is_refused_and_shown(tmp_path: Path) -> None:

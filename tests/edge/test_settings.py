@@ -108,6 +108,14 @@ def test_stream_budget_uses_the_frame_rate(tmp_path: Path) -> None:
         assert settings.cameras[0].alpha == pytest.approx(3 / (expected * 3600))
 
 
+def test_budget_is_said_in_its_own_units(tmp_path: Path) -> None:
+    for mode, text in (("triggered", "7 false NOK per 1,000"), ("stream", "7 false events per hour")):
+        budget = {"false_nok_per_1000": 7, "false_events_per_hour": 7}
+        one = load_settings(write(tmp_path, content(cameras=[camera(mode=mode, budget=budget)]))).cameras[0]
+
+        assert one.budget_text(one.alpha) == text
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
