@@ -84,6 +84,11 @@ class Mosquitto:
         self.kill()
         self.start()
 
+    def reload(self) -> None:
+        """Read the password and access files again."""
+        assert self.process is not None
+        os.kill(self.process.pid, signal.SIGHUP)
+
     def save(self) -> None:
         """Write the persistence file now and wait for it."""
         assert self.process is not None

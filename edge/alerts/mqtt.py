@@ -380,9 +380,9 @@ class Reconnector:
             if lasted > 2 * self._settings.backoff_max_s:
                 short_lives = 0
             short_lives += self.connections - before
-            reason = lost.reason + (_SHORT_LIVED if short_lives >= _SHORT_LIVES else "")
-            refused = lost.refused or lost.other_protocol
-            if refused or short_lives >= _SHORT_LIVES:
+            refused, restless = lost.refused or lost.other_protocol, short_lives >= _SHORT_LIVES
+            reason = lost.reason + (_SHORT_LIVED if restless and not refused else "")
+            if refused or restless:
                 delay = self._settings.backoff_max_s
             self.set_state(LinkState(LinkKind.REFUSED if refused else LinkKind.CONNECTING, reason))
             # Many boxes lose one broker at the same moment; they shall not come back at the same moment.

@@ -63,7 +63,7 @@ class _Session:
     window: int
     boundary: int
     outstanding: dict[int, int | str] = field(default_factory=dict)
-    refused: list[int] = field(default_factory=list)
+    refused: set[int | str] = field(default_factory=set)
     acknowledged: list[int] = field(default_factory=list)
     results: deque[CommandResult] = field(default_factory=lambda: deque(maxlen=_MAX_RESULTS))
     retry_at: float | None = None
@@ -195,7 +195,8 @@ class Publisher:
                 self._send(session)
                 lost = self._take(session, inbox)
                 if lost is not None:
-                    return lost
+                    # mosquitto 2.0 hangs up after it has refused a message; the refusal is what a person must read.
+                    return Lost(self.state.reason, refused=True) if session.refused else lost
             return self._say_stopped(session, inbox)
         finally:
             self._settle(session)
@@ -259,37 +260,39 @@ class Publisher:
         if not event.refusal:
             if isinstance(what, int):
                 session.acknowledged.append(what)
+            if what in session.refused:
+                session.refused.discard(what)
+                self._show(session)
             return
         self._counters["refused"] += 1
-        session.retry_at = time.monotonic() + _RETRY_S
-        if isinstance(what, int):
-            session.refused.append(what)
-        else:
-            session.refused.append(0)
-        self._reconnector.set_state(
-            LinkState(LinkKind.CONNECTED, f"the broker refuses messages of this box: {event.refusal}; let it publish"
-                      f" under {self._identity.root}/")
-        )  # fmt: skip
+        session.refused.add(what)
+        if session.retry_at is None:
+            session.retry_at = time.monotonic() + _RETRY_S
+        self._show(session, f"the broker refuses messages of this box ({event.refusal}); let it publish under"
+                   f" {self._identity.root}/")  # fmt: skip
+
+    def _show(self, session: _Session, trouble: str = "") -> None:
+        if trouble or not session.refused:
+            self._reconnector.set_state(LinkState(LinkKind.CONNECTED, trouble))
 
     def _settle(self, session: _Session) -> None:
         """Record acknowledgements, and give refused messages another try when their time has come."""
-        if session.acknowledged:
+        due = session.retry_at is not None and time.monotonic() >= session.retry_at
+        if due:
+            session.retry_at = None
+            self._outbox.release_sent(seq for seq in session.refused if isinstance(seq, int))
+            self._dirty.update(topic for topic in session.refused if topic in self._retained)
+        if session.acknowledged and (due or session.retry_at is None or session.refused):
             try:
                 self._counters["acknowledged"] += self._outbox.acknowledge(session.acknowledged)
-                session.acknowledged.clear()
             except OutboxError as error:
                 # They stay in flight, so nothing is sent twice; a disk with space again takes them then.
                 session.retry_at = time.monotonic() + _RETRY_S
-                self._reconnector.set_state(LinkState(LinkKind.CONNECTED, str(error)))
-        if session.retry_at is not None and time.monotonic() >= session.retry_at:
-            session.retry_at = time.monotonic() + _RETRY_S if session.acknowledged else None
-            if session.refused:
-                if 0 in session.refused:
-                    self._dirty.update(self._retained)
-                self._outbox.release_sent(session.refused)
-                session.refused.clear()
+                self._show(session, str(error))
             else:
-                self._reconnector.set_state(LinkState(LinkKind.CONNECTED))
+                session.acknowledged.clear()
+                if due:
+                    self._show(session)
         self._reconnector.notify()
 
     def _say_stopped(self, session: _Session, inbox: Inbox) -> Lost | None:

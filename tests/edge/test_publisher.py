@@ -8,11 +8,13 @@ import os
 import shutil
 import socket
 import subprocess
+import threading
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from edge.alerts import publisher as publisher_module
 from edge.alerts.message import (
     Alert,
     Availability,
@@ -27,12 +29,12 @@ from edge.alerts.publisher import Publisher
 from edge.alerts.settings import BrokerSettings, Protocol
 from edge.alerts.subscriber import EVERYTHING, Received, Subscriber
 from edge.alerts.topics import Identity
-from edge.errors import BrokerError, MessageError
+from edge.errors import BrokerError, MessageError, OutboxError
 from tests.alert_values import IDENTITY, draft
 from tests.mosquitto_process import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from tests.mosquitto_process import Mosquitto
@@ -267,8 +269,9 @@ def test_missing_login_is_refused(make_mosquitto: Callable[..., Mosquitto]) -> N
 
 
 def test_forbidden_topic_keeps_the_row_and_says_what_to_allow(
-    make_mosquitto: Callable[..., Mosquitto], outbox: Outbox
+    make_mosquitto: Callable[..., Mosquitto], outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(publisher_module, "_RETRY_S", 0.5)
     broker = make_mosquitto(acl="topic read #\ntopic write lineward/plant/box1/available\n")
     with publisher_for(broker, outbox) as publisher:
         outbox.append_many([draft()])
@@ -276,6 +279,33 @@ def test_forbidden_topic_keeps_the_row_and_says_what_to_allow(
         assert "lineward/plant/box1/" in publisher.state.reason
         assert outbox.depth == 1
         assert publisher.counters["published"] < 10, "not a hot loop"
+        (broker.folder / "acl").write_text("topic readwrite #\n")
+        broker.reload()
+        assert publisher.wait_until_drained(10)
+        assert publisher._reconnector.wait_for(lambda: not publisher.state.reason, 10), "the trouble is over"
+
+
+def test_acknowledgements_wait_for_a_full_disk(
+    mosquitto: Mosquitto, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "_RETRY_S", 0.2)
+    real, full = outbox.acknowledge, threading.Event()
+
+    def acknowledge(seqs: Iterable[int]) -> int:
+        if not full.is_set():
+            raise OutboxError("the disk is full")
+        return real(seqs)
+
+    monkeypatch.setattr(outbox, "acknowledge", acknowledge)
+    with publisher_for(mosquitto, outbox) as publisher:
+        assert publisher.wait_until_connected(10)
+        outbox.append_many([draft()] * 5)
+        assert publisher._reconnector.wait_for(lambda: "full" in publisher.state.reason, 10)
+        full.set()
+        assert publisher.wait_until_drained(10)
+        assert publisher._reconnector.wait_for(lambda: not publisher.state.reason, 10)
+        assert publisher._reconnector.connections == 1
+        assert publisher.counters["published"] == 6, "online and five rows, none twice"
 
 
 def test_two_boxes_of_one_name_do_not_fight_in_a_hot_loop(mosquitto: Mosquitto, outbox: Outbox, tmp_path: Path) -> None:
