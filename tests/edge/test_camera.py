@@ -269,10 +269,9 @@ def test_stream_frame_that_fails_shows_not_judged(tmp_path: Path) -> None:
 def test_budget_beyond_the_calibration_is_a_warning(tmp_path: Path) -> None:
     worker, _, _ = work(folder_of(tmp_path / "in", [CALM]), alpha=0.001)
 
-    assert worker.warnings() == [
-        "cam: the budget of 1 false NOK per 1,000 is not supported: 50 calibration images in 50 groups promise "
-        "19.6 false NOK per 1,000 at best; the threshold is extrapolated from them"
-    ]
+    (warning,) = worker.warnings()
+    assert "budget of 1 false NOK per 1,000 is not supported: 50 calibration images in 50 groups" in warning
+    assert "19.6 false NOK per 1,000 at best" in warning
 
 
 def test_missing_folder_is_refused_and_shown(tmp_path: Path) -> None:
