@@ -20,7 +20,7 @@ from onnx import helper
 
 from edge.bundle import STRIDE_MULTIPLE
 from edge.errors import DataError, EngineError, UsageError
-from edge.inference.detector import ANOMALY_MAP, EMBEDDING, IMAGE
+from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -50,6 +50,8 @@ def reround(
         and f"{node.input[1]}_quantized" in known
         and _groups(node) in (1, floats[node.input[1]].dims[0])
     ]
+    if not convs:
+        return 0
     moments = _second_moments(model, convs, feeds)
     for node in convs:
         name = node.input[1]
@@ -115,7 +117,7 @@ def _second_moments(
     sums: dict[str, npt.NDArray[np.float64]] = {}
     batches = 0
     for feed in feeds:
-        values = {**feed, **dict(zip(wanted, session.run(wanted, dict(feed)), strict=True))}
+        values = {**feed, **(dict(zip(wanted, session.run(wanted, dict(feed)), strict=True)) if wanted else {})}
         batches += 1
         for node in convs:
             patches = _patches(values[node.input[0]], node, weights[node.input[1]][2:], generator)

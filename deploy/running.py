@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge.inference.detector import ANOMALY_MAP, EMBEDDING, IMAGE
 from edge.inference.engines import open_graph
 from edge.inference.preprocessing import cut_tiles, join_maps
+from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE
 from edge.judgement.score import pool_score
 
 if TYPE_CHECKING:

@@ -37,7 +37,9 @@ class ToyTrunk(nn.Module):
         torch.manual_seed(seed)
         self.stem = ToyBlock(3, 8, 2)
         self.stages = nn.ModuleList(
-            nn.ModuleList([ToyBlock(a, a, 2, groups=a), nn.Conv2d(a, b, 1, bias=False), nn.BatchNorm2d(b), ToyBlock(b, b, 1)])
+            nn.ModuleList(
+                [ToyBlock(a, a, 2, groups=a), nn.Conv2d(a, b, 1, bias=False), nn.BatchNorm2d(b), ToyBlock(b, b, 1)]
+            )
             for a, b in ((8, 12), (12, 16), (16, 24))
         )
         for module in self.modules():
@@ -48,7 +50,7 @@ class ToyTrunk(nn.Module):
         self.eval()
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x = (image.permute(0, 3, 1, 2).to(torch.float32) - 127.0) / 128.0
+        x = (image.permute(0, 3, 1, 2).to(torch.float32) - 127.0) * (1.0 / 128.0)
         x = self.stem(x)
         taps = [x]
         for down, project, norm, mix in self.stages:
@@ -66,11 +68,15 @@ class ToyMemoryHead(nn.Module):
     map_stride = 8
     float_ops: tuple[str, ...] = ()
 
-    def __init__(self, bank: torch.Tensor, scale: torch.Tensor, *, embedding: bool = True) -> None:
+    def __init__(
+        self, bank: torch.Tensor, scale: torch.Tensor, centre: torch.Tensor | None = None, *, embedding: bool = True
+    ) -> None:
         super().__init__()
         self.register_buffer("bank", bank)
         self.register_buffer("bank_norms", (bank * bank).sum(1))
         self.register_buffer("scale", scale)
+        # Distances do not change, but an int8 product of rows with a large common part would drown them.
+        self.register_buffer("centre", torch.zeros_like(scale) if centre is None else centre)
         kernel = torch.tensor([0.25, 0.5, 0.25])
         self.register_buffer("blur", (kernel[:, None] * kernel)[None, None])
         self.embedding = embedding
@@ -80,7 +86,7 @@ class ToyMemoryHead(nn.Module):
         s8 = functional.avg_pool2d(s8, 3, 1, 1)
         s16 = functional.avg_pool2d(s16, 3, 1, 1)
         s16 = functional.interpolate(s16, scale_factor=2.0, mode="bilinear", align_corners=False)
-        x = torch.cat((s8, s16), 1) * self.scale[:, None, None]
+        x = (torch.cat((s8, s16), 1) - self.centre[:, None, None]) * self.scale[:, None, None]
         return x.flatten(2).transpose(1, 2)
 
     def forward(self, s8: torch.Tensor, s16: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,430 @@
+"""From a trained trunk and head to a verified bundle: export, quantise, prove, calibrate, write, rename into place.
+
+It must not know how a method was trained; of data it sees held-out and declared-good canvases and a defect callback.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
+
+from deploy.embedding import embedding_ids
+from deploy.export import export_head, tap_shapes
+from deploy.parity import (
+    MakeDefects,
+    ParityReport,
+    ParityRules,
+    PathScores,
+    Sample,
+    draw_sample,
+    judge,
+    require,
+)
+from deploy.quantize import quantize_head
+from deploy.running import GraphPair, pool_all, torch_maps
+from deploy.trunks import TrunkFiles, build_trunk_files
+from edge.bundle import (
+    MANIFEST,
+    Bundle,
+    Calibration,
+    Engine,
+    Golden,
+    Graph,
+    Manifest,
+    Pooling,
+    Precision,
+    Preprocessing,
+    Provenance,
+    StateTensor,
+    manifest_bytes,
+    sha256_file,
+)
+from edge.errors import BundleError, DataError, EngineError, UsageError
+from edge.inference.engines import available_engines, supports
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Canvases = npt.NDArray[np.uint8]
+Pair = tuple[Engine, Precision]
+Progress = Callable[[str, int, int], None]
+
+TRUNK, TRUNK_INT8, HEAD, HEAD_INT8 = "trunk.onnx", "trunk.int8.onnx", "head.onnx", "head.int8.onnx"
+STATE, COMMISSIONING, GOLDEN = "state.safetensors", "commissioning.npz", "golden/frames.npz"
+# Maps compared cell by cell with torch, golden frames of each kind, images that head ranges are measured on.
+_COMPARED, _GOLDEN_EACH, _RANGE_IMAGES = 16, 3, 32
+# Golden tolerances. float32: what the gate allows between engines. Others: a tenth of the good scores' interquartile
+# range, well under the shift that the gate refuses (0.25), above what another processor's rounding gives.
+_FLOAT_TOLERANCE, _ROUNDED_TOLERANCE = 1e-3, 0.1
+
+
+def _no_progress(_what: str, _done: int, _total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class BundleRequest:
+    """What a bundle is made from.
+
+    Attributes:
+        trunk: the shared trunk, in eval mode, on the CPU; see :func:`deploy.export.export_trunk`.
+        head: the method's head, in eval mode, on the CPU; see :func:`deploy.export.export_head`.
+        method: its name.
+        product: name of the product.
+        preprocessing: from frame to network inputs.
+        provenance: where the data and weights came from.
+        holdout: uint8 [n, canvas_height, canvas_width, 3] RGB, good images that nothing was fitted on, n >= 8.
+        groups: one name per held-out image; images of one group are not independent.
+        make_defects: see :data:`deploy.parity.MakeDefects`.
+        commissioning: uint8 [m, ...] canvases of images declared good; their embeddings go into the bundle. m may
+            be 0; a head without embeddings ignores them.
+        pooling: from map to score.
+        trunk_files: built before; None builds them from ``generic`` in the cache.
+        generic: uint8 [k, H, W, 3], the fixed generic set; needed where ``trunk_files`` is None.
+        precisions: wanted. bfloat16 is left out where the processor lacks it or the gate refuses it; the others must
+            pass.
+        engines: None takes every engine that is installed.
+        metrics: figures for the manifest.
+        attachments: further files of the bundle, such as report.html, by name.
+        rules: limits of the parity gate.
+        seed: of the jitter in the gate.
+        created: None takes the present.
+        progress: called with (what is being done, steps done, steps in all).
+    """
+
+    trunk: nn.Module
+    head: nn.Module
+    method: str
+    product: str
+    preprocessing: Preprocessing
+    provenance: Provenance
+    holdout: Canvases
+    groups: Sequence[str]
+    make_defects: MakeDefects
+    commissioning: Canvases = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
+    pooling: Pooling = field(default_factory=Pooling)
+    trunk_files: TrunkFiles | None = None
+    generic: Canvases | None = None
+    precisions: Sequence[Precision] = (Precision.FLOAT32, Precision.BFLOAT16, Precision.INT8)
+    engines: Sequence[Engine] | None = None
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    attachments: Mapping[str, bytes] = field(default_factory=dict)
+    rules: ParityRules = field(default_factory=ParityRules)
+    seed: int = 0
+    created: datetime | None = None
+    progress: Progress = _no_progress
+
+
+def pack(request: BundleRequest, out: Path) -> Bundle:
+    """Make a bundle.
+
+    It is built in a folder beside ``out``, synced to disk and renamed; on any failure nothing is left behind.
+    An int8 head that the gate refuses is replaced once by a float32 head on the int8 trunk.
+
+    Args:
+        request: see :class:`BundleRequest`.
+        out: folder to make; may exist if it is empty.
+
+    Returns:
+        The bundle, opened and verified.
+
+    Raises:
+        UsageError: ``out`` exists and is not empty, or no engine or precision is left to run.
+        DataError: a canvas has another size than the preprocessing says, or the modules do not export.
+        GateError: the parity gate refused; the message has the figures.
+        BundleError: the folder cannot be written.
+    """
+    out = Path(out)
+    _refuse_existing(out)
+    _check(request)
+    pairs = _pairs(request)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        try:
+            _Packer(request, work, pairs).run()
+            _sync(work)
+            work.chmod(0o755)
+            work.rename(out)
+            _sync_folder(out.parent)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    except OSError as error:
+        raise BundleError(
+            f"{out}: cannot be written ({error.strerror or error}); free space or choose another folder"
+        ) from error
+    return Bundle.open(out)
+
+
+class _Packer:
+    """One packing run, in the folder ``work``."""
+
+    def __init__(self, request: BundleRequest, work: Path, pairs: Sequence[Pair]) -> None:
+        self.request, self.work, self.pairs = request, work, tuple(pairs)
+        self.steps, self.done = 4 + 2 * len(pairs), 0
+
+    def run(self) -> None:
+        request = self.request
+        self._step("trunk")
+        self._write_graphs()
+        self._step("defects of low contrast")
+        reference_pair = self._open(next(pair for pair in self.pairs if pair[1] is Precision.FLOAT32))
+        sample = draw_sample(
+            request.holdout,
+            request.make_defects,
+            lambda canvases: pool_all(reference_pair.maps(canvases), request.pooling),
+            rules=request.rules,
+            seed=request.seed,
+        )
+        self._step("torch")
+        reference = self._scores(
+            lambda canvases: torch_maps(request.trunk, request.head, canvases, request.preprocessing), sample
+        )
+        report, kept = self._prove(sample, reference)
+        calibrations = [self._calibrate(pair) for pair in kept]
+        golden = self._write_golden(kept, sample, report.good_iqr)
+        commissioning = self._write_commissioning(kept)
+        self._write_manifest(
+            report=report, kept=kept, calibrations=calibrations, golden=golden, commissioning=commissioning
+        )
+
+    def _step(self, what: str) -> None:
+        self.request.progress(what, self.done, self.steps)
+        self.done = min(self.done + 1, self.steps)
+
+    def _write_graphs(self) -> None:
+        request, work = self.request, self.work
+        files = request.trunk_files
+        if files is None:
+            if request.generic is None:
+                raise UsageError("neither trunk files nor a generic set to make them from; give one of the two")
+            files = build_trunk_files(request.trunk, request.generic)
+        shutil.copyfile(files.float32, work / TRUNK)
+        size = (request.preprocessing.height, request.preprocessing.width)
+        export_head(request.head, work / HEAD, tap_shapes=tap_shapes(request.trunk, size))
+        states = tuple(request.head.state_names)
+        if states:
+            buffers = dict(request.head.named_buffers())
+            tensors = {name: np.ascontiguousarray(buffers[name].detach().cpu().numpy()) for name in states}
+            save_file(tensors, work / STATE)
+        for name, content in request.attachments.items():
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            (work / name).write_bytes(content)
+        if any(precision is Precision.INT8 for _, precision in self.pairs):
+            shutil.copyfile(files.int8, work / TRUNK_INT8)
+
+    def _quantize_head(self) -> bool:
+        """Write head.int8.onnx; False where it holds nothing in int8."""
+        request = self.request
+        shutil.copyfile(self.work / HEAD, self.work / HEAD_INT8)
+        engine = Engine.ONNXRUNTIME if Engine.ONNXRUNTIME in available_engines() else self.pairs[0][0]
+        source = self._open((engine, Precision.INT8))
+        good = request.commissioning if len(request.commissioning) else request.holdout
+        plain = request.make_defects(1.0)
+        images = [*good[: _RANGE_IMAGES], *plain[: _RANGE_IMAGES // 2]]
+        names = quantize_head(
+            self.work / HEAD,
+            self.work / HEAD_INT8,
+            [source.taps(image) for image in images],
+            state_names=tuple(request.head.state_names),
+            float_ops=tuple(getattr(request.head, "float_ops", ())),
+        )
+        return bool(names)
+
+    def _prove(self, sample: Sample, reference: PathScores) -> tuple[ParityReport, list[Pair]]:
+        request = self.request
+        scores = {pair: self._measure(pair, sample) for pair in self.pairs if pair[1] is not Precision.INT8}
+        int8 = [pair for pair in self.pairs if pair[1] is Precision.INT8]
+        int8_head = bool(int8) and self._quantize_head()
+        while True:
+            scores |= {pair: self._measure(pair, sample) for pair in int8}
+            report = judge(
+                sample, reference, scores, rules=request.rules, optional=(Precision.BFLOAT16,), int8_head=int8_head
+            )
+            if report.passed or not int8_head:
+                break
+            shutil.copyfile(self.work / HEAD, self.work / HEAD_INT8)
+            int8_head = False
+        require(report)
+        return report, [pair for pair in self.pairs if f"{pair[0].value} {pair[1].value}" not in report.dropped]
+
+    def _measure(self, pair: Pair, sample: Sample) -> PathScores:
+        self._step(f"parity {pair[0].value} {pair[1].value}")
+        return self._scores(self._open(pair).maps, sample)
+
+    def _scores(self, maps_of: Callable[[Canvases], npt.NDArray[np.float32]], sample: Sample) -> PathScores:
+        good, defective = maps_of(sample.good), maps_of(sample.defective)
+        return PathScores(
+            good=pool_all(good, self.request.pooling),
+            defective=pool_all(defective, self.request.pooling),
+            maps=good[:_COMPARED],
+        )
+
+    def _open(self, pair: Pair) -> GraphPair:
+        engine, precision = pair
+        int8 = precision is Precision.INT8
+        return GraphPair(
+            self.work / (TRUNK_INT8 if int8 else TRUNK),
+            self.work / (HEAD_INT8 if int8 else HEAD),
+            engine=engine,
+            precision=precision,
+            taps=self.request.head.tap_names,
+            preprocessing=self.request.preprocessing,
+            map_stride=self.request.head.map_stride,
+        )
+
+    def _calibrate(self, pair: Pair) -> Calibration:
+        self._step(f"calibrate {pair[0].value} {pair[1].value}")
+        maps = self._open(pair).maps(self.request.holdout)
+        name = f"calibration/{pair[0].value}-{pair[1].value}.npz"
+        half = maps.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise DataError(
+                f"{name}: anomaly maps reach {np.abs(maps).max():.3g}, beyond float16 (65504); scale the head's map"
+            )
+        self._save(
+            name, scores=pool_all(maps, self.request.pooling), maps=half, groups=np.array(self.request.groups, np.str_)
+        )
+        return Calibration(engine=pair[0], precision=pair[1], file=name, count=len(maps))
+
+    def _write_golden(self, kept: Sequence[Pair], sample: Sample, iqr: float) -> Golden:
+        self._step("golden frames")
+        canvases = np.concatenate([_spread(self.request.holdout), _spread(sample.defective)])
+        scores = {pair: pool_all(self._open(pair).maps(canvases), self.request.pooling) for pair in kept}
+        tolerance = {}
+        for pair, values in scores.items():
+            # Engines that run one file differ by the order of their sums: their difference is the noise to allow.
+            peers = [other for key, other in scores.items() if key[1] is pair[1]]
+            noise = max(float(np.abs(values - other).max()) for other in peers)
+            if pair[1] is Precision.FLOAT32:
+                allowed = max(_FLOAT_TOLERANCE * float(np.abs(values).max()), 2 * noise)
+            else:
+                allowed = max(_ROUNDED_TOLERANCE * iqr, 2 * noise)
+            tolerance[_key(pair)] = allowed
+        self._save(GOLDEN, canvas=canvases, **{f"score_{_key(pair)}": values for pair, values in scores.items()})
+        return Golden(file=GOLDEN, count=len(canvases), tolerance=tolerance)
+
+    def _write_commissioning(self, kept: Sequence[Pair]) -> str | None:
+        """Embeddings of images declared good, float16 [m, tiles, L, D], one array per precision."""
+        arrays: dict[str, npt.NDArray[Any]] = {}
+        for precision in dict.fromkeys(precision for _, precision in kept):
+            runner = self._open(next(pair for pair in kept if pair[1] is precision))
+            if not runner.has_embedding or not len(self.request.commissioning):
+                return None
+            arrays[f"embedding_{precision.value}"] = runner.embeddings(self.request.commissioning)
+        self._save(COMMISSIONING, **arrays)
+        return COMMISSIONING
+
+    def _save(self, name: str, **arrays: npt.NDArray[Any]) -> None:
+        (self.work / name).parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(self.work / name, allow_pickle=False, **arrays)
+
+    def _write_manifest(
+        self,
+        *,
+        report: ParityReport,
+        kept: Sequence[Pair],
+        calibrations: Sequence[Calibration],
+        golden: Golden,
+        commissioning: str | None,
+    ) -> None:
+        request, work = self.request, self.work
+        int8 = any(precision is Precision.INT8 for _, precision in kept)
+        states = tuple(request.head.state_names)
+        buffers = dict(request.head.named_buffers())
+        trunks = {pair[1]: work / (TRUNK_INT8 if pair[1] is Precision.INT8 else TRUNK) for pair in kept}
+        files = {
+            path.relative_to(work).as_posix(): sha256_file(path) for path in sorted(work.rglob("*")) if path.is_file()
+        }
+        manifest = Manifest(
+            method=request.method,
+            product=request.product,
+            preprocessing=request.preprocessing,
+            trunk=Graph(float32=TRUNK, int8=TRUNK_INT8 if int8 else None, id=files[TRUNK]),
+            head=Graph(float32=HEAD, int8=HEAD_INT8 if int8 else None, id=files[HEAD]),
+            taps=tuple(request.head.tap_names),
+            map_stride=request.head.map_stride,
+            state=tuple(StateTensor(name=name, shape=tuple(buffers[name].shape)) for name in states),
+            state_file=STATE if states else None,
+            pooling=request.pooling,
+            embedding_id=embedding_ids(trunks, work / HEAD, states, request.preprocessing),
+            calibration=tuple(calibrations),
+            commissioning_file=commissioning,
+            golden=golden,
+            parity=report.model_dump(mode="json"),
+            metrics=dict(request.metrics),
+            provenance=request.provenance,
+            created=request.created or datetime.now(timezone.utc),
+            files=files,
+        )
+        (work / MANIFEST).write_bytes(manifest_bytes(manifest))
+
+
+def _key(pair: Pair) -> str:
+    return f"{pair[0].value}_{pair[1].value}"
+
+
+def _spread(canvases: Canvases) -> Canvases:
+    chosen = np.unique(np.linspace(0, len(canvases) - 1, _GOLDEN_EACH).round().astype(int))
+    return np.asarray(canvases[chosen])
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: exists already; a bundle is never changed in place, give a new folder")
+
+
+def _check(request: BundleRequest) -> None:
+    expected = (request.preprocessing.canvas_height, request.preprocessing.canvas_width, 3)
+    for what, canvases in (("holdout", request.holdout), ("commissioning", request.commissioning)):
+        if what == "commissioning" and not len(canvases):
+            continue
+        if canvases.dtype != np.uint8 or canvases.shape[1:] != expected:
+            raise DataError(f"{what} canvases are {canvases.dtype} {canvases.shape}, expected uint8 [n, {expected}]")
+    if len(request.groups) != len(request.holdout):
+        raise DataError(f"{len(request.groups)} groups for {len(request.holdout)} held-out images; give one each")
+    for name in request.attachments:
+        if name in (MANIFEST, TRUNK, TRUNK_INT8, HEAD, HEAD_INT8, STATE, COMMISSIONING, GOLDEN) or ".." in name:
+            raise UsageError(f"attachment {name!r}: that name belongs to the bundle; choose another")
+
+
+def _pairs(request: BundleRequest) -> list[Pair]:
+    engines = available_engines() if request.engines is None else tuple(request.engines)
+    if not engines:
+        raise EngineError("no inference engine is installed; run: pip install 'lineward[deploy]'")
+    if Precision.FLOAT32 not in request.precisions:
+        raise UsageError("precision float32 cannot be left out: it is what boxes fall back to")
+    return [
+        (engine, precision)
+        for precision in dict.fromkeys(request.precisions)
+        for engine in engines
+        if precision is not Precision.BFLOAT16 or supports(engine, precision)
+    ]
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync_folder(path)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deploy.parity import ParityRules, PathScores, Sample, draw_sample, jitter, judge, require
+from edge.bundle import Engine, Precision
+from edge.errors import DataError, GateError
+
+INT8 = (Engine.OPENVINO, Precision.INT8)
+FLOAT32 = (Engine.OPENVINO, Precision.FLOAT32)
+
+
+def _sample(good: int = 400, bad: int = 200, images: int = 40) -> Sample:
+    blank = np.zeros((1, 1, 1, 3), np.uint8)
+    return Sample(
+        good=blank.repeat(good, 0), good_base=np.arange(good) % images, defective=blank.repeat(bad, 0),
+        defect_base=np.arange(bad) % 20, images=images, contrast=0.3, in_window=True,
+    )  # fmt: skip
+
+
+def _reference(seed: int = 0) -> PathScores:
+    rng = np.random.default_rng(seed)
+    maps = rng.random((4, 5, 5)).astype(np.float32)
+    return PathScores(
+        rng.normal(10, 1, 400).astype(np.float32), rng.normal(11.8, 1, 200).astype(np.float32), maps
+    )
+
+
+def test_judge_passes_what_scores_the_same() -> None:
+    reference = _reference()
+    report = judge(_sample(), reference, {INT8: reference, FLOAT32: reference})
+    assert report.passed
+    assert 0.80 <= report.reference_auroc <= 0.95
+    require(report)
+
+
+def _broken(kind: str, reference: PathScores) -> PathScores:
+    rng = np.random.default_rng(1)
+    if kind == "shift":
+        return PathScores(reference.good + 0.5, reference.defective + 0.5)
+    if kind == "flipped":
+        # Swap the highest good scores with others of the copies: the medians stay.
+        good = reference.good.copy()
+        good[np.argsort(-good)[:6]] = np.median(good)
+        good[rng.choice(np.flatnonzero(good < 9), 6, replace=False)] = 20
+        return PathScores(good, reference.defective)
+    if kind == "drops":
+        return PathScores(reference.good, reference.defective - np.float32(0.1))
+    return PathScores(reference.good * np.float32(np.nan), reference.defective)
+
+
+@pytest.mark.parametrize("kind", ["shift", "flipped", "drops", "not finite"])
+def test_judge_refuses_with_figures(kind: str) -> None:
+    reference = _reference()
+    report = judge(_sample(), reference, {INT8: _broken(kind, reference), FLOAT32: reference})
+    assert not report.passed
+    assert any(kind in text for text in report.refusals)
+    with pytest.raises(GateError, match="--precision float32") as caught:
+        require(report)
+    assert caught.value.exit_code == 4
+    assert "openvino int8" in str(caught.value)
+
+
+def test_judge_refuses_float32_maps_that_differ_from_torch() -> None:
+    reference = _reference()
+    path = PathScores(reference.good, reference.defective, reference.maps * np.float32(1.002))
+    report = judge(_sample(), reference, {FLOAT32: path})
+    assert not report.passed
+    with pytest.raises(GateError, match="exported graph"):
+        require(report)
+
+
+def test_judge_drops_an_optional_precision_instead() -> None:
+    reference = _reference()
+    pair = (Engine.OPENVINO, Precision.BFLOAT16)
+    report = judge(_sample(), reference, {pair: _broken("shift", reference)}, optional=(Precision.BFLOAT16,))
+    assert report.passed
+    assert report.dropped == ["openvino bfloat16"]
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.floats(0.1, 10), st.integers(0, 1000))
+def test_judge_does_not_mind_a_monotone_change_of_scale_in_its_ranks(scale: float, seed: int) -> None:
+    reference = _reference(seed)
+    scaled = PathScores(reference.good * np.float32(scale), reference.defective * np.float32(scale))
+    (path,) = judge(_sample(), reference, {INT8: scaled}).paths
+    assert path.auroc_drop == pytest.approx(0, abs=1e-3)
+    assert path.flipped is not None
+    assert path.flipped <= 0.005
+
+
+def _pictures(n: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(90, 110, (n, 16, 16, 3)).astype(np.uint8)
+
+
+def _stain(contrast: float) -> np.ndarray:
+    pictures = _pictures(30, 3).astype(np.float32)
+    pictures[:, 4:8, 4:8] += 100 * contrast
+    return np.clip(pictures, 0, 255).astype(np.uint8)
+
+
+def _score(canvases: np.ndarray) -> np.ndarray:
+    return canvases.mean((1, 2, 3)).astype(np.float32)
+
+
+def test_draw_sample_finds_the_contrast_of_the_window() -> None:
+    sample = draw_sample(_pictures(30, 1), _stain, _score)
+    assert sample.in_window
+    assert 0.01 < sample.contrast < 1
+    assert len(sample.good) == ParityRules().good_samples
+    assert sample.images == 30
+
+
+def test_draw_sample_takes_the_nearest_where_defects_stay_invisible() -> None:
+    sample = draw_sample(_pictures(30, 1), lambda _contrast: _pictures(30, 3), _score)
+    assert not sample.in_window
+    assert sample.contrast == 1.0
+
+
+def test_draw_sample_refuses_too_few_good_images_and_odd_defects() -> None:
+    with pytest.raises(DataError, match="at least 8"):
+        draw_sample(_pictures(7, 1), _stain, _score)
+    with pytest.raises(DataError, match="defects are"):
+        draw_sample(_pictures(8, 1), lambda _c: _pictures(3, 1)[:, :8], _score)
+
+
+def test_jitter_keeps_the_originals_and_is_seeded() -> None:
+    pictures = _pictures(5, 1)
+    first, base = jitter(pictures, 12, seed=4)
+    np.testing.assert_array_equal(first[:5], pictures)
+    np.testing.assert_array_equal(first, jitter(pictures, 12, seed=4)[0])
+    assert base.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    assert not np.array_equal(first[5], pictures[0])
