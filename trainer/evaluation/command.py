@@ -145,15 +145,15 @@ def _evaluate_run(
 def _evaluate_detector(
     detector: Detector, samples: Sequence[LabelledImage], alpha: float, progress: Progress
 ) -> tuple[Evaluation, dict[str, dict[str, Any]]]:
-    bundle, manifest = detector.bundle, detector.bundle.manifest
-    calibration = bundle.calibration(detector.engine, detector.precision)
+    bundle, manifest, status = detector.bundle, detector.bundle.manifest, detector.status
+    calibration = bundle.calibration(status.engine, status.precision)
     found = measure(
         detector.map_of_canvas,
         samples,
         preprocessing=manifest.preprocessing,
         pooling=manifest.pooling,
         threshold=fit_threshold(calibration.scores, calibration.groups, alpha),
-        subject=Subject(manifest.product, manifest.method, detector.engine.value, detector.precision.value),
+        subject=Subject(manifest.product, manifest.method, status.engine.value, status.precision.value),
         progress=progress,
     )
     identity = {"bundle": bundle.id, "created": manifest.created.isoformat()}
