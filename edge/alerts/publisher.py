@@ -95,6 +95,7 @@ class Publisher:
         self._dirty: set[str] = set()
         self._wanted_window = settings.max_inflight
         self._unsent = 0
+        self._replayed = False
         self._counters = dict.fromkeys(("published", "acknowledged", "refused", "commands"), 0)
         client_id = settings.client_id or f"lineward-{identity.site}-{identity.box}"
         self._reconnector = Reconnector(
@@ -165,8 +166,8 @@ class Publisher:
         """Wait until the broker has acknowledged all rows and retained topics; False after ``timeout`` seconds."""
 
         def drained() -> bool:
-            connected = self.state.kind is LinkKind.CONNECTED
-            return connected and self._outbox.depth == 0 and not self._dirty and self._unsent == 0
+            # Connected is not enough: the rows of the replay window are pending again a moment later.
+            return self._replayed and self._outbox.depth == 0 and not self._dirty and self._unsent == 0
 
         return self._reconnector.wait_for(drained, timeout)
 
@@ -190,6 +191,7 @@ class Publisher:
         self._retained[self._identity.available] = self._availability("online")
         # Whatever the broker has forgotten, an actuator must not act on: everything retained is said again.
         self._dirty.update(self._retained)
+        self._replayed = True
         try:
             while not self._reconnector.stopping.is_set():
                 self._send(session)
@@ -199,6 +201,7 @@ class Publisher:
                     return Lost(self.state.reason, refused=True) if session.refused else lost
             return self._say_stopped(session, inbox)
         finally:
+            self._replayed = False
             self._settle(session)
             self._outbox.release_sent()
 

@@ -84,6 +84,7 @@ def lost_after_kills(make: Callable[..., Mosquitto], folder: Path, kills: int, *
                 outbox.append_many([draft()] * 10)
             assert publisher.wait_until_drained(10), "the broker acknowledges"
             broker.restart()
+            # The broker that dies next need not have taken the replay; the last one does.
             connected = publisher._reconnector.wait_for(lambda n=life: publisher._reconnector.connections > n, 15)
             assert connected
         assert publisher.wait_until_drained(20)
