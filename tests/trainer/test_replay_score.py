@@ -32,6 +32,12 @@ def test_event_that_began_earlier_and_lasts_into_a_defect_finds_it() -> None:
     assert score_replay([Span(10, 20)], [Span(5, 9)]).false_alarms == (Span(5, 9),)
 
 
+def test_event_that_began_on_another_part_is_a_false_alarm_and_finds_nothing() -> None:
+    score = score_replay([Span(10, 10)], [Span(9, 11)], lasting=False)
+
+    assert (score.missed, score.false_alarms) == ((Span(10, 10),), (Span(9, 11),))
+
+
 def test_one_event_over_two_defects_finds_both() -> None:
     assert len(score_replay([Span(0, 2), Span(5, 6)], [Span(1, 5)]).found) == 2
 

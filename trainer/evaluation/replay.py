@@ -40,23 +40,27 @@ class ReplayScore:
     false_alarms: tuple[Span, ...]
 
 
-def score_replay(defects: Sequence[Span], events: Sequence[Span], *, delay: int = 0) -> ReplayScore:
+def score_replay(
+    defects: Sequence[Span], events: Sequence[Span], *, delay: int = 0, lasting: bool = True
+) -> ReplayScore:
     """Match events with defects.
 
-    An event belongs to every defect that it overlaps. A box needs some frames before it begins an event, so one that
-    begins up to ``delay`` frames after a defect has left still belongs to it; one that begins before the defect and
-    lasts into it does too.
+    A box needs some frames before it begins an event, so one that begins up to ``delay`` frames after a defect has
+    left still belongs to it.
 
     Args:
         defects: frames on which each defect is in view.
         events: frames from ``new`` to ``end`` of each event.
         delay: frames, >= 0.
+        lasting: whether an event that began earlier and lasts into a defect belongs to it as well. Not where each
+            frame is another part: there an event that begins on a good part is a false alarm, whatever follows.
     """
     if delay < 0:
         raise ValueError(f"delay {delay} is negative")
 
     def belongs(event: Span, defect: Span) -> bool:
-        return event.first <= defect.last + delay and event.last >= defect.first
+        reaches = event.last if lasting else event.first
+        return event.first <= defect.last + delay and reaches >= defect.first
 
     found = tuple(defect for defect in defects if any(belongs(event, defect) for event in events))
     return ReplayScore(
