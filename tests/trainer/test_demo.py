@@ -12,13 +12,13 @@ from tests.edge.tiny_bundle import make_tiny_bundle
 from trainer.demo import (
     MARKER,
     Subject,
+    affordable_alpha,
     alert_line,
     box_settings,
     demo,
     frames_per_second,
     prepare_folder,
     replay_rows,
-    supported_alpha,
 )
 from trainer.evaluation.live import Replay
 from trainer.evaluation.replay import Span
@@ -49,8 +49,9 @@ def subject(folder: Path, *, parts: bool) -> Subject:
     return Subject(folder / "data", Stream(folder / "stream", ("", "hole", "")), parts=parts, caveats=())
 
 
-def test_threshold_asks_for_what_calibration_supports(bundle: Bundle) -> None:
-    assert supported_alpha(bundle) == pytest.approx(1 / 41)  # 40 groups
+def test_threshold_asks_for_no_more_than_calibration_supports(bundle: Bundle) -> None:
+    assert affordable_alpha(bundle, parts=True) == 0.05
+    assert affordable_alpha(bundle, parts=False) == pytest.approx(2 / 41)  # 40 groups
 
 
 def test_folder_of_an_earlier_demo_is_emptied(tmp_path: Path) -> None:
