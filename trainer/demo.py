@@ -195,7 +195,9 @@ def _replay(bundle: Bundle, subject: Subject, out: Path, console: Console, *, al
 
         def show(alert: Alert) -> None:
             file.write(alert.model_dump_json(by_alias=True) + "\n")
-            console.print(alert_line(alert, subject.stream), highlight=False, markup=False)
+            # A part has gone by the next frame, so only a web's alerts have an end worth showing.
+            if alert.phase is EventPhase.NEW or not subject.parts:
+                console.print(alert_line(alert, subject.stream), highlight=False, markup=False)
 
         limit = 120 + 2 * len(subject.stream.labels) / LINE_SPEED
         return replay(config, broker=broker.url, log=out / "box.log", on_alert=show, timeout=limit)
