@@ -41,6 +41,7 @@ HITS, WINDOW = 3, 5
 
 LEAST_ALPHA = {True: 0.05, False: 0.01}
 """False-alarm probability per frame that is asked for, by whether frames are parts."""
+MOST_ALPHA = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +207,11 @@ def _replay(bundle: Bundle, subject: Subject, out: Path, console: Console, *, al
 def affordable_alpha(bundle: Bundle, *, parts: bool) -> float:
     """Return the false-alarm probability per frame to ask for.
 
-    It is twice what the calibration images support at the least: at the limit itself the threshold is their highest
-    score, which one odd image decides.
+    It is twice what the calibration images support at the least, since at the limit itself the threshold is their
+    highest score, which one odd image decides; but no more than one frame in five.
     """
     groups = min(len(set(bundle.calibration(*pair).groups.tolist())) for pair in bundle.calibrated())
-    return min(0.5, max(LEAST_ALPHA[parts], 2 / (groups + 1)))
+    return min(MOST_ALPHA, max(LEAST_ALPHA[parts], 2 / (groups + 1)))
 
 
 def box_settings(subject: Subject, bundle: Bundle, *, alpha: float) -> dict[str, Any]:
