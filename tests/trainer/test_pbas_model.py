@@ -44,12 +44,11 @@ def taps(n: int, height: int = 8, width: int = 12, seed: int = 1) -> tuple[torch
     )
 
 
-def test_patch_mean_counts_only_the_sites_that_exist() -> None:
+def test_patch_mean_counts_the_padding_as_zeros() -> None:
     tap = torch.arange(12.0).reshape(1, 1, 3, 4)
     mean = patch_mean(tap)[0, 0]
-    assert mean[0, 0] == pytest.approx((0 + 1 + 4 + 5) / 4)
+    assert mean[0, 0] == pytest.approx((0 + 1 + 4 + 5) / 9)
     assert mean[1, 1] == pytest.approx(5)
-    assert torch.equal(patch_mean(torch.ones(1, 2, 5, 5)), torch.ones(1, 2, 5, 5))
 
 
 def test_double_is_bilinear_with_half_pixel_centres() -> None:
@@ -92,16 +91,19 @@ def test_smoothing_is_scipys_gaussian_with_repeated_edges() -> None:
 
 def test_smoothing_leaves_a_constant_map_alone_up_to_the_border() -> None:
     network = trained_network()
-    s8, s16 = torch.ones(1, 40, 8, 8), torch.ones(1, 112, 4, 4)
+    # Zero taps: the 3x3 mean is the same everywhere, so is the logit before smoothing.
+    s8, s16 = torch.zeros(1, 40, 8, 8), torch.zeros(1, 112, 4, 4)
     with torch.inference_mode():
         (smooth,) = PbasHead.fold(network, smoothing=1.5)(s8, s16)
-    assert (smooth - smooth[0, 0, 0]).abs().max() < 1e-5
+        (sharp,) = PbasHead.fold(network, smoothing=0)(s8, s16)
+    assert sharp.abs().max() > 1e-4
+    assert (smooth - sharp).abs().max() < 1e-5
 
 
-def test_embedding_equals_the_papers_unfold_and_pool_inside_the_border() -> None:
+def test_embedding_equals_the_papers_unfold_and_pool() -> None:
     s8, _ = taps(2)
     unfolded = functional.unfold(s8, 3, padding=1).reshape(2, 40, 9, 8, 12).mean(2)
-    assert (patch_mean(s8) - unfolded)[:, :, 1:-1, 1:-1].abs().max() < 1e-5
+    assert (patch_mean(s8) - unfolded).abs().max() < 1e-5
 
 
 def test_build_restores_the_fitted_head() -> None:
