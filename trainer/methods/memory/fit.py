@@ -1,4 +1,4 @@
-"""Fitting the memory detector: reduce the patch rows of good images, measure where good parts vary.
+"""Fitting the memory detector: whiten each level, reduce its patch rows to a bank, bring the levels to one scale.
 
 Sources: PatchCore (Roth et al., 2022) for the coreset, FedDyMem's memory-reduce by weighted averages for the bank.
 """
@@ -9,38 +9,33 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import Field
-from torch.nn import functional
 
 from edge.errors import DataError, UsageError
 from trainer.methods.base import FitContext, Method, MethodConfig
-from trainer.methods.memory.model import MemoryHead, patch_embedding
-from trainer.methods.memory.reduce import greedy_coreset, nearest, weighted_average_reduce
+from trainer.methods.memory.model import LEVELS, MemoryHead, patch_mean
+from trainer.methods.memory.reduce import greedy_coreset, nearest, weighted_average_reduce, whitening
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _BATCH = 16
-_FOLDS = 2
-_SMALL_SET = 24
-_SMALL_FOLDS = 4
-_BORROWED_IMAGES = 4.0
+_SCALE_IMAGES = 60
 
 
 class MemoryConfig(MethodConfig):
-    """Settings of the memory detector."""
+    """Settings of the memory detector; the README says what each was measured to do."""
 
-    rows: int = Field(1000, ge=1, le=2000, description="Rows of the bank.")
+    rows: int = Field(1000, ge=1, le=2000, description="Rows of each level's bank.")
     candidates: int = Field(30_000, ge=1, description="Patches, drawn at random, that anchors are chosen from.")
-    position: bool = Field(default=True, description="Scale and offset per map cell, from cross-fitted distances.")
-    position_images: int = Field(120, ge=2, description="Images, at most, that scale and offset are measured on.")
-    position_sigma: float = Field(1.0, ge=0, description="Gaussian smoothing of scale and offset, in cells.")
+    whitening: float = Field(0.3, gt=0, description="Added to every eigenvalue, as a share of their mean.")
+    background: float = Field(0.3, ge=0, le=1, description="Share of its own mean that is taken off a map.")
 
 
 class MemoryMethod(Method):
-    """A compressed memory bank on the shared trunk."""
+    """Compressed memory banks on the shared trunk."""
 
     name: ClassVar[str] = "memory"
-    tap_names: ClassVar[tuple[str, ...]] = ("s4", "s8", "s16")
+    tap_names: ClassVar[tuple[str, ...]] = LEVELS
 
     @classmethod
     def config(cls, preset: str) -> MemoryConfig:
@@ -52,32 +47,43 @@ class MemoryMethod(Method):
         if preset == "quick":
             return MemoryConfig()
         if preset == "full":
-            return MemoryConfig(rows=2000, candidates=100_000, position_images=400)
+            return MemoryConfig(rows=2000, candidates=100_000)
         raise UsageError(f"--preset {preset}: unknown; choose quick or full")
 
     @classmethod
     def fit(cls, context: FitContext, config: MethodConfig) -> MemoryHead:
-        """Learn the bank.
+        """Learn the banks.
 
         Raises:
-            DataError: fewer than two images.
+            DataError: fewer than two images, or features that are not finite.
         """
-        if not isinstance(config, MemoryConfig):
-            raise UsageError("the memory method takes a MemoryConfig")
-        return _Fit(context, config).head()
+        return _Fit(context, _own(config)).head()
 
     @classmethod
     def build(cls, config: MethodConfig, tensors: dict[str, torch.Tensor]) -> MemoryHead:
-        """Rebuild a fitted head."""
-        del config
+        """Rebuild a fitted head.
+
+        Raises:
+            DataError: the tensors are not a memory head's.
+        """
         try:
-            bank, mean = tensors["bank"], tensors["position_mean"]
-            grid = (int(mean.shape[0]), int(mean.shape[1]))
-            head = MemoryHead(tap_names=cls.tap_names, rows=len(bank), dimensions=bank.shape[1], grid=grid)
+            banks = [tensors[f"bank_{name}"] for name in LEVELS]
+            head = _empty(banks, _own(config).background)
             head.load_state_dict(tensors)
         except (KeyError, IndexError, RuntimeError) as error:
             raise DataError(f"these tensors are no memory head ({error}); train again") from error
-        return head.eval()
+        return head.eval().requires_grad_(False)
+
+
+def _own(config: MethodConfig) -> MemoryConfig:
+    if not isinstance(config, MemoryConfig):
+        raise UsageError(f"the memory method cannot use a {type(config).__name__}; take MemoryMethod.config(preset)")
+    return config
+
+
+def _empty(banks: list[torch.Tensor], background: float) -> MemoryHead:
+    rows, channels = tuple(len(bank) for bank in banks), tuple(int(bank.shape[1]) for bank in banks)
+    return MemoryHead(rows=rows, channels=channels, background=background)
 
 
 class _Fit:
@@ -88,104 +94,64 @@ class _Fit:
         self.images = len(self.features) // self.features.tiles_per_image
         if self.images < 2:  # noqa: PLR2004
             raise DataError("the memory method needs at least 2 training images; add good parts to train/good")
-        self.scales = torch.tensor([1.0 / self._rms(name) for name in MemoryMethod.tap_names])
 
-    def _rms(self, name: str) -> float:
-        # A constant of the training set: a scale per batch would hide a drift of the exposure.
-        tap = self.features.taps[name]
-        total = sum(float(part.float().pow(2).sum()) for part in tap.split(_BATCH))
-        return max((total / tap.numel()) ** 0.5, 1e-6)
+    def head(self) -> MemoryHead:
+        everything = torch.arange(self.images)
+        transforms = {name: self._whitening(name) for name in LEVELS}
+        banks = {name: self._bank(name, transforms[name], everything, self.config.rows) for name in LEVELS}
+        head = _empty([banks[name] for name in LEVELS], self.config.background)
+        for index, name in enumerate(LEVELS):
+            mean, matrix = transforms[name]
+            layer = head.get_submodule(f"whiten_{name}")
+            with torch.no_grad():
+                layer.weight.copy_(matrix.T[:, :, None, None])
+                layer.bias.copy_(-(mean @ matrix))
+            head.get_buffer(f"bank_{name}").copy_(banks[name])
+            head.get_buffer("scales")[index] = 1.0 / self._mean_distance(name, transforms[name])
+        return head.eval().requires_grad_(False)
 
-    def _tiles_of(self, images: torch.Tensor) -> torch.Tensor:
+    def _patches(self, name: str, images: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield rows float32 [n, C], a tile's sites consecutive."""
         tiles = self.features.tiles_per_image
-        return (images[:, None] * tiles + torch.arange(tiles)).flatten()
+        order = (images[:, None] * tiles + torch.arange(tiles)).flatten()
+        for (tap,) in self.features.batches((name,), _BATCH, device=self.context.device, order=order):
+            yield patch_mean(tap).permute(0, 2, 3, 1).flatten(0, 2)
 
-    def _embeddings(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
-        names, device = MemoryMethod.tap_names, self.context.device
-        scales = self.scales.to(device)
-        for taps in self.features.batches(names, _BATCH, device=device, order=self._tiles_of(images)):
-            yield patch_embedding(taps, names, scales)
+    def _whitening(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, matrix = whitening(self._patches(name, torch.arange(self.images)), self.config.whitening)
+        if not (torch.isfinite(mean).all() and torch.isfinite(matrix).all()):
+            raise DataError(f"features of tap {name} are not finite; check the training images")
+        return mean, matrix
 
-    def _rows(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
-        for embedding in self._embeddings(images):
-            yield embedding.permute(0, 2, 3, 1).flatten(0, 2)
+    def _rows(
+        self, name: str, transform: tuple[torch.Tensor, torch.Tensor], images: torch.Tensor
+    ) -> Iterator[torch.Tensor]:
+        mean, matrix = (part.to(self.context.device) for part in transform)
+        for rows in self._patches(name, images):
+            yield (rows - mean) @ matrix
 
-    def _bank(self, images: torch.Tensor, rows: int, candidates: int, what: str) -> torch.Tensor:
-        tiles = self._tiles_of(images)
-        h, w = self.features.taps["s8"].shape[2:]
-        share = min(1.0, candidates / (len(tiles) * h * w))
+    def _bank(
+        self, name: str, transform: tuple[torch.Tensor, torch.Tensor], images: torch.Tensor, size: int
+    ) -> torch.Tensor:
+        sites = self.features.taps[name].shape[2] * self.features.taps[name].shape[3] * self.features.tiles_per_image
+        share = min(1.0, self.config.candidates / (len(images) * sites))
         drawn = []
-        for batch in self._rows(images):
+        for batch in self._rows(name, transform, images):
             keep = torch.randperm(len(batch), generator=self.generator)[: max(1, round(share * len(batch)))]
             drawn.append(batch[keep.to(batch.device)])
         pool = torch.cat(drawn)
-        report = self.context.progress
-        chosen = greedy_coreset(pool, rows, self.generator, lambda done: report(what, done, min(rows, len(pool))))
-        return weighted_average_reduce(self._rows(images), pool[chosen.to(pool.device)])[0]
+        size, report = min(size, len(pool)), self.context.progress
+        chosen = greedy_coreset(pool, size, self.generator, lambda done: report(f"bank {name}", done, size))
+        return weighted_average_reduce(self._rows(name, transform, images), pool[chosen.to(pool.device)])[0].cpu()
 
-    def _distance_maps(self, images: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-        maps = []
-        for embedding in self._embeddings(images):
-            n, _, h, w = embedding.shape
-            squared, _ = nearest(embedding.permute(0, 2, 3, 1).flatten(0, 2), bank)
-            maps.append(squared.sqrt().view(n, h, w))
-        return torch.cat(maps)
-
-    def _position(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation per cell of the distances of images that the bank has not seen."""
-        images = images[torch.randperm(len(images), generator=self.generator)[: self.config.position_images]]
-        folds = min(len(images), _SMALL_FOLDS if len(images) < _SMALL_SET else _FOLDS)
-        parts = images.tensor_split(folds)
-        maps = []
-        for index, part in enumerate(parts):
-            others = torch.cat([other for j, other in enumerate(parts) if j != index])
-            bank = self._bank(others, self.config.rows // 2 or 1, self.config.candidates // 2 or 1,
-                              f"position, fold {index + 1}")  # fmt: skip
-            maps.append(self._distance_maps(part, bank))
-        return position_statistics(torch.cat(maps), self.config.position_sigma)
-
-    def head(self) -> MemoryHead:
-        images = torch.arange(self.images)
-        bank = self._bank(images, self.config.rows, self.config.candidates, "memory bank")
-        h, w = self.features.taps["s8"].shape[2:]
-        head = MemoryHead(tap_names=MemoryMethod.tap_names, rows=len(bank), dimensions=bank.shape[1], grid=(h, w))
-        head.tap_scales.copy_(self.scales)
-        head.bank.copy_(bank.cpu())
-        if self.config.position:
-            mean, deviation = self._position(images)
-            head.position_mean.copy_(mean.cpu())
-            head.position_scale.copy_((1.0 / deviation).cpu())
-        return head.eval().requires_grad_(False)
-
-
-def position_statistics(maps: torch.Tensor, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation per cell, smoothed, and drawn towards those of all cells where images are few.
-
-    Args:
-        maps: float32 [n, h, w], distances of good images.
-        sigma: Gaussian smoothing in cells; 0 is none.
-
-    Returns:
-        Mean and deviation (> 0), float32 [h, w] each.
-    """
-    n = len(maps)
-    share = n / (n + _BORROWED_IMAGES)
-    mean = share * maps.mean(0) + (1 - share) * maps.mean()
-    variance = share * maps.var(0, unbiased=False) + (1 - share) * maps.var(unbiased=False)
-    mean, variance = smooth(mean, sigma), smooth(variance, sigma)
-    # A tenth of the mean deviation bounds what a cell that never varied may be amplified by.
-    deviation = variance.sqrt()
-    return mean, deviation + 0.1 * deviation.mean().clamp_min(1e-6)
-
-
-def smooth(grid: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Gaussian smoothing of float32 [h, w] with repeated edges."""
-    if sigma <= 0:
-        return grid
-    radius = max(1, round(3 * sigma))
-    x = torch.arange(-radius, radius + 1, dtype=grid.dtype, device=grid.device)
-    kernel = torch.exp(-0.5 * (x / sigma) ** 2)
-    kernel = kernel / kernel.sum()
-    padded = functional.pad(grid[None, None], (radius,) * 4, mode="replicate")
-    padded = functional.conv2d(padded, kernel.view(1, 1, 1, -1))
-    return functional.conv2d(padded, kernel.view(1, 1, -1, 1))[0, 0]
+    def _mean_distance(self, name: str, transform: tuple[torch.Tensor, torch.Tensor]) -> float:
+        """Return the mean distance of good patches to a bank that has not seen their image (two folds)."""
+        drawn = torch.randperm(self.images, generator=self.generator)[:_SCALE_IMAGES]
+        half = len(drawn) // 2
+        total = count = 0.0
+        for seen, unseen in ((drawn[:half], drawn[half:]), (drawn[half:], drawn[:half])):
+            bank = self._bank(name, transform, seen, max(1, self.config.rows // 4)).to(self.context.device)
+            for rows in self._rows(name, transform, unseen):
+                squared, _ = nearest(rows, bank)
+                total, count = total + float(squared.sqrt().sum()), count + len(squared)
+        return max(total / count, 1e-6)

@@ -1,11 +1,9 @@
-"""The memory head: patch embedding, nearest row of a bank, one scale and offset per map cell.
+"""The memory head: at each level, the distance of every patch to the nearest row of that level's bank.
 
-A pure module; it does not know how the bank was reduced nor where the offsets came from.
+A pure module; it does not know how the banks were reduced nor how the levels were whitened.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,71 +11,70 @@ from torch.nn import functional
 
 from trainer.methods.base import Head
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-GRID_STRIDE = 8
-"""Input pixels per patch; the map has one cell per patch."""
-_TAP_STRIDES = {"s4": 4, "s8": 8, "s16": 16}
+LEVELS = ("s8", "s16")
+"""The taps searched, finest first; the map has the grid of the first."""
+MAP_STRIDE = 8
+_FACTORS = (1, 2)
 
 
-def patch_embedding(taps: Sequence[torch.Tensor], names: Sequence[str], scales: torch.Tensor) -> torch.Tensor:
-    """Turn taps into one vector per patch of the stride-8 grid.
+def patch_mean(tap: torch.Tensor) -> torch.Tensor:
+    """Average float32 [N, C, h, w] over 3x3 sites.
 
-    Each tap is scaled by its constant and averaged over 3x3 sites of its own grid; a stride-4 tap is pooled to the
-    grid before, a stride-16 tap resized to it after. At the border the average counts the padding as zeros, as in
-    PatchCore's code: patches that see the padding lie apart from all others, and this draws them together.
-
-    Args:
-        taps: float32 [N, C, h, w] each.
-        names: their names, in the same order.
-        scales: float32 [number of taps], what each tap is multiplied with.
-
-    Returns:
-        float32 [N, D, H / 8, W / 8], D the sum of the taps' channels.
+    At the border the padding counts as zeros, as in PatchCore's code: patches that see the padding lie apart from all
+    others, and this draws them together.
     """
-    parts = []
-    for index, (tap, name) in enumerate(zip(taps, names, strict=True)):
-        x = tap * scales[index]
-        if _TAP_STRIDES[name] < GRID_STRIDE:
-            x = functional.avg_pool2d(x, GRID_STRIDE // _TAP_STRIDES[name])
-        x = functional.avg_pool2d(x, 3, 1, 1)
-        if _TAP_STRIDES[name] > GRID_STRIDE:
-            factor = _TAP_STRIDES[name] // GRID_STRIDE
-            x = functional.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-        parts.append(x)
-    return torch.cat(parts, 1)
+    return functional.avg_pool2d(tap, 3, 1, 1)
 
 
 class MemoryHead(Head):
-    """Distance to the nearest row of a memory bank (PatchCore, Roth et al. 2022; reduced bank: feddymem digest).
+    """Distance to the nearest row of a memory bank, level by level.
 
-    State: ``bank`` float32 [R, D]; ``position_mean`` and ``position_scale`` float32 [h, w]: the map is
-    ``(distance - position_mean) * position_scale``, so that a cell where good parts vary (an edge, the image's
-    border) needs a larger distance to look the same.
+    ``d_l = ||W_l (p - mu_l) - m||`` for the nearest row m of level l, on the level's own grid; the map is
+    ``sum_l d_l * scale_l`` on the finest grid, less ``background`` times its own mean. State: ``bank_s8`` float32
+    [R, 40] and ``bank_s16`` float32 [R, 112], rows in whitened space. A row of one level belongs to no row of the
+    other. The embedding is float32 [N, L, 152]: the finest grid's patches, the columns of both levels side by side.
+
+    Source: PatchCore (Roth et al., 2022) for the search; levels apart, whitening and background are our own.
     """
 
-    map_stride = GRID_STRIDE
-    state_names = ("bank", "position_mean", "position_scale")
+    tap_names = LEVELS
+    map_stride = MAP_STRIDE
+    state_names = tuple(f"bank_{name}" for name in LEVELS)
+    # Small directions of the whitened space would drown in the rounding of larger ones; these products cost nothing.
+    float_ops = tuple(f"whiten_{name}" for name in LEVELS)
 
-    def __init__(self, *, tap_names: tuple[str, ...], rows: int, dimensions: int, grid: tuple[int, int]) -> None:
+    def __init__(self, *, rows: tuple[int, ...], channels: tuple[int, ...], background: float) -> None:
         super().__init__()
-        self.tap_names = tap_names
-        self.register_buffer("tap_scales", torch.ones(len(tap_names)))
-        self.bank = nn.Buffer(torch.zeros(rows, dimensions))
-        self.position_mean = nn.Buffer(torch.zeros(grid))
-        self.position_scale = nn.Buffer(torch.ones(grid))
+        self.background = background
+        for name, count, width in zip(LEVELS, rows, channels, strict=True):
+            self.register_module(f"whiten_{name}", nn.Conv2d(width, width, 1))
+            self.register_buffer(f"bank_{name}", torch.zeros(count, width))
+        self.register_buffer("scales", torch.ones(len(LEVELS)))
 
-    def embed(self, taps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the patch embedding float32 [N, D, h, w]."""
-        return patch_embedding(taps, self.tap_names, self.tap_scales)
+    def whitened(self, name: str, tap: torch.Tensor) -> torch.Tensor:
+        """Return one level's patches float32 [N, C, h, w]."""
+        patches: torch.Tensor = self.get_submodule(f"whiten_{name}")(patch_mean(tap))
+        return patches
 
     def forward(self, *taps: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the map float32 [N, h, w] and the patch rows float32 [N, h * w, D]."""
-        embedding = self.embed(taps)
-        h, w = self.position_mean.shape
-        rows = embedding.flatten(2).transpose(1, 2)
-        # ||q - m||^2 = ||q||^2 + (||m||^2 - 2 q.m): one matrix product, then a minimum over the bank.
-        nearest = ((self.bank * self.bank).sum(1) - 2.0 * (rows @ self.bank.t())).amin(2)
-        distance = (nearest + (rows * rows).sum(2)).clamp_min(0.0).sqrt().unflatten(1, (h, w))
-        return (distance - self.position_mean) * self.position_scale, rows
+        """Return the map float32 [N, H / 8, W / 8] and the patch rows float32 [N, H / 8 * W / 8, 152]."""
+        total, columns = None, []
+        for index, (name, tap, factor) in enumerate(zip(LEVELS, taps, _FACTORS, strict=True)):
+            patches, bank = self.whitened(name, tap), self.get_buffer(f"bank_{name}")
+            rows = patches.flatten(2).transpose(1, 2)
+            # ||q - m||^2 = ||q||^2 + (||m||^2 - 2 q.m): one matrix product, then a minimum over the bank.
+            nearest = ((bank * bank).sum(1) - 2.0 * (rows @ bank.t())).amin(2)
+            distance = (nearest + (rows * rows).sum(2)).clamp_min(0.0).sqrt().unflatten(1, patches.shape[2:])
+            level = enlarge(distance[:, None] * self.scales[index], factor)
+            total = level if total is None else total + level
+            columns.append(enlarge(patches, factor))
+        assert total is not None
+        anomaly_map = total[:, 0] - self.background * total.mean((1, 2, 3), keepdim=True)[:, 0]
+        return anomaly_map, torch.cat(columns, 1).flatten(2).transpose(1, 2)
+
+
+def enlarge(grid: torch.Tensor, factor: int) -> torch.Tensor:
+    """Resize float32 [N, C, h, w] bilinearly (half-pixel centres) by a whole factor."""
+    if factor == 1:
+        return grid
+    return functional.interpolate(grid, scale_factor=factor, mode="bilinear", align_corners=False)

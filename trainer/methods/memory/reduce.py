@@ -91,3 +91,34 @@ def weighted_average_reduce(
         support.index_add_(0, index, torch.ones_like(index))
     bank = torch.where(weight[:, None] > 0, total / weight.clamp_min(1e-300)[:, None], anchors.double())
     return bank.float(), support
+
+
+def whitening(batches: Iterable[torch.Tensor], share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Measure the mean of rows and the matrix that gives every principal direction about the same deviation.
+
+    Args:
+        batches: rows float32 [n, D] each.
+        share: added to every eigenvalue of the covariance, as a share of their mean; bounds how far a direction
+            in which good parts hardly vary is stretched.
+
+    Returns:
+        Mean float32 [D] and matrix float32 [D, D] on the CPU; whitened rows are ``(rows - mean) @ matrix``.
+    """
+    count, first, second = 0, None, None
+    for rows in batches:
+        wide = rows.double()
+        count += len(wide)
+        first = wide.sum(0) if first is None else first + wide.sum(0)
+        second = wide.T @ wide if second is None else second + wide.T @ wide
+    assert first is not None
+    assert second is not None
+    mean = (first / count).cpu()
+    covariance = (second / count).cpu() - torch.outer(mean, mean)
+    if not torch.isfinite(covariance).all():
+        return mean.float(), torch.full_like(covariance, torch.nan).float()
+    values, vectors = torch.linalg.eigh(covariance)
+    values = values.clamp_min(0.0)
+    floor = (share * values.mean()).clamp_min(1e-12)
+    # An eigenvector's sign is arbitrary; fix it so that the same data give the same rows on every machine.
+    signs = torch.sign(vectors.gather(0, vectors.abs().argmax(0, keepdim=True)))
+    return mean.float(), (vectors * signs / (values + floor).sqrt()).float()
