@@ -91,7 +91,7 @@ def perlin_blend(site: Site) -> tuple[Shape, Content]:
 
 def cut_paste(site: Site) -> tuple[Shape, Content]:
     """Paste a rectangle from elsewhere, slightly off in brightness (CutPaste, Li et al., CVPR 2021)."""
-    return _soft_rectangle(site.shape), site.elsewhere() * site.rng.uniform(0.85, 1.15) + site.shift(0, 15)
+    return _soft_rectangle(site.shape), site.elsewhere() * site.rng.uniform(0.85, 1.15) + site.shift(8, 30)
 
 
 def scar(site: Site) -> tuple[Shape, Content]:
