@@ -64,6 +64,14 @@ def test_quantize_trunk_runs_every_other_convolution_in_int8(
     assert kinds.count("Clip") == min(float_convs, 2), "a Clip behind int8 keeps depthwise convolutions in float"
 
 
+def test_quantize_trunk_lets_openvino_read_the_image_in_place(trunk_onnx: Path, tmp_path: Path) -> None:
+    target = tmp_path / "q.onnx"
+    quantize_trunk(trunk_onnx, target, textures(8, seed=1))
+    shapes = {"image": [1, SIZE, SIZE, 3]}
+    assert _executed(trunk_onnx, ("Transpose",), shapes) == []
+    assert _executed(target, ("Transpose",), shapes) == []
+
+
 def test_quantize_trunk_gives_both_engines_the_same_taps_near_float(trunk_onnx: Path, tmp_path: Path) -> None:
     target = tmp_path / "q.onnx"
     quantize_trunk(trunk_onnx, target, textures(8, seed=1))

@@ -50,7 +50,7 @@ class ToyTrunk(nn.Module):
         self.eval()
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        x = (image.permute(0, 3, 1, 2).to(torch.float32) - 127.0) * (1.0 / 128.0)
+        x = ((image.to(torch.float32) - 127.0) * (1.0 / 128.0)).permute(0, 3, 1, 2)
         x = self.stem(x)
         taps = [x]
         for down, project, norm, mix in self.stages:
