@@ -114,6 +114,23 @@ def test_replay_defect_moves_through_consecutive_frames(kind: str, tmp_path: Pat
     assert made.labels[0] == made.labels[-1] == ""
 
 
+def test_replay_on_a_photograph_lets_every_defect_cross_before_the_web_starts_anew(tmp_path: Path) -> None:
+    made = write_replay(tmp_path / "r", seed=2, kind="gravel", frames=260, side=64)
+    defects = [row["defect"] for row in csv.DictReader(made.truth.open(encoding="utf-8"))]
+    counts = [defects.count(number) for number in sorted(set(defects) - {""}, key=int)]
+    assert len(counts) >= 5
+    assert min(counts) >= 6
+
+
+def test_replay_defect_belongs_to_one_pass_of_the_web() -> None:
+    scar = conveyor._Scar(380, 385, np.full((40, 40, 3), 9, np.int16), np.ones((40, 40), bool), "spot")
+    view = np.zeros((40, 40, 3), np.uint8)
+    assert scar.on(view, 370)[1].sum() == 30 * 40
+    changed, mask = scar.on(view, 390)
+    assert not mask.any()
+    assert not changed.any()
+
+
 def test_replay_defects_come_at_the_frames_asked_for(tmp_path: Path) -> None:
     made = write_replay(tmp_path / "r", seed=1, kind="metal", frames=60, defect_frames=[12, 40], side=64)
     assert all(made.labels[frame] for frame in (12, 40))

@@ -55,6 +55,12 @@ def test_holdout_prefers_small_groups_to_a_giant_one() -> None:
         assert 10 <= len(holdout) <= 30
 
 
+def test_holdout_reaches_a_minimum_above_the_fraction_with_small_groups() -> None:
+    groups = [0] * 45 + [1 + i // 5 for i in range(50)]
+    for seed in range(80):
+        assert len(split_holdout(samples(groups), 0.01, seed, 8).holdout) == 10
+
+
 def test_holdout_seeds_differ() -> None:
     everything = samples(list(range(50)))
     assert split_holdout(everything, 0.2, 1, 5) != split_holdout(everything, 0.2, 2, 5)

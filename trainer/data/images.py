@@ -102,9 +102,9 @@ def _decode(path: Path, flags: int) -> npt.NDArray[np.generic]:
 def find_damage(data: bytes) -> str:
     """Say what is missing from an image file, or return an empty string.
 
-    Decoders fill the missing part of a truncated file with grey and only print a warning, so containers are checked
-    here: PNG chunks with their CRC (ISO/IEC 15948), the JPEG end marker (ITU-T T.81 annex B), the sizes that BMP and
-    RIFF headers announce, and the strips of a TIFF (by its decoder).
+    The PNG and JPEG decoders fill the missing part of a truncated file with grey and only print a warning, so these
+    containers are checked here: PNG chunks with their CRC (ISO/IEC 15948), and the JPEG end marker (ITU-T T.81
+    annex B). The decoders of BMP, TIFF and WebP refuse truncated files themselves.
     """
     if not data:
         return "the file is empty"
@@ -112,10 +112,6 @@ def find_damage(data: bytes) -> str:
         return _png_damage(data)
     if data.startswith(b"\xff\xd8"):
         return _jpeg_damage(data)
-    if data.startswith(b"BM"):
-        return "truncated" if len(data) < int.from_bytes(data[2:6], "little") else ""
-    if data.startswith(b"RIFF"):
-        return "truncated" if len(data) < 8 + int.from_bytes(data[4:8], "little") else ""
     return ""
 
 

@@ -86,7 +86,7 @@ def synthesise(
     full = _apply(patch, shape, content, inside)
     changed = np.rint(patch + contrast * (full - patch)).astype(np.uint8)
     out, mask = image.copy(), np.zeros(image.shape[:2], np.bool_)
-    out[box] = np.where(inside[..., None], changed, image[box])
+    out[box] = changed
     mask[box] = inside
     return Defect(out, mask, name, contrast)
 
