@@ -1,4 +1,4 @@
-"""`lineward demo`: the main job once, from images of good parts to alerts, on the embedded example or one's own images.
+"""`lineward demo`: the main job once, from images of good parts to alerts, on embedded examples or on own images.
 
 It only puts the other parts in order and shows what they say; whatever it does can be done with the other verbs.
 """
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from edge.bundle import Bundle
     from trainer.evaluation.live import Replay
     from trainer.evaluation.stream import Stream
-
-Row = tuple[str, str, str]
-"""Figure, value, and what it is a figure of."""
+    from trainer.evaluation.summary import Demonstration
 
 MARKER = ".lineward-demo"
+EXAMPLES = ("cloth", "gravel")
+"""One generated web, with as many independent pieces as calibration needs, and one photograph, which has few."""
+
 LINE_SPEED = 25.0
 """Frames per second at which the replay moves past the box."""
 
@@ -49,33 +50,30 @@ class Subject:
     """What is shown.
 
     Attributes:
+        name: of the product.
+        out: folder for whatever is made of it.
         data: folder in MVTec layout.
         stream: what moves past the camera, with known defects.
         parts: whether every frame is another part (else a web in motion, seen on several frames).
-        caveats: what limits the meaning of the figures, one sentence each.
+        caveat: what limits the meaning of the figures; empty for one's own images.
     """
 
+    name: str
+    out: Path
     data: Path
     stream: Stream
     parts: bool
-    caveats: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Demonstration:
-    """What the summary is about: figures on test images, the replay, and rows on speed."""
-
-    subject: Subject
-    found: Evaluation
-    result: Replay
-    speed: list[Row]
+    caveat: str = ""
 
 
 def demo(
-    data: Annotated[Path | None, typer.Option(help="Folder in MVTec layout; the embedded example if absent.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder in MVTec layout; embedded examples if absent.")] = None,
     out: Annotated[Path, typer.Option(help="Folder to write; only a folder of an earlier demo is replaced.")] = Path(
         "demo-out"
     ),
+    example: Annotated[
+        list[str] | None, typer.Option(help="cloth, wafer, metal, brick, gravel or grass; may be repeated.")
+    ] = None,
     method: Annotated[str, typer.Option(help="pbas or memory.")] = "memory",
     preset: Annotated[str, typer.Option(help="quick or full.")] = "quick",
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
@@ -83,18 +81,41 @@ def demo(
     """Train, pack, run a box, replay a line with defects, show the alerts."""
     started = time.monotonic()
     console = Console()
+    kinds = _kinds(data, example)
     out = prepare_folder(out)
-    console.rule("1 of 6  Images")
-    subject = _own_images(data, out, seed, console) if data is not None else _embedded_example(out, seed, console)
-    bundle = _make_bundle(subject, out, method=method, preset=preset, seed=seed, console=console)
-    console.rule("4 of 6  Test images")
+    console.rule("Images")
+    if data is not None:
+        subjects = [_own_images(data, out, seed, console)]
+    else:
+        subjects = [_embedded_example(kind, out / kind, seed, console) for kind in kinds]
+    shown = [_show(subject, method=method, preset=preset, seed=seed, console=console) for subject in subjects]
+    console.rule("Summary")
+    _summarise(console, subjects, shown)
+    console.print(f"{time.monotonic() - started:.0f} s in all", highlight=False)
+
+
+def _show(subject: Subject, *, method: str, preset: str, seed: int, console: Console) -> Demonstration:
+    from trainer.evaluation.summary import Demonstration, frames_per_second
+
+    bundle = _make_bundle(subject, method=method, preset=preset, seed=seed, console=console)
     alpha = affordable_alpha(bundle, parts=subject.parts)
-    found = _evaluate(bundle, subject, out, alpha=alpha)
-    console.rule("5 of 6  Replay: broker, box, subscriber")
-    result = _replay(bundle, subject, out, console, alpha=alpha)
-    console.rule("6 of 6  Summary")
-    speed = speed_rows(bundle, subject.stream, result)
-    _summarise(console, Demonstration(subject, found, result, speed), out, seconds=time.monotonic() - started)
+    console.rule(f"{subject.name}: test images")
+    found = _evaluate(bundle, subject, alpha=alpha)
+    console.rule(f"{subject.name}: broker, box and subscriber")
+    result = _replay(bundle, subject, console, alpha=alpha)
+    speed = frames_per_second(bundle, subject.stream.path)
+    return Demonstration(subject.name, subject.parts, subject.stream, found, result, speed)
+
+
+def _kinds(data: Path | None, example: list[str] | None) -> tuple[str, ...]:
+    from trainer.data.conveyor import KINDS
+
+    if data is not None and example:
+        raise UsageError("--data and --example: give one of them")
+    for kind in example or ():
+        if kind not in KINDS:
+            raise UsageError(f"--example {kind}: unknown; choose from {', '.join(KINDS)}")
+    return tuple(dict.fromkeys(example or EXAMPLES))
 
 
 def prepare_folder(out: Path) -> Path:
@@ -136,26 +157,49 @@ def _own_images(data: Path, out: Path, seed: int, console: Console) -> Subject:
     )
     for note in images.notes:
         console.print(f"note: {note}", style="dim", markup=False)
-    return Subject(data, stream, parts=True, caveats=())
+    return Subject(data.resolve().name, out, data, stream, parts=True)
 
 
-def _make_bundle(subject: Subject, out: Path, *, method: str, preset: str, seed: int, console: Console) -> Bundle:
+def _embedded_example(kind: str, out: Path, seed: int, console: Console) -> Subject:
+    from trainer.data.conveyor import independent_crops, write_default, write_replay
+    from trainer.data.folder import read_folder
+    from trainer.data.textures import TEXTURES
+    from trainer.evaluation.stream import Stream
+    from trainer.progress import progress_bars
+
+    with progress_bars() as progress:
+        data = write_default(out / "data", seed=seed, kind=kind, progress=progress)
+        web = write_replay(out / "replay", seed=seed, kind=kind, progress=progress)
+    images = read_folder(data)
+    crops = independent_crops(kind, train=len(images.train), test=len(images.test))
+    source = "a generated texture" if kind in TEXTURES else "a photograph"
+    caveat = (
+        f"{kind} is {source} with synthetic defects: {crops.train} independent pieces of surface to learn from and to "
+        f"calibrate on, {crops.test} to test on"
+    )
+    console.print(caveat, highlight=False)
+    return Subject(kind, out, data, Stream(web.frames, web.labels), parts=False, caveat=caveat)
+
+
+def _make_bundle(subject: Subject, *, method: str, preset: str, seed: int, console: Console) -> Bundle:
     from edge.bundle import Bundle
     from trainer.export import export_run
     from trainer.fit import train
     from trainer.progress import progress_bars
 
-    console.rule("2 of 6  Training on good parts")
+    out = subject.out
+    console.rule(f"{subject.name}: training on good parts")
     with progress_bars() as progress:
         run = train(
             method=method,
             data=subject.data,
             out=out / "run",
+            product=subject.name,
             preset=preset,
             seed=seed,
             progress=progress,
         )
-    console.rule("3 of 6  Export, int8, parity, bundle")
+    console.rule(f"{subject.name}: export, int8, parity, bundle")
     try:
         with progress_bars() as progress:
             packed = export_run(run.path, out / "bundle", precision="int8", progress=progress)
@@ -169,23 +213,24 @@ def _make_bundle(subject: Subject, out: Path, *, method: str, preset: str, seed:
     return bundle
 
 
-def _evaluate(bundle: Bundle, subject: Subject, out: Path, *, alpha: float) -> Evaluation:
+def _evaluate(bundle: Bundle, subject: Subject, *, alpha: float) -> Evaluation:
     from trainer.evaluation.command import evaluate
 
     return evaluate(
         run=None,
         bundle=bundle.path,
         data=subject.data,
-        json=out / "metrics.json",
-        report=out / "report.html",
+        json=subject.out / "metrics.json",
+        report=subject.out / "report.html",
         alpha=alpha,
     )
 
 
-def _replay(bundle: Bundle, subject: Subject, out: Path, console: Console, *, alpha: float) -> Replay:
+def _replay(bundle: Bundle, subject: Subject, console: Console, *, alpha: float) -> Replay:
     from deploy.embedded_broker import EmbeddedBroker
     from trainer.evaluation.live import replay
 
+    out = subject.out
     settings = box_settings(subject, bundle, alpha=alpha)
     config = out / "box.yaml"
     with EmbeddedBroker() as broker, (out / "alerts.jsonl").open("w", encoding="utf-8") as file:
@@ -236,7 +281,11 @@ def box_settings(subject: Subject, bundle: Bundle, *, alpha: float) -> dict[str,
             {
                 "name": "cam-1",
                 "mode": "stream",
-                "source": {"kind": "folder", "path": subject.stream.path.name, "fps": LINE_SPEED},
+                "source": {
+                    "kind": "folder",
+                    "path": str(subject.stream.path.relative_to(subject.out)),
+                    "fps": LINE_SPEED,
+                },
                 "frame_rate": rate,
                 # Rounded up: a little less would already be more than the calibration images support.
                 "budget": {"false_events_per_hour": math.ceil(alpha * rate * 3600 / hits * 1000) / 1000},
@@ -267,95 +316,15 @@ def _shown(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def _summarise(console: Console, demonstration: Demonstration, out: Path, *, seconds: float) -> None:
-    from rich.table import Table
+def _summarise(console: Console, subjects: list[Subject], shown: list[Demonstration]) -> None:
+    from trainer.evaluation.summary import summary_table
 
-    found, result = demonstration.found, demonstration.result
-    table = Table(title=f"{found.subject.product}: {found.subject.method}", show_header=False, title_justify="left")
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    table.add_column("of", style="dim")
-    for row in accuracy_rows(found) + demonstration.speed:
-        table.add_row(*row)
-    table.add_section()
-    for row in replay_rows(demonstration.subject, result, alpha=found.threshold.alpha):
-        table.add_row(*row)
-    console.print(table)
-    for caveat in demonstration.subject.caveats:
-        console.print(f"demonstration only: {caveat}", style="yellow", markup=False)
-    for warning in result.status.warnings if result.status else ():
-        console.print(f"box: {warning}", style="dim", markup=False)
-    for name, file in (("report", "report.html"), ("alerts", "alerts.jsonl"), ("settings", "box.yaml")):
-        console.print(f"{name:10}{_shown(out / file)}", highlight=False)
-    console.print(f"{seconds:.0f} s in all", highlight=False)
-
-
-def accuracy_rows(found: Evaluation) -> list[Row]:
-    """Return rows on the test images; figures that need masks are absent without them."""
-    figures = found.figures()
-    of = f"{figures['n_defective']} defective, {figures['n_good']} good test images"
-    return [
-        (name, "-" if figures[key] is None else f"{figures[key]:.4f}", of if figures[key] is not None else "no masks")
-        for name, key in (("I-AUROC", "image_auroc"), ("P-AUROC", "pixel_auroc"), ("AUPRO (0.3)", "aupro"))
-    ]
-
-
-def replay_rows(subject: Subject, result: Replay, *, alpha: float) -> list[Row]:
-    """Return rows on what the replay found, missed and raised for nothing."""
-    from trainer.evaluation.replay import score_replay
-
-    labels = subject.stream.labels
-    # A web's event may begin a few frames after the defect has left; a part's event is its own.
-    score = score_replay(
-        subject.stream.defects,
-        result.events(len(labels) - 1),
-        delay=0 if subject.parts else WINDOW - 1,
-        lasting=not subject.parts,
-    )
-    kinds = sorted({span.label for span in score.missed})
-    good = labels.count("")
-    expected = f"; {alpha * good:.0f} allowed" if subject.parts else ""
-    return [
-        ("defects found", f"{len(score.found)} of {len(subject.stream.defects)}", f"replay of {len(labels)} frames"),
-        ("missed defects", str(len(score.missed)), ", ".join(kinds)),
-        ("false alarms", str(len(score.false_alarms)), f"on {good} good frames{expected}"),
-    ]
-
-
-def speed_rows(bundle: Bundle, stream: Stream, result: Replay) -> list[Row]:
-    """Return rows on speed: measured here, by the box's own status, and as the subscriber saw it."""
-    import numpy as np
-
-    rate, runs_on = frames_per_second(bundle, stream)
-    rows: list[Row] = [("frames per second", f"{rate:.0f}", f"decoded frame to map, {runs_on}")]
-    total = result.status.latency_ms.get("total") if result.status else None
-    if total:
-        rows.append(("latency p50 / p99", f"{total['p50']:.1f} / {total['p99']:.1f} ms", "capture to verdict"))
-    received = result.latency_ms()
-    if received.size:
-        p50, p99 = np.percentile(received, [50, 99])
-        rows.append(("", f"{p50:.1f} / {p99:.1f} ms", "capture to subscriber"))
-    return rows
-
-
-def frames_per_second(bundle: Bundle, stream: Stream, *, seconds: float = 2.0) -> tuple[float, str]:
-    """Measure how many frames a detector judges on this machine, and say on what it runs."""
-    from datetime import datetime, timezone
-
-    import cv2
-
-    from edge.frames import Frame
-    from edge.inference.detector import Detector
-
-    detector = Detector.open(bundle)
-    images = [image for path in sorted(stream.path.iterdir())[:16] if (image := cv2.imread(str(path))) is not None]
-    now = datetime.now(timezone.utc)
-    frames = [
-        Frame(image=image, camera="cam-1", camera_seq=i, captured_ns=0, captured_at=now)
-        for i, image in enumerate(images)
-    ]
-    count, started = 0, time.monotonic()
-    while (spent := time.monotonic() - started) < seconds:
-        detector.predict(frames[count % len(frames)])
-        count += 1
-    return count / spent, f"{detector.status.engine.value} {detector.status.precision.value}"
+    console.print(summary_table(shown))
+    for subject, one in zip(subjects, shown, strict=True):
+        if subject.caveat:
+            console.print(f"demonstration only: {subject.caveat}", style="yellow", markup=False)
+        for warning in one.result.status.warnings if one.result.status else ():
+            console.print(f"{subject.name}, {warning}", style="dim", markup=False)
+    for subject in subjects:
+        files = ("report.html", "alerts.jsonl", "box.yaml")
+        console.print("  ".join(_shown(subject.out / file) for file in files), highlight=False, markup=False)

@@ -2,27 +2,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import yaml
 
+from deploy.evaluation import Evaluation, ScoredImage
+from deploy.evaluation import Subject as Evaluated
+from deploy.metrics import PixelMetrics
 from edge.alerts.message import Alert
 from edge.errors import DataError, UsageError
+from edge.judgement.threshold import Threshold
 from edge.settings import load_settings
 from tests.edge.tiny_bundle import make_tiny_bundle
-from trainer.demo import (
-    MARKER,
-    Subject,
-    affordable_alpha,
-    alert_line,
-    box_settings,
-    demo,
-    frames_per_second,
-    prepare_folder,
-    replay_rows,
-)
+from trainer.demo import MARKER, Subject, affordable_alpha, alert_line, box_settings, demo, prepare_folder
 from trainer.evaluation.live import Replay
 from trainer.evaluation.replay import Span
 from trainer.evaluation.stream import Stream
+from trainer.evaluation.summary import Demonstration, frames_per_second, summary_table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,7 +42,17 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def subject(folder: Path, *, parts: bool) -> Subject:
-    return Subject(folder / "data", Stream(folder / "stream", ("", "hole", "")), parts=parts, caveats=())
+    stream = Stream(folder / "stream", ("", "hole", ""))
+    return Subject("tile", folder, folder / "data", stream, parts=parts)
+
+
+def evaluation(*, masks: bool) -> Evaluation:
+    images = tuple(
+        ScoredImage(f"{i}.png", "hole" if bad else "good", bad, float(i), str(i)) for i, bad in enumerate([False, True])
+    )
+    pixels = PixelMetrics(auroc=0.9, aupro=0.8, regions=1, good_pixels=9, anomalous_pixels=1) if masks else None
+    threshold = Threshold(0.5, 0.1, 9, 9, budget_supported=True, smallest_supported_alpha=0.1, method="empirical")
+    return Evaluation(Evaluated("tile", "memory", "openvino", "int8"), threshold, images, pixels, np.ones(2), 0.0)
 
 
 def test_threshold_asks_for_no_more_than_calibration_supports(bundle: Bundle) -> None:
@@ -94,7 +100,19 @@ def test_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 def test_missing_data_is_refused_before_anything_else(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such folder"):
-        demo(data=tmp_path / "nothing", out=tmp_path / "out", method="memory", preset="quick", seed=0)
+        demo(data=tmp_path / "nothing", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("data", "example", "said"), [(None, ["silk"], "silk: unknown"), ("x", ["cloth"], "one of them")]
+)
+def test_examples_are_refused_before_a_folder_is_touched(
+    tmp_path: Path, data: str | None, example: list[str], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        demo(data=None if data is None else tmp_path / data, out=tmp_path / "out", example=example)
+
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("parts", [True, False])
@@ -134,15 +152,31 @@ def test_events_last_from_new_to_end_or_to_the_last_frame() -> None:
     assert result.latency_ms().tolist() == [1.0, 4.0]
 
 
-@pytest.mark.parametrize(("parts", "found", "false_alarms"), [(True, "0 of 1", "1"), (False, "1 of 1", "0")])
+@pytest.mark.parametrize(
+    ("parts", "found", "false_alarms"), [(True, "0 of 1", "1 (0 allowed)"), (False, "1 of 1", "0")]
+)
 def test_event_that_begins_on_a_good_part_is_a_false_alarm(
     tmp_path: Path, *, parts: bool, found: str, false_alarms: str
 ) -> None:
     result = Replay(alerts=[alert(camera_seq=0), alert(camera_seq=2, phase="end")], received_ms=[1.0, 2.0])
+    stream = subject(tmp_path, parts=parts).stream
 
-    rows = {row[0]: row[1] for row in replay_rows(subject(tmp_path, parts=parts), result, alpha=0.1)}
+    rows = dict(Demonstration("tile", parts, stream, evaluation(masks=True), result, 100.0).rows())
 
-    assert (rows["defects found"], rows["false alarms"]) == (found, false_alarms)
+    assert (rows["  defects found"], rows["  false alarms"]) == (found, false_alarms)
+    assert rows["latency p50 / p99, frame to verdict"] == "-"
+    assert rows["  of alerts, frame to subscriber"] == "1.0 / 1.0 ms"
+
+
+def test_summary_has_a_column_per_product_and_says_where_masks_are_missing(tmp_path: Path) -> None:
+    stream = subject(tmp_path, parts=True).stream
+    shown = [Demonstration(str(m), True, stream, evaluation(masks=m), Replay(), 1.0) for m in (True, False)]
+
+    table = summary_table(shown)
+    cells = [list(column.cells) for column in table.columns]
+
+    row = cells[0].index("P-AUROC")
+    assert (cells[1][row], cells[2][row]) == ("0.9000", "no masks")
 
 
 def test_replay_without_alerts_has_no_events() -> None:
@@ -159,7 +193,4 @@ def test_speed_is_measured_on_the_stream(tmp_path: Path, bundle: Bundle) -> None
     folder.mkdir()
     cv2.imwrite(str(folder / "0.png"), good_frame(0))
 
-    rate, runs_on = frames_per_second(bundle, Stream(folder, ("",)), seconds=0.05)
-
-    assert rate > 1
-    assert runs_on.split()[0] in {"openvino", "onnxruntime"}
+    assert frames_per_second(bundle, folder, seconds=0.05) > 1
