@@ -83,7 +83,7 @@ class BundleRequest:
         product: name of the product.
         preprocessing: from frame to network inputs.
         provenance: where the data and weights came from.
-        holdout: uint8 [n, canvas_height, canvas_width, 3] RGB, good images that nothing was fitted on, n >= 8.
+        holdout: uint8 [n, canvas_height, canvas_width, 3] RGB, good images that nothing was fitted on, n >= 6.
         groups: one name per held-out image; images of one group are not independent.
         make_defects: see :data:`deploy.parity.MakeDefects`.
         commissioning: uint8 [m, ...] canvases of images declared good; their embeddings go into the bundle. m may
@@ -91,8 +91,9 @@ class BundleRequest:
         pooling: from map to score.
         trunk_files: built before; None builds them from ``generic`` in the cache.
         generic: uint8 [k, H, W, 3], the fixed generic set; needed where ``trunk_files`` is None.
-        precisions: wanted. bfloat16 is left out where the processor lacks it or the gate refuses it; the others must
-            pass.
+        precisions: wanted. bfloat16 is left out where the processor lacks it.
+        optional: precisions that are left out, with the figures in the manifest, where the gate refuses them; the
+            others must pass.
         engines: None takes every engine that is installed.
         metrics: figures for the manifest.
         attachments: further files of the bundle, such as report.html, by name.
@@ -116,6 +117,7 @@ class BundleRequest:
     trunk_files: TrunkFiles | None = None
     generic: Canvases | None = None
     precisions: Sequence[Precision] = (Precision.FLOAT32, Precision.BFLOAT16, Precision.INT8)
+    optional: Sequence[Precision] = (Precision.BFLOAT16,)
     engines: Sequence[Engine] | None = None
     metrics: Mapping[str, float | None] = field(default_factory=dict)
     attachments: Mapping[str, bytes] = field(default_factory=dict)
@@ -249,14 +251,19 @@ class _Packer:
         while True:
             scores |= {pair: self._measure(pair, sample) for pair in int8}
             report = judge(
-                sample, reference, scores, rules=request.rules, optional=(Precision.BFLOAT16,), int8_head=int8_head
+                sample, reference, scores, rules=request.rules, optional=request.optional, int8_head=int8_head
             )
-            if report.passed or not int8_head:
+            refused = any(path.refusals for path in report.paths if path.precision is Precision.INT8)
+            if not (refused and int8_head):
                 break
             shutil.copyfile(self.work / HEAD, self.work / HEAD_INT8)
             int8_head = False
         require(report)
-        return report, [pair for pair in self.pairs if f"{pair[0].value} {pair[1].value}" not in report.dropped]
+        kept = [pair for pair in self.pairs if f"{pair[0].value} {pair[1].value}" not in report.dropped]
+        if int8 and not any(precision is Precision.INT8 for _, precision in kept):
+            (self.work / TRUNK_INT8).unlink()
+            (self.work / HEAD_INT8).unlink()
+        return report, kept
 
     def _measure(self, pair: Pair, sample: Sample) -> PathScores:
         self._step(f"parity {pair[0].value} {pair[1].value}")

@@ -23,10 +23,14 @@ if TYPE_CHECKING:
 
 MakeDefects = Callable[[float], npt.NDArray[np.uint8]]
 """Called with a contrast in (0, 1]; returns uint8 [n, canvas_height, canvas_width, 3] RGB, the same n and the same
-defects every time, only fainter at a lower contrast."""
+defects every time, only fainter at a lower contrast. Row i is made from good image i modulo their number."""
 
 Scorer = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 """From canvases uint8 [n, Hc, Wc, 3] to raw image scores float32 [n]."""
+
+
+LEAST_GOOD_IMAGES = 6
+"""Held-out good images that the gate needs: an interquartile range of fewer says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ class ParityRules:
         auroc_window: where float32 should be on them: neither sure of everything nor guessing.
         map_error: largest |map - torch| of a float32 engine, relative to the largest |torch| value of that image.
         good_samples: good samples looked at; jittered copies fill up what the held-out images lack.
-        defect_samples: defective samples looked at, filled up in the same way.
+        defect_samples: defective samples looked at, at most.
     """
 
     shift: float = 0.25
@@ -161,18 +165,20 @@ def draw_sample(
     even 1 is too faint, or 0.01 too plain, the nearest is taken and recorded.
 
     Args:
-        good: uint8 [n, Hc, Wc, 3], held-out good canvases, n >= 8.
+        good: uint8 [n, Hc, Wc, 3], held-out good canvases, n >= 6.
         make_defects: see :data:`MakeDefects`.
         score: the float32 path.
         rules: limits and counts.
         seed: of the jitter.
 
     Raises:
-        DataError: fewer than 8 good images, or the callback returns images of another size.
+        DataError: fewer than 6 good images, or the callback returns images of another size.
     """
     rules = rules or ParityRules()
-    if len(good) < 8:  # noqa: PLR2004 (an interquartile range of fewer says nothing)
-        raise DataError(f"{len(good)} held-out good images; the parity gate needs at least 8, hold out more")
+    if len(good) < LEAST_GOOD_IMAGES:
+        raise DataError(
+            f"{len(good)} held-out good images; the parity gate needs at least {LEAST_GOOD_IMAGES}, hold out more"
+        )
     good_scores = score(good)
 
     def auroc_at(contrast: float) -> float:
@@ -183,7 +189,8 @@ def draw_sample(
 
     low, high = rules.auroc_window
     contrast, reached = _bisect(auroc_at, (low + high) / 2, window=(low, high))
-    defective, defect_base = jitter(make_defects(contrast), rules.defect_samples, seed=seed + 1)
+    defective = make_defects(contrast)[: rules.defect_samples]
+    defect_base = np.arange(len(defective), dtype=np.int64) % len(good)
     samples, base = jitter(good, rules.good_samples, seed=seed)
     return Sample(
         good=samples, good_base=base, defective=defective, defect_base=defect_base, images=len(good),
@@ -254,7 +261,7 @@ def judge(
         rules={name: getattr(rules, name) for name in rules.__slots__},
         good_images=sample.images, good_samples=len(sample.good), defect_samples=len(sample.defective),
         good_iqr=iqr, contrast=sample.contrast, contrast_in_window=sample.in_window,
-        reference_auroc=_auroc(reference.good, reference.defective), int8_head=int8_head,
+        reference_auroc=_auroc(reference.good[: sample.images], reference.defective), int8_head=int8_head,
         dropped=[f"{r.engine.value} {r.precision.value}" for r in failed if r.precision in optional],
         paths=results, passed=not refusals, refusals=refusals,
     )  # fmt: skip
@@ -296,8 +303,9 @@ def _judge_path(
     shift = float(np.median(path.good[originals].astype(np.float64) - reference.good[originals]))
     shift_in_iqr = abs(shift) / max(iqr, 1e-12)
     flipped = float(np.mean(_flags(path.good, rules.alarm_rate) != _flags(reference.good, rules.alarm_rate)))
-    auroc = _auroc(path.good, path.defective)
-    drop = _auroc(reference.good, reference.defective) - auroc
+    # Copies are harder than the images that the contrast was set on; they count for flipped decisions only.
+    auroc = _auroc(path.good[originals], path.defective)
+    drop = _auroc(reference.good[originals], reference.defective) - auroc
     map_error = _map_error(path.maps, reference.maps) if precision is Precision.FLOAT32 and len(path.maps) else None
     checks = (
         (shift_in_iqr, rules.shift, "median score shift on good images is {:.3f} of the float32 IQR"),
@@ -339,9 +347,9 @@ def _auroc(good: npt.NDArray[np.float32], defective: npt.NDArray[np.float32]) ->
 
 def _drop_error(reference: PathScores, path: PathScores, sample: Sample) -> float | None:
     """Standard error of the paired I-AUROC difference: DeLong's components, averaged per base image first."""
-    gained = [_components(scores.good, scores.defective) for scores in (reference, path)]
+    gained = [_components(scores.good[: sample.images], scores.defective) for scores in (reference, path)]
     variance = 0.0
-    for index, base in ((0, sample.good_base), (1, sample.defect_base)):
+    for index, base in ((0, sample.good_base[: sample.images]), (1, sample.defect_base)):
         difference = gained[0][index] - gained[1][index]
         groups = np.unique(base, return_inverse=True)[1]
         means = np.bincount(groups, difference) / np.bincount(groups)

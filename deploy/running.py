@@ -5,6 +5,7 @@ It must not know what the results are compared with.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -92,6 +93,8 @@ def torch_maps(
 
     tiles = preprocessing.tiles.rows * preprocessing.tiles.cols
     maps = []
+    # The same sums in another memory layout: about twice as fast on a CPU.
+    trunk = copy.deepcopy(trunk).to(memory_format=torch.channels_last)
     with torch.no_grad():
         for start in range(0, len(canvases), batch):
             cut = np.concatenate([cut_tiles(one, preprocessing) for one in canvases[start : start + batch]])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from enum import Enum
+from pathlib import Path  # noqa: TC003 (typer reads the annotations at run time)
+from typing import Annotated, TypeVar
 
 import typer
 
 from edge.errors import UsageError
+
+Choice = TypeVar("Choice", bound=Enum)
 
 
 def _parse_size(size: str | None) -> tuple[int, int] | None:
@@ -38,6 +41,16 @@ def _parse_tiles(tiles: str) -> tuple[int, int]:
         raise UsageError(f"--tiles {tiles}: give ROWSxCOLS, such as 2x3") from error
 
 
+def _parse_choice(option: str, value: str | None, kind: type[Choice]) -> Choice | None:
+    if value is None:
+        return None
+    try:
+        return kind(value)
+    except ValueError as error:
+        known = ", ".join(member.value for member in kind)
+        raise UsageError(f"--{option} {value}: unknown; choose one of {known}") from error
+
+
 def train(
     data: Annotated[Path, typer.Option(help="Folder in MVTec layout; only train/good is read.")],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
@@ -45,7 +58,7 @@ def train(
     preset: Annotated[str, typer.Option(help="quick or full.")] = "quick",
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     size: Annotated[
-        str | None, typer.Option(help="Network input: 224, HEIGHTxWIDTH (multiples of 32); default by preset.")
+        str | None, typer.Option(help="Network input: 224, HEIGHTxWIDTH (multiples of 32); default 224.")
     ] = None,
     tiles: Annotated[str, typer.Option(help="Cut the image into ROWSxCOLS network inputs.")] = "1x1",
     overlap: Annotated[int, typer.Option(help="Pixels that neighbouring tiles share, a multiple of 32.")] = 0,
@@ -95,15 +108,28 @@ def evaluate(
     alpha: Annotated[float, typer.Option(help="False-alarm rate per image that the threshold is set for.")] = 0.01,
 ) -> None:
     """Judge test images and print the figures."""
+    from edge.bundle import Engine, Precision
     from trainer.evaluation.command import evaluate as judge
 
-    judge(run=run, bundle=bundle, data=data, json=json, report=report, engine=engine, precision=precision, alpha=alpha)
+    judge(
+        run=run,
+        bundle=bundle,
+        data=data,
+        json=json,
+        report=report,
+        engine=_parse_choice("engine", engine, Engine),
+        precision=_parse_choice("precision", precision, Precision),
+        alpha=alpha,
+    )
 
 
 def export(
     run: Annotated[Path, typer.Option(help="A run folder.")],
     out: Annotated[Path, typer.Option(help="Bundle folder to write.")],
-    precision: Annotated[str, typer.Option(help="int8 (with float32 beside it) or float32 alone.")] = "int8",
+    precision: Annotated[
+        str,
+        typer.Option(help="auto: int8 beside float32 unless the gate refuses it; int8: exit 4 then; or float32."),
+    ] = "auto",
 ) -> None:
     """Export, quantise, check parity and pack a bundle for boxes."""
     from trainer.export import export_run
@@ -111,4 +137,7 @@ def export(
 
     with progress_bars() as progress:
         bundle = export_run(run, out, precision=precision, progress=progress)
+    for path in bundle.manifest.parity["paths"]:
+        if path["refusals"]:
+            typer.echo(f"left out: {'; '.join(path['refusals'])}", err=True)
     typer.echo(f"{bundle.path}  {bundle.id}")

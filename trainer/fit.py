@@ -17,8 +17,9 @@ import torch
 from pydantic import ValidationError
 
 from deploy.metrics import image_auroc
+from deploy.parity import LEAST_GOOD_IMAGES
 from edge.bundle import Crop, Pooling, Preprocessing, Tiles
-from edge.errors import UsageError
+from edge.errors import DataError, UsageError
 from edge.inference.preprocessing import join_maps
 from edge.judgement.score import pool_score
 from trainer.backbones.efficientnet_lite import lite0_trunk
@@ -27,7 +28,7 @@ from trainer.features import extract, load_canvases
 from trainer.methods.base import Features, FitContext, Head, Progress, Validation
 from trainer.methods.registry import get
 from trainer.runs import Run, RunRecord
-from trainer.synthesis.image2d import synthesise
+from trainer.synthesis.image2d import SIZE_RANGE, synthesise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,10 +36,13 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from trainer.data.folder import Holdout, Sample
+
 DEFAULT_SIZE = (224, 224)
 HOLDOUT_FRACTION = 0.2
 HOLDOUT_MINIMUM = 8
 HOLDOUT_MAXIMUM = 400
+_VALIDATION_DEFECTS = 120
 # Shares of the map's cells whose mean may become the image score; the choice is made on the validation set.
 POOLING_SHARES = (0.0, 0.002, 0.005, 0.01, 0.02)
 _CONTRASTS = (0.5, 0.75, 1.0)
@@ -88,15 +92,23 @@ def preprocessing_for(
 
 
 def make_defects(
-    canvases: npt.NDArray[np.uint8], *, seed: int, contrast: float | None = None, repeats: int = 1
+    canvases: npt.NDArray[np.uint8],
+    *,
+    seed: int,
+    contrast: float | None = None,
+    repeats: int = 1,
+    size: tuple[float, float] = SIZE_RANGE,
+    defects: int = 1,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-    """Synthesise one defect on every canvas, ``repeats`` times.
+    """Synthesise defects on every canvas, ``repeats`` times.
 
     Args:
         canvases: uint8 [n, H, W, 3].
         seed: the same seed gives the same defects in the same places at every contrast.
         contrast: in (0, 1]; None draws from a fixed set.
-        repeats: defects per canvas, each on a copy of its own.
+        repeats: defective copies of each canvas.
+        size: smallest and largest extent of a defect, as shares of the diagonal.
+        defects: defects on each copy.
 
     Returns:
         uint8 [repeats * n, H, W, 3] and their masks bool [repeats * n, H, W].
@@ -105,9 +117,13 @@ def make_defects(
     masks = np.empty(images.shape[:3], np.bool_)
     for index in range(len(images)):
         rng = np.random.default_rng((seed, index))
-        drawn = float(rng.choice(_CONTRASTS))
-        defect = synthesise(canvases[index % len(canvases)], rng=rng, contrast=contrast or drawn)
-        images[index], masks[index] = defect.image, defect.mask
+        drawn = float(rng.choice(_CONTRASTS))  # always drawn, so that what follows is the same at every contrast
+        strength = drawn if contrast is None else contrast
+        images[index], masks[index] = canvases[index % len(canvases)], False
+        for _ in range(defects):
+            defect = synthesise(images[index], rng=rng, contrast=strength, size=size)
+            images[index] = defect.image
+            masks[index] |= defect.mask
     return images, masks
 
 
@@ -164,10 +180,10 @@ def train(
 
     Args:
         method: name in the registry.
-        data: folder in MVTec layout; only train/good is read.
+        data: folder in MVTec layout; only train/good is read, of at least 12 images.
         out: run folder to write; must not hold anything but an earlier run.
         preset: ``quick`` or ``full``.
-        seed: of every random choice.
+        seed: of every random choice, 0 <= seed < 2**63.
         preprocessing: crop, tiles and size; the default is one tile of 224 x 224.
         product: name of the product; the folder's name if None.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -177,45 +193,43 @@ def train(
         The saved run.
 
     Raises:
-        UsageError: unknown method, preset or device, or ``out`` holds other files.
-        DataError: the folder cannot be used.
+        UsageError: unknown method, preset or device, seed out of range, no product, or ``out`` holds other files.
+        DataError: the folder cannot be used, has too few images, or the run cannot be written.
     """
     started = time.monotonic()
     chosen, torch_device = get(method), choose_device(device)
     config = chosen.config(preset)
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not (out / "run.json").exists():
-        raise UsageError(f"--out {out}: exists and is no run folder; choose another, nothing was written")
-    preprocessing = preprocessing or preprocessing_for(size=None, tiles=(1, 1), overlap=0, crop=None)
+    name = data.resolve().name if product is None else product
+    if not name:
+        raise UsageError("--product: empty; give the product a name")
     _seed_everything(seed)
+    Run.refuse_foreign(out)
+    preprocessing = preprocessing or preprocessing_for(size=None, tiles=(1, 1), overlap=0, crop=None)
     samples = read_folder(data).train
-    split = split_holdout(samples, HOLDOUT_FRACTION, seed, HOLDOUT_MINIMUM)
-    fit_samples, held = list(split.fit), list(split.holdout)
-    if len(held) > HOLDOUT_MAXIMUM:
-        fit_samples, held = fit_samples + held[HOLDOUT_MAXIMUM:], held[:HOLDOUT_MAXIMUM]
+    split = _split(data, samples, seed)
     trunk = lite0_trunk()
+    canvases = load_canvases(split.fit, preprocessing, progress=progress, what="read good images")
+    holdout = load_canvases(split.holdout, preprocessing, progress=progress, what="read hold-out")
 
-    def features(canvases: npt.NDArray[np.uint8], groups: npt.NDArray[np.str_], what: str) -> Features:
+    def features(of: npt.NDArray[np.uint8], parts: Sequence[Sample], what: str) -> Features:
         return extract(
             trunk,
-            canvases,
+            of,
             preprocessing,
             tap_names=chosen.tap_names,
-            groups=groups,
+            groups=_groups(parts),
             device=torch_device,
             progress=progress,
             what=what,
         )
 
-    canvases = load_canvases(fit_samples, preprocessing, progress=progress, what="read good images")
-    holdout = load_canvases(held, preprocessing, progress=progress, what="read hold-out")
-    held_groups = _groups(held)
-    repeats = max(1, round(120 / len(holdout)))
+    repeats = max(1, round(_VALIDATION_DEFECTS / len(holdout)))
     defective, masks = make_defects(holdout, seed=seed, repeats=repeats)
     context = FitContext(
-        features=features(canvases, _groups(fit_samples), "features"),
+        features=features(canvases, split.fit, "features"),
         validation=Validation(
-            good=features(holdout, held_groups, "features of hold-out"),
-            defective=features(defective, np.tile(held_groups, repeats), "features of synthetic defects"),
+            good=features(holdout, split.holdout, "features of hold-out"),
+            defective=features(defective, split.holdout * repeats, "features of synthetic defects"),
             masks=masks,
         ),
         seed=seed,
@@ -227,37 +241,50 @@ def train(
         head_maps(head, context.validation.good, preprocessing, torch_device),
         head_maps(head, context.validation.defective, preprocessing, torch_device),
     )
-    run = Run(
-        path=out,
-        record=RunRecord(
-            method=method,
-            preset=preset,
-            config=config.model_dump(mode="json"),
-            product=product or data.resolve().name,
-            preprocessing=preprocessing,
-            pooling=pooling,
-            seed=seed,
-            data_sha256=content_hash(samples),
-            train_images=len(fit_samples),
-            validation=validation,
-            seconds=round(time.monotonic() - started, 1),
-            versions=_versions(),
-            created=datetime.now(timezone.utc),
-        ),
-        trunk=trunk.to("cpu"),
-        head=head,
-        holdout=holdout,
-        holdout_groups=held_groups,
+    record = RunRecord(
+        method=method,
+        preset=preset,
+        config=config.model_dump(mode="json"),
+        product=name,
+        preprocessing=preprocessing,
+        pooling=pooling,
+        seed=seed,
+        data_sha256=content_hash(samples),
+        train_images=len(split.fit),
+        validation=validation,
+        seconds=round(time.monotonic() - started, 1),
+        versions=_versions(),
+        created=datetime.now(timezone.utc),
     )
+    run = Run(out, record, trunk.to("cpu"), head, holdout, _groups(split.holdout))
     run.save()
     return run
 
 
-def _groups(samples: Sequence[object]) -> npt.NDArray[np.str_]:
-    return np.array([sample.group for sample in samples], np.str_)  # type: ignore[attr-defined]
+def _split(data: Path, samples: Sequence[Sample], seed: int) -> Holdout:
+    """Hold images out, whole groups together, as many as calibration needs and the parity gate demands."""
+    where = data / "train" / "good"
+    cure = f"give at least {2 * LEAST_GOOD_IMAGES}"
+    if len(samples) < 2 * LEAST_GOOD_IMAGES:
+        raise DataError(f"{where}: {len(samples)} images of good parts are too few to learn and calibrate from; {cure}")
+    fraction = min(HOLDOUT_FRACTION, HOLDOUT_MAXIMUM / len(samples))
+    split = split_holdout(samples, fraction, seed, HOLDOUT_MINIMUM)
+    if min(len(split.holdout), len(split.fit)) < LEAST_GOOD_IMAGES:
+        raise DataError(
+            f"{where}: {len(samples)} images in {len({sample.group for sample in samples})} groups leave "
+            f"{len(split.fit)} to learn and {len(split.holdout)} to calibrate from, of which each needs at least "
+            f"{LEAST_GOOD_IMAGES}; add images of further groups, or correct the groups in meta.csv"
+        )
+    return split
+
+
+def _groups(samples: Sequence[Sample]) -> npt.NDArray[np.str_]:
+    return np.array([sample.group for sample in samples], np.str_)
 
 
 def _seed_everything(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed {seed}: out of range; give a whole number from 0 to 2**63 - 1")
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
     torch.backends.cudnn.benchmark = False
