@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from edge.errors import CaptureError, DataError
 from edge.inference.preprocessing import cut_tiles, to_canvas
 from trainer.data.folder import load_image
 from trainer.methods.base import Features, Progress
@@ -32,13 +33,15 @@ def load_canvases(
         uint8 [n, canvas_height, canvas_width, 3] RGB.
 
     Raises:
-        DataError: an image cannot be read.
-        CaptureError: an image is smaller than the crop.
+        DataError: an image cannot be read, or is smaller than the crop; the message names it.
     """
     shape = (len(samples), preprocessing.canvas_height, preprocessing.canvas_width, 3)
     canvases = np.empty(shape, np.uint8)
     for index, sample in enumerate(samples):
-        canvases[index] = to_canvas(load_image(sample.path), preprocessing)
+        try:
+            canvases[index] = to_canvas(load_image(sample.path), preprocessing)
+        except CaptureError as error:
+            raise DataError(f"{sample.path}: {error}") from error
         progress(what, index + 1, len(samples))
     return canvases
 

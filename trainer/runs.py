@@ -7,6 +7,8 @@ canvases and their groups: calibration never needs the training folder again).
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from dataclasses import dataclass
 from datetime import datetime  # noqa: TC003 (pydantic needs it at run time)
 from pathlib import Path
@@ -20,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from edge.bundle import Pooling, Preprocessing, load_arrays
-from edge.errors import BundleError, DataError
+from edge.errors import BundleError, DataError, UsageError
 from edge.inference.preprocessing import cut_tiles, join_maps
 from edge.judgement.score import pool_score
 from trainer.backbones.efficientnet_lite import Trunk, lite0_trunk
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from trainer.methods.base import Head
 
 _RECORD, _WEIGHTS, _HOLDOUT = "run.json", "head.safetensors", "holdout.npz"
+_FILES = {_RECORD, _WEIGHTS, _HOLDOUT}
+_WORK = ".saving-"
 
 
 class RunRecord(BaseModel):
@@ -87,34 +91,63 @@ class Run:
             raise DataError(f"{path / _RECORD}: cannot be read; give the folder that `lineward train` wrote") from error
         except (ValueError, ValidationError) as error:
             raise DataError(f"{path / _RECORD}: not a run record of this release ({error}); train again") from error
-        method = get(record.method)
         try:
-            tensors = load_file(path / _WEIGHTS)
-        except (OSError, SafetensorError) as error:
+            method = get(record.method)
+            config = type(method.config("quick")).model_validate(record.config)
+        except (UsageError, ValidationError) as error:
+            raise DataError(f"{path / _RECORD}: not a run record of this release ({error}); train again") from error
+        try:
+            head = method.build(config, load_file(path / _WEIGHTS))
+        except (OSError, SafetensorError, DataError) as error:
             raise DataError(f"{path / _WEIGHTS}: cannot be read ({error}); train again") from error
-        try:
-            holdout = load_arrays(path / _HOLDOUT)
-            canvases, groups = holdout["canvas"], holdout["groups"].astype(np.str_)
-        except (BundleError, KeyError) as error:
-            raise DataError(f"{path / _HOLDOUT}: cannot be read ({error}); train again") from error
-        config = type(method.config("quick")).model_validate(record.config)
-        return cls(path, record, lite0_trunk(), method.build(config, tensors), canvases, groups)
+        return cls(path, record, lite0_trunk(), head, *_read_holdout(path / _HOLDOUT, record.preprocessing))
 
     def save(self) -> None:
-        """Write the run folder; run.json comes last, so a folder that was cut off is no run.
+        """Write the run folder, in place of an earlier run.
+
+        Everything is written beside its place first; then run.json goes first and comes last, so that a folder which
+        was cut off is no run, and a disk that is full leaves an earlier run as it was.
 
         Raises:
             DataError: the disk is full or the folder cannot be written.
         """
+        made = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, self.path / _WEIGHTS)
-            np.savez_compressed(self.path / _HOLDOUT, canvas=self.holdout, groups=self.holdout_groups)
-            partial = self.path / (_RECORD + ".partial")
-            partial.write_text(json.dumps(self.record.model_dump(mode="json"), indent=1, sort_keys=True) + "\n")
-            partial.replace(self.path / _RECORD)
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be written ({error.strerror}); free space or choose --out") from error
+            work = Path(tempfile.mkdtemp(prefix=_WORK, dir=self.path))
+            try:
+                self._write(work)
+                (self.path / _RECORD).unlink(missing_ok=True)
+                for name in (_WEIGHTS, _HOLDOUT, _RECORD):
+                    (work / name).replace(self.path / name)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            if made:
+                shutil.rmtree(self.path, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{self.path}: cannot be written ({reason}); free space or choose --out") from error
+
+    def _write(self, folder: Path) -> None:
+        save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / _WEIGHTS)
+        np.savez_compressed(folder / _HOLDOUT, canvas=self.holdout, groups=self.holdout_groups)
+        record = self.record.model_dump(mode="json")
+        (folder / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def refuse_foreign(path: Path) -> None:
+        """Make sure that a folder to save in holds nothing but what a run leaves, finished or cut off.
+
+        Raises:
+            UsageError: it is a file, or holds something else.
+        """
+        if not path.exists():
+            return
+        names = {file.name for file in path.iterdir()} if path.is_dir() else {path.name}
+        foreign = sorted(name for name in names - _FILES if not name.startswith(_WORK))
+        if foreign or not path.is_dir():
+            shown = ", ".join(foreign[:3])
+            raise UsageError(f"--out {path}: holds {shown}, which no run wrote; choose another, nothing was written")
 
     def judge(self, canvas: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Return the raw anomaly map float32 [h, w] of one canvas uint8 [canvas_height, canvas_width, 3] RGB."""
@@ -131,3 +164,15 @@ class Run:
     def holdout_scores(self) -> npt.NDArray[np.float32]:
         """Return the raw scores float32 [n] of the held-out good canvases."""
         return np.array([self.score(canvas) for canvas in self.holdout], np.float32)
+
+
+def _read_holdout(path: Path, preprocessing: Preprocessing) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.str_]]:
+    try:
+        arrays = load_arrays(path)
+        canvases, groups = arrays["canvas"], arrays["groups"].astype(np.str_)
+    except (BundleError, KeyError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); train again") from error
+    expected = (len(groups), preprocessing.canvas_height, preprocessing.canvas_width, 3)
+    if canvases.dtype != np.uint8 or canvases.shape != expected or not len(groups):
+        raise DataError(f"{path}: canvases are {canvases.dtype} {canvases.shape}, not uint8 {expected}; train again")
+    return canvases, groups

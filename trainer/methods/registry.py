@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edge.errors import UsageError
+from trainer.methods.memory.fit import MemoryMethod
+from trainer.methods.pbas.fit import PbasMethod
 
 if TYPE_CHECKING:
     from trainer.methods.base import Method
@@ -12,9 +14,6 @@ if TYPE_CHECKING:
 
 def methods() -> dict[str, type[Method]]:
     """Return every method by name."""
-    from trainer.methods.memory.fit import MemoryMethod
-    from trainer.methods.pbas.fit import PbasMethod
-
     return {method.name: method for method in (PbasMethod, MemoryMethod)}
 
 

@@ -12,8 +12,9 @@ from pydantic import Field
 
 from edge.errors import DataError, UsageError
 from trainer.methods.base import FitContext, Method, MethodConfig
-from trainer.methods.memory.model import LEVELS, MemoryHead, patch_mean
+from trainer.methods.memory.model import LEVELS, MemoryHead
 from trainer.methods.memory.reduce import greedy_coreset, nearest, weighted_average_reduce, whitening
+from trainer.methods.patches import patch_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,7 +71,7 @@ class MemoryMethod(Method):
             banks = [tensors[f"bank_{name}"] for name in LEVELS]
             head = _empty(banks, _own(config).background)
             head.load_state_dict(tensors)
-        except (KeyError, IndexError, RuntimeError) as error:
+        except (KeyError, IndexError, TypeError, RuntimeError) as error:
             raise DataError(f"these tensors are no memory head ({error}); train again") from error
         return head.eval().requires_grad_(False)
 

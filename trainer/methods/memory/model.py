@@ -7,23 +7,15 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional
+from torch.nn.utils import skip_init
 
 from trainer.methods.base import Head
+from trainer.methods.patches import enlarge, patch_mean
 
 LEVELS = ("s8", "s16")
 """The taps searched, finest first; the map has the grid of the first."""
 MAP_STRIDE = 8
 _FACTORS = (1, 2)
-
-
-def patch_mean(tap: torch.Tensor) -> torch.Tensor:
-    """Average float32 [N, C, h, w] over 3x3 sites.
-
-    At the border the padding counts as zeros, as in PatchCore's code: patches that see the padding lie apart from all
-    others, and this draws them together.
-    """
-    return functional.avg_pool2d(tap, 3, 1, 1)
 
 
 class MemoryHead(Head):
@@ -47,7 +39,8 @@ class MemoryHead(Head):
         super().__init__()
         self.background = background
         for name, count, width in zip(LEVELS, rows, channels, strict=True):
-            self.register_module(f"whiten_{name}", nn.Conv2d(width, width, 1))
+            # skip_init: the global generator is not ours to advance.
+            self.register_module(f"whiten_{name}", skip_init(nn.Conv2d, width, width, 1))
             self.register_buffer(f"bank_{name}", torch.zeros(count, width))
         self.register_buffer("scales", torch.ones(len(LEVELS)))
 
@@ -71,10 +64,3 @@ class MemoryHead(Head):
         assert total is not None
         anomaly_map = total[:, 0] - self.background * total.mean((1, 2, 3), keepdim=True)[:, 0]
         return anomaly_map, torch.cat(columns, 1).flatten(2).transpose(1, 2)
-
-
-def enlarge(grid: torch.Tensor, factor: int) -> torch.Tensor:
-    """Resize float32 [N, C, h, w] bilinearly (half-pixel centres) by a whole factor."""
-    if factor == 1:
-        return grid
-    return functional.interpolate(grid, scale_factor=factor, mode="bilinear", align_corners=False)

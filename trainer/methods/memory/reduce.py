@@ -44,7 +44,7 @@ def greedy_coreset(
         report: called with the number of rows selected so far.
 
     Returns:
-        int64 [min(size, n)], in order of selection.
+        int64 [min(size, n)], in order of selection, each row once.
     """
     size = min(size, len(rows))
     projection = torch.randn(rows.shape[1], _PROJECTION, generator=generator) / _PROJECTION**0.5
@@ -56,6 +56,8 @@ def greedy_coreset(
     for index in range(size):
         selected[index] = current
         torch.minimum(distance, norms - 2.0 * (points @ points[current]) + norms[current], out=distance)
+        # Rounding leaves a row a little away from itself, and copies of one row are no distance apart: never twice.
+        distance[current] = -torch.inf
         current = int(distance.argmax())
         if index % 50 == 0 or index == size - 1:
             report(index + 1)

@@ -14,6 +14,7 @@ from torch.nn.utils import skip_init
 
 from edge.errors import DataError
 from trainer.methods.base import Head
+from trainer.methods.patches import enlarge, patch_mean
 
 TAP_NAMES = ("s8", "s16")
 TAP_CHANNELS = (40, 112)
@@ -22,26 +23,6 @@ HIDDEN_DIM = 256
 MAP_STRIDE = 8
 LEAK = 0.2
 SMOOTHING_TRUNCATE = 4.0  # in standard deviations, as scipy.ndimage.gaussian_filter has it
-
-
-def patch_mean(tap: torch.Tensor) -> torch.Tensor:
-    """Return the 3x3 mean around every site, at the tap's own resolution.
-
-    The border counts the padding as zeros, as the paper's zero-padded unfold does: patches that see the padding lie
-    apart from all others, and this draws them together (measured: see the README).
-
-    Args:
-        tap: float32 [N, C, h, w].
-    """
-    return functional.avg_pool2d(tap, 3, stride=1, padding=1)
-
-
-def double(tap: torch.Tensor) -> torch.Tensor:
-    """Return a stride-16 tap on the stride-8 grid: bilinear, half-pixel centres (``align_corners=False``).
-
-    The factor is a constant, so that the exported Resize has no shape arithmetic.
-    """
-    return functional.interpolate(tap, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
 def embed(s8: torch.Tensor, s16: torch.Tensor) -> torch.Tensor:
@@ -64,7 +45,7 @@ def embed(s8: torch.Tensor, s16: torch.Tensor) -> torch.Tensor:
             f"tap s8 is {tuple(s8.shape[2:])}, s16 is {tuple(s16.shape[2:])}; "
             "make the input's height and width multiples of 16"
         )
-    return torch.cat([patch_mean(s8), double(patch_mean(s16))], dim=1)
+    return torch.cat([patch_mean(s8), enlarge(patch_mean(s16), 2)], dim=1)
 
 
 class Projector(nn.Module):
@@ -210,7 +191,7 @@ class PbasHead(Head):
             ``(anomaly_map,)`` float32 [N, H/8, W/8], logits: 0 is the trained boundary, higher is more anomalous.
         """
         s8, s16 = taps
-        hidden = self.from_s8(patch_mean(s8)) + double(self.from_s16(patch_mean(s16)))
+        hidden = self.from_s8(patch_mean(s8)) + enlarge(self.from_s16(patch_mean(s16)), 2)
         logits = self.logit(functional.leaky_relu(hidden, LEAK))
         if self.smooth is not None:
             radius = self.smooth.kernel_size[0] // 2
