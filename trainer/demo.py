@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from trainer.evaluation.summary import Demonstration
 
 MARKER = ".lineward-demo"
+PICTURE = "alert.jpg"
 EXAMPLES = ("cloth", "gravel")
 """One generated web, with as many independent pieces as calibration needs, and one photograph, which has few."""
 
@@ -95,6 +96,7 @@ def demo(
 
 
 def _show(subject: Subject, *, method: str, preset: str, seed: int, console: Console) -> Demonstration:
+    from trainer.evaluation.picture import write_alert_picture
     from trainer.evaluation.summary import Demonstration, frames_per_second
 
     bundle = _make_bundle(subject, method=method, preset=preset, seed=seed, console=console)
@@ -103,6 +105,9 @@ def _show(subject: Subject, *, method: str, preset: str, seed: int, console: Con
     found = _evaluate(bundle, subject, alpha=alpha)
     console.rule(f"{subject.name}: broker, box and subscriber")
     result = _replay(bundle, subject, console, alpha=alpha)
+    strongest = max(result.alerts, key=lambda alert: alert.score or 0.0, default=None)
+    if strongest is not None:
+        write_alert_picture(bundle, sorted(subject.stream.path.iterdir()), strongest, subject.out / PICTURE)
     speed = frames_per_second(bundle, subject.stream.path)
     return Demonstration(subject.name, subject.parts, subject.stream, found, result, speed)
 
@@ -326,5 +331,6 @@ def _summarise(console: Console, subjects: list[Subject], shown: list[Demonstrat
         for warning in one.result.status.warnings if one.result.status else ():
             console.print(f"{subject.name}, {warning}", style="dim", markup=False)
     for subject in subjects:
-        files = ("report.html", "alerts.jsonl", "box.yaml")
-        console.print("  ".join(_shown(subject.out / file) for file in files), highlight=False, markup=False)
+        files = ("report.html", "alerts.jsonl", PICTURE, "box.yaml")
+        found = [_shown(subject.out / file) for file in files if (subject.out / file).exists()]
+        console.print("  ".join(found), highlight=False, markup=False)
