@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 MARKER = ".lineward-demo"
 PICTURE = "alert.jpg"
-EXAMPLES = ("cloth", "gravel")
+EXAMPLES = ("metal", "brick")
 """One generated web, with as many independent pieces as calibration needs, and one photograph, which has few."""
 
 LINE_SPEED = 25.0
