@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _COLOURS = cv2.COLORMAP_INFERNO
 _DARKEST = 60  # of 255: the black end of the colour map would look like a dark defect
 _STRONGEST = 0.75  # opacity at the hot end; the surface stays visible below
-_OUTLINE = (255, 255, 255)
+_OUTLINE = (255, 230, 0)  # cyan: the colour map has none, and neither dark nor light surfaces hide it
 _MASK_OUTLINE = (80, 220, 60)
 
 

@@ -137,7 +137,6 @@ def _header(evaluation: Evaluation, title: str) -> str:
     if not labels.all():
         good = np.count_nonzero(~labels)
         sentences.append(f"{np.count_nonzero(flagged & ~labels)} of {good} good images raised a false alarm")
-    supported = "" if threshold.budget_supported else ", more than they can support, so it is extrapolated"
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in evaluation.notes)
     return (
         f"<header><h1>{html.escape(title)}</h1>"
@@ -145,7 +144,7 @@ def _header(evaluation: Evaluation, title: str) -> str:
         f"{html.escape(subject.engine)} {html.escape(subject.precision)}</p>"
         f'<p class="summary">At the frozen threshold {", ".join(sentences)}.</p>'
         f"<p>The threshold, a raw score of {_number(threshold.value)}, was set from {threshold.n} held-out good images "
-        f"for a false-alarm rate of {threshold.alpha:g} per image{supported}. No test image took part in it.</p>"
+        f"for a false-alarm rate of {threshold.alpha:g} per image. No test image took part in it.</p>"
         f"{notes}</header>"
     )
 
@@ -226,7 +225,7 @@ def _pictures_section(
     shown = "".join(_picture(picture, evaluation.threshold.value, scale) for picture in pictures)
     legend = (
         f"{text} Each row shows the image, the anomaly map over it (clear at {_number(scale[0])}, hottest from "
-        f"{_number(scale[1])}, a white line around what lies at or above the threshold) and the marked defect in green."
+        f"{_number(scale[1])}, a cyan line around what lies at or above the threshold) and the marked defect in green."
     )
     return _section(heading, f'<p>{html.escape(legend)}</p><div class="pictures">{shown}</div>')
 

@@ -37,8 +37,8 @@ def evaluate(
     data: Path,
     json: Path | None = None,
     report: Path | None = None,
-    engine: Engine | None = None,
-    precision: Precision | None = None,
+    engine: Engine | str | None = None,
+    precision: Precision | str | None = None,
     alpha: float = DEFAULT_ALPHA,
 ) -> Evaluation:
     """Measure a run or a bundle on the test images of a folder and print the figures.
@@ -52,20 +52,21 @@ def evaluate(
         data: folder in MVTec layout with test images.
         json: where to write the figures, if anywhere.
         report: where to write the HTML report, if anywhere.
-        engine: of a bundle; None for the box's own choice.
-        precision: of a bundle; None for the box's own choice.
+        engine: of a bundle, or its name; None for the box's own choice.
+        precision: of a bundle, or its name; None for the box's own choice.
         alpha: false-alarm probability per good image for which the threshold is set.
 
     Returns:
         The evaluation that was printed and written.
 
     Raises:
-        UsageError: not exactly one of run and bundle, an engine or precision for a run, or alpha out of range.
+        UsageError: not exactly one of run and bundle, an engine or precision for a run or of an unknown name, or
+            alpha out of range.
         DataError: the folder, the run or an output file cannot be used.
         BundleError: the bundle is damaged or not calibrated for the engine and precision.
         EngineError: no engine runs the bundle here.
     """
-    _check_usage(run, bundle, engine, precision, alpha)
+    chosen = _check_usage(run, bundle, engine, precision, alpha)
     images = read_folder(data)
     if not images.test:
         raise DataError(f"{data / 'test'}: no test images; add test/good and test/<kind of defect>")
@@ -76,12 +77,14 @@ def evaluate(
             found, details = _evaluate_run(Run.load(run), samples, alpha, progress)
         else:
             assert bundle is not None
-            detector = Detector.open(Bundle.open(bundle), engine=engine, precision=precision)
+            detector = Detector.open(Bundle.open(bundle), engine=chosen[0], precision=chosen[1])
             found, details = _evaluate_detector(detector, samples, alpha, progress)
     found = replace(found, notes=(*found.notes, *map(_sentence, checked.notes)))
     if json is not None:
         write_json(json, found)
     if report is not None:
+        figures = found.figures()
+        details["Latency in ms per image"] = {key: figures[key] for key in ("ms_per_image", "ms_p50", "ms_p99")}
         details["Test data"] = {"folder": str(data), "sha256": content_hash(images.test), "images": len(images.test)}
         write_report(report, found, title=f"{found.subject.product}: evaluation", details=details)
     print_figures(found, Console())
@@ -114,14 +117,19 @@ def print_figures(found: Evaluation, console: Console) -> None:
 
 
 def _check_usage(
-    run: Path | None, bundle: Path | None, engine: Engine | None, precision: Precision | None, alpha: float
-) -> None:
+    run: Path | None, bundle: Path | None, engine: str | None, precision: str | None, alpha: float
+) -> tuple[Engine | None, Precision | None]:
     if (run is None) == (bundle is None):
         raise UsageError("give exactly one of --run and --bundle")
     if run is not None and (engine is not None or precision is not None):
         raise UsageError("--engine and --precision belong to a bundle; a run is judged by torch in float32")
     if not 0.0 < alpha < 1.0:
         raise UsageError(f"--alpha is {alpha:g}; give a probability between 0 and 1, such as 0.01")
+    try:
+        return Engine(engine) if engine else None, Precision(precision) if precision else None
+    except ValueError as error:
+        engines, precisions = (", ".join(item.value for item in kind) for kind in (Engine, Precision))
+        raise UsageError(f"{error}; --engine is one of {engines}, --precision one of {precisions}") from error
 
 
 def _evaluate_run(
@@ -156,6 +164,9 @@ def _evaluate_detector(
         subject=Subject(manifest.product, manifest.method, status.engine.value, status.precision.value),
         progress=progress,
     )
+    if status.fallback_reason:
+        note = f"Runs on {status.engine.value} {status.precision.value} instead: {status.fallback_reason}"
+        found = replace(found, notes=(*found.notes, _sentence(note)))
     identity = {"bundle": bundle.id, "created": manifest.created.isoformat()}
     return found, {
         "Provenance": identity | manifest.provenance.model_dump(mode="json"),
