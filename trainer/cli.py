@@ -16,9 +16,9 @@ Choice = TypeVar("Choice", bound=Enum)
 def _parse_size(size: str | None) -> tuple[int, int] | None:
     if size is None:
         return None
-    height, _, width = size.lower().partition("x")
+    height, cross, width = size.lower().partition("x")
     try:
-        return int(height), int(width or height)
+        return int(height), int(width if cross else height)
     except ValueError as error:
         raise UsageError(f"--size {size}: give pixels as 224 or HEIGHTxWIDTH, multiples of 32") from error
 
