@@ -59,7 +59,8 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/python -m deploy.reference > docs/settings.md
 
 bench: $(VENV)/.installed-dev
-	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	@for name in throughput box resolution; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+	@echo "accuracy needs images: $(BIN)/python benchmarks/accuracy.py --data FOLDER [FOLDER ...]"
 
 clean:
 	rm -rf $(VENV) demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

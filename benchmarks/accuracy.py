@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from baselines import Judge
+
     from edge.bundle import Preprocessing
     from trainer.data.folder import Sample
 
@@ -158,10 +160,10 @@ def run_category(
     return category, results
 
 
-def baselines(features: Features, *, rows: int, seed: int) -> dict[str, Callable[[], Callable[[Features], torch.Tensor]]]:
-    """Return how to fit each baseline."""
+def baselines(features: Features, *, rows: int, seed: int) -> dict[str, Callable[[], Judge]]:
+    """Return how to fit each baseline, by name."""
 
-    def bank(names: tuple[str, ...]) -> Callable[[Features], torch.Tensor]:
+    def bank(names: tuple[str, ...]) -> Judge:
         return patchcore(features, names, rows=rows, candidates=CANDIDATES, seed=seed)
 
     return {
