@@ -225,7 +225,8 @@ def _pictures_section(
     shown = "".join(_picture(picture, evaluation.threshold.value, scale) for picture in pictures)
     legend = (
         f"{text} Each row shows the image, the anomaly map over it (clear at {_number(scale[0])}, hottest from "
-        f"{_number(scale[1])}, a cyan line around what lies at or above the threshold) and, where it is known, the marked defect in green."
+        f"{_number(scale[1])}, a cyan line around what lies at or above the threshold) and, where it is known, "
+        "the marked defect in green."
     )
     return _section(heading, f'<p>{html.escape(legend)}</p><div class="pictures">{shown}</div>')
 

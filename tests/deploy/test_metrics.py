@@ -43,12 +43,14 @@ def two_classes(draw, max_size=60):
     return labels, draw(hnp.arrays(draw(st.sampled_from([np.float32, np.float64])), n, elements=elements))
 
 
+@settings(max_examples=50)
 @given(two_classes())
 def test_image_auroc_equals_sklearn(case):
     labels, scores = case
     assert image_auroc(labels, scores) == pytest.approx(reference.roc_auc_score(labels, scores), abs=TOLERANCE)
 
 
+@settings(max_examples=50)
 @given(two_classes())
 def test_image_ap_equals_sklearn(case):
     labels, scores = case
@@ -56,6 +58,7 @@ def test_image_ap_equals_sklearn(case):
     assert image_ap(labels, scores) == pytest.approx(expected, abs=TOLERANCE)
 
 
+@settings(max_examples=50)
 @given(two_classes())
 def test_roc_curve_equals_sklearn(case):
     labels, scores = case
@@ -66,6 +69,7 @@ def test_roc_curve_equals_sklearn(case):
     np.testing.assert_array_equal(curve.thresholds, thresholds.astype(np.float64))
 
 
+@settings(max_examples=50)
 @given(two_classes())
 def test_pr_curve_equals_sklearn(case):
     labels, scores = case
@@ -77,6 +81,7 @@ def test_pr_curve_equals_sklearn(case):
     np.testing.assert_array_equal(curve.thresholds, thresholds[::-1].astype(np.float64))
 
 
+@settings(max_examples=50)
 @given(two_classes())
 def test_image_f1_is_the_best_of_all_thresholds(case):
     labels, scores = case
@@ -92,6 +97,7 @@ def test_image_f1_takes_the_highest_of_equally_good_thresholds():
     assert best.threshold == 4.0
 
 
+@settings(max_examples=50)
 @given(two_classes(), st.integers(-3, 3).map(float))
 def test_rates_at_threshold_equal_the_confusion_matrix(case, threshold):
     labels, scores = case
@@ -184,7 +190,7 @@ def pixel_case(draw):
     return masks, maps
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(pixel_case(), st.sampled_from([0.01, 0.3, 0.5, 1.0]))
 def test_pixel_metrics_equal_the_slow_reference(case, limit):
     masks, maps = case
