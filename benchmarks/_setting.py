@@ -5,6 +5,7 @@ It must not know what is measured.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import resource
@@ -40,7 +41,7 @@ class Goal:
     Attributes:
         name: what was measured.
         value: the figure that counts.
-        limit: the goal.
+        limit: the goal; NaN where there is none.
         at_least: whether the goal is a floor; else it is a ceiling.
         spread: how it varied, in words.
         unit: of value and limit.
@@ -145,8 +146,9 @@ def print_goals(goals: Sequence[Goal]) -> None:
     """Print figures against their goals as a Markdown table."""
     print("| figure | measured | goal | | spread |\n|---|---|---|---|---|")
     for goal in goals:
-        sign = ">=" if goal.at_least else "<="
-        verdict = "met" if goal.met else "missed"
         unit = f" {goal.unit}" if goal.unit else ""
-        print(f"| {goal.name} | {goal.value:.3g}{unit} | {sign} {goal.limit:g}{unit} | {verdict} | {goal.spread} |")
+        # Without a limit it is shown for comparison.
+        wanted = f"{'>=' if goal.at_least else '<='} {goal.limit:g}{unit}" if math.isfinite(goal.limit) else ""
+        verdict = ("met" if goal.met else "missed") if wanted else ""
+        print(f"| {goal.name} | {goal.value:.3g}{unit} | {wanted} | {verdict} | {goal.spread} |")
     print(flush=True)

@@ -7,6 +7,7 @@ frozen on good frames before any defect is seen.
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,16 +57,14 @@ class Counts:
 
     Attributes:
         train: to learn from.
-        calibration: good frames that the threshold is fitted on; the pooling rule is chosen on them and on as many
-            defects of every size, drawn apart from those that are counted.
-        good: good frames to count false alarms on.
-        defective: frames of each size.
+        calibration: good frames that the threshold is fitted on; the pooling rule is chosen on them and on the same
+            frames with a defect each.
+        test: good frames to count false alarms on; the same frames with a defect of each size are to be found.
     """
 
     train: int
     calibration: int
-    good: int
-    defective: int
+    test: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,35 +127,31 @@ def measure(surface: str, counts: Counts, *, sizes: Sequence[int] = SIZES, seed:
     """Train, freeze a threshold and count, for every tiling on the same frames."""
     shoot = camera_of(surface, seed)
     tilings = {f"{rows} x {cols}": _preprocessing(rows, cols) for rows, cols in TILINGS}
+    kept: dict[str, dict[object, list[Picture]]] = {name: defaultdict(list) for name in tilings}
 
-    def canvases(pictures: Sequence[Callable[[], Picture]]) -> dict[str, Picture]:
-        """Every frame is drawn once and kept only as what each tiling makes of it."""
-        kept: dict[str, list[Picture]] = {name: [] for name in tilings}
-        for picture in pictures:
-            frame = picture()
-            for name, preprocessing in tilings.items():
-                kept[name].append(to_canvas(frame, preprocessing))
-        return {name: np.stack(frames) for name, frames in kept.items()}
+    def keep(kind: object, frame: Picture) -> None:
+        """Keep of a frame only what each tiling makes of it."""
+        for name, preprocessing in tilings.items():
+            kept[name][kind].append(to_canvas(frame, preprocessing))
 
-    def good(kind: int, count: int) -> list[Callable[[], Picture]]:
-        return [lambda n=n: shoot(kind * _APART + n) for n in range(count)]
-
-    def defective(kind: int, count: int, size: int) -> list[Callable[[], Picture]]:
-        numbers = range(kind * _APART, kind * _APART + count)
-        return [lambda n=n: with_defect(shoot(n), size, (seed, n, size)) for n in numbers]
-
-    train, calibration, test = (
-        canvases(good(kind, count)) for kind, count in enumerate((counts.train, counts.calibration, counts.good))
-    )
-    few = max(1, counts.calibration // len(sizes))
-    chosen_on = canvases([one for size in sizes for one in defective(3, few, size)])
-    counted = {size: canvases(defective(4 + index, counts.defective, size)) for index, size in enumerate(sizes)}
+    for number in range(counts.train):
+        keep("train", shoot(number))
+    for number in range(_APART, _APART + counts.calibration):
+        frame = shoot(number)
+        keep("calibration", frame)
+        keep("chosen on", with_defect(frame, sizes[number % len(sizes)], (seed, number)))
+    for number in range(2 * _APART, 2 * _APART + counts.test):
+        frame = shoot(number)
+        keep("good", frame)
+        for size in sizes:
+            keep(size, with_defect(frame, size, (seed, number)))
     found = []
     for name, preprocessing in tilings.items():
-        score = _fit(preprocessing, train[name], calibration[name], chosen_on[name], seed=seed)
-        threshold = fit_threshold(score(calibration[name]), None, ALPHA).value
-        recall = {size: float(np.mean(score(frames[name]) >= threshold)) for size, frames in counted.items()}
-        false_alarms = float(np.mean(score(test[name]) >= threshold))
+        frames = {kind: np.stack(canvases) for kind, canvases in kept[name].items()}
+        score = _fit(preprocessing, frames["train"], frames["calibration"], frames["chosen on"], seed=seed)
+        threshold = fit_threshold(score(frames["calibration"]), None, ALPHA).value
+        recall = {size: float(np.mean(score(frames[size]) >= threshold)) for size in sizes}
+        false_alarms = float(np.mean(score(frames["good"]) >= threshold))
         canvas = (preprocessing.canvas_height, preprocessing.canvas_width)
         found.append(Detected(name, canvas, false_alarms, recall))
     return found
@@ -244,13 +239,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Detected]]:
     parser.add_argument("--tiny", action="store_true", help="few frames of one surface, to see that it runs")
     options = parser.parse_args(argv)
     heading("resolution")
-    counts = Counts(2, 8, 2, 2) if options.tiny else Counts(24, 60, 60, 40)
+    counts = Counts(2, 8, 2) if options.tiny else Counts(16, 40, 40)
     surfaces = SURFACES[1:] if options.tiny else SURFACES
     sizes = SIZES[-1:] if options.tiny else SIZES
     print(
         f"{WIDTH} x {HEIGHT} frames, memory detector (quick) on {counts.train} frames, threshold for {ALPHA:.0%} false "
-        f"alarms from {counts.calibration} good frames, {counts.defective} defective frames per size and {counts.good} "
-        "good ones to test; recall by the longer side of the defect in camera pixels\n"
+        f"alarms from {counts.calibration} good frames, {counts.test} other frames to test, each as it is and with a "
+        "defect of each size; recall by the longer side of the defect in camera pixels\n"
     )
     found = {}
     for surface in surfaces:
