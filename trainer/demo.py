@@ -32,6 +32,9 @@ PICTURE = "alert.jpg"
 EXAMPLES = ("metal", "brick")
 """One generated web, with as many independent pieces as calibration needs, and one photograph, which has few."""
 
+TRAIN_IMAGES = 300
+"""Of an example; a fifth of them calibrates the threshold."""
+
 LINE_SPEED = 25.0
 """Frames per second at which the replay moves past the box."""
 
@@ -173,7 +176,7 @@ def _embedded_example(kind: str, out: Path, seed: int, console: Console) -> Subj
     from trainer.progress import progress_bars
 
     with progress_bars() as progress:
-        data = write_default(out / "data", seed=seed, kind=kind, progress=progress)
+        data = write_default(out / "data", seed=seed, kind=kind, train=TRAIN_IMAGES, progress=progress)
         web = write_replay(out / "replay", seed=seed, kind=kind, progress=progress)
     images = read_folder(data)
     crops = independent_crops(kind, train=len(images.train), test=len(images.test))
@@ -255,13 +258,13 @@ def _replay(bundle: Bundle, subject: Subject, console: Console, *, alpha: float)
 
 
 def affordable_alpha(bundle: Bundle, *, parts: bool) -> float:
-    """Return the false-alarm probability per frame to ask for.
+    """Return the false-alarm probability per frame to ask for, no more than one frame in five.
 
-    It is twice what the calibration images support at the least, since at the limit itself the threshold is their
-    highest score, which one odd image decides; but no more than one frame in five.
+    For a web it is what the calibration images support at the least, since an event takes several frames. For parts it
+    is twice that: at the limit itself the threshold is the highest score, which one odd image decides.
     """
     groups = min(len(set(bundle.calibration(*pair).groups.tolist())) for pair in bundle.calibrated())
-    return min(MOST_ALPHA, max(LEAST_ALPHA[parts], 2 / (groups + 1)))
+    return min(MOST_ALPHA, max(LEAST_ALPHA[parts], (2 if parts else 1) / (groups + 1)))
 
 
 def box_settings(subject: Subject, bundle: Bundle, *, alpha: float) -> dict[str, Any]:

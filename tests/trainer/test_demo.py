@@ -57,7 +57,7 @@ def evaluation(*, masks: bool) -> Evaluation:
 
 def test_threshold_asks_for_no_more_than_calibration_supports(bundle: Bundle) -> None:
     assert affordable_alpha(bundle, parts=True) == 0.05
-    assert affordable_alpha(bundle, parts=False) == pytest.approx(2 / 41)  # 40 groups
+    assert affordable_alpha(bundle, parts=False) == pytest.approx(1 / 41)  # 40 groups
 
 
 def test_folder_of_an_earlier_demo_is_emptied(tmp_path: Path) -> None:
@@ -152,18 +152,17 @@ def test_events_last_from_new_to_end_or_to_the_last_frame() -> None:
     assert result.latency_ms().tolist() == [1.0, 4.0]
 
 
-@pytest.mark.parametrize(
-    ("parts", "found", "false_alarms"), [(True, "0 of 1", "1 (0 allowed)"), (False, "1 of 1", "0")]
-)
-def test_event_that_begins_on_a_good_part_is_a_false_alarm(
-    tmp_path: Path, *, parts: bool, found: str, false_alarms: str
+@pytest.mark.parametrize(("parts", "first", "found"), [(True, 1, "1 of 1"), (True, 2, "0 of 1"), (False, 2, "1 of 1")])
+def test_event_of_a_web_may_begin_after_its_defect_has_left(
+    tmp_path: Path, *, parts: bool, first: int, found: str
 ) -> None:
-    result = Replay(alerts=[alert(camera_seq=0), alert(camera_seq=2, phase="end")], received_ms=[1.0, 2.0])
+    result = Replay(alerts=[alert(camera_seq=first), alert(camera_seq=2, phase="end")], received_ms=[1.0, 2.0])
     stream = subject(tmp_path, parts=parts).stream
 
     rows = dict(Demonstration("tile", parts, stream, evaluation(masks=True), result, 100.0).rows())
 
-    assert (rows["  defects found"], rows["  false alarms"]) == (found, false_alarms)
+    assert rows["  defects found"] == found
+    assert rows["  false alarms"].startswith("0" if found == "1 of 1" else "1")
     assert rows["latency p50 / p99, frame to verdict"] == "-"
     assert rows["  of alerts, frame to subscriber"] == "1.0 / 1.0 ms"
 

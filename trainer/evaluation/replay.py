@@ -30,9 +30,9 @@ class ReplayScore:
     """What became of every defect and every event.
 
     Attributes:
-        found: defects during which an event began or lasted.
+        found: defects during which an event began.
         missed: the others.
-        false_alarms: events that overlap no defect.
+        false_alarms: events that began without one.
     """
 
     found: tuple[Span, ...]
@@ -40,27 +40,23 @@ class ReplayScore:
     false_alarms: tuple[Span, ...]
 
 
-def score_replay(
-    defects: Sequence[Span], events: Sequence[Span], *, delay: int = 0, lasting: bool = True
-) -> ReplayScore:
+def score_replay(defects: Sequence[Span], events: Sequence[Span], *, delay: int = 0) -> ReplayScore:
     """Match events with defects.
 
-    A box needs some frames before it begins an event, so one that begins up to ``delay`` frames after a defect has
-    left still belongs to it.
+    An event belongs to a defect if it begins while the defect is in view, or up to ``delay`` frames later, since a box
+    needs some frames before it begins one. An alarm that was already on when the defect came has told nobody of it:
+    it is a false alarm, and the defect is missed.
 
     Args:
         defects: frames on which each defect is in view.
         events: frames from ``new`` to ``end`` of each event.
         delay: frames, >= 0.
-        lasting: whether an event that began earlier and lasts into a defect belongs to it as well. Not where each
-            frame is another part: there an event that begins on a good part is a false alarm, whatever follows.
     """
     if delay < 0:
         raise ValueError(f"delay {delay} is negative")
 
     def belongs(event: Span, defect: Span) -> bool:
-        reaches = event.last if lasting else event.first
-        return event.first <= defect.last + delay and reaches >= defect.first
+        return defect.first <= event.first <= defect.last + delay
 
     found = tuple(defect for defect in defects if any(belongs(event, defect) for event in events))
     return ReplayScore(

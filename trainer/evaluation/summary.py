@@ -90,7 +90,6 @@ class Demonstration:
             self.stream.defects,
             self.result.events(len(labels) - 1),
             delay=0 if self.parts else LATE_FRAMES,
-            lasting=not self.parts,
         )
         good = labels.count("")
         allowed = f" ({self.found.threshold.alpha * good:.0f} allowed)" if self.parts else ""
