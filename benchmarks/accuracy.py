@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import numpy.typing as npt
-
     from baselines import Judge
 
     from edge.bundle import Preprocessing

@@ -26,7 +26,8 @@ _SCALE_IMAGES = 60
 class MemoryConfig(MethodConfig):
     """Settings of the memory detector; the README says what each was measured to do."""
 
-    rows: int = Field(1000, ge=1, le=2000, description="Rows of each level's bank.")
+    rows: int = Field(1000, ge=2, le=2000, description="Rows of each level's bank; the finest level has half.")
+    fine_weight: float = Field(0.6, gt=0, description="Weight of the finest level in the map; the others have 1.")
     candidates: int = Field(30_000, ge=1, description="Patches, drawn at random, that anchors are chosen from.")
     whitening: float = Field(0.3, gt=0, description="Added to every eigenvalue, as a share of their mean.")
     background: float = Field(0.3, ge=0, le=1, description="Share of its own mean that is taken off a map.")
@@ -99,7 +100,7 @@ class _Fit:
     def head(self) -> MemoryHead:
         everything = torch.arange(self.images)
         transforms = {name: self._whitening(name) for name in LEVELS}
-        banks = {name: self._bank(name, transforms[name], everything, self.config.rows) for name in LEVELS}
+        banks = {name: self._bank(name, transforms[name], everything, self._size(name)) for name in LEVELS}
         head = _empty([banks[name] for name in LEVELS], self.config.background)
         for index, name in enumerate(LEVELS):
             mean, matrix = transforms[name]
@@ -108,8 +109,13 @@ class _Fit:
                 layer.weight.copy_(matrix.T[:, :, None, None])
                 layer.bias.copy_(-(mean @ matrix))
             head.get_buffer(f"bank_{name}").copy_(banks[name])
-            head.get_buffer("scales")[index] = 1.0 / self._mean_distance(name, transforms[name])
+            weight = self.config.fine_weight if index == 0 else 1.0
+            head.get_buffer("scales")[index] = weight / self._mean_distance(name, transforms[name])
         return head.eval().requires_grad_(False)
+
+    def _size(self, name: str) -> int:
+        # The finest grid has four times the queries of the next; half the rows keep its search as cheap.
+        return max(1, self.config.rows // 2) if name == LEVELS[0] else self.config.rows
 
     def _patches(self, name: str, images: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield rows float32 [n, C], a tile's sites consecutive."""
@@ -151,7 +157,7 @@ class _Fit:
         half = len(drawn) // 2
         total = count = 0.0
         for seen, unseen in ((drawn[:half], drawn[half:]), (drawn[half:], drawn[:half])):
-            bank = self._bank(name, transform, seen, max(1, self.config.rows // 4)).to(self.context.device)
+            bank = self._bank(name, transform, seen, max(1, self._size(name) // 4)).to(self.context.device)
             for rows in self._rows(name, transform, unseen):
                 squared, _ = nearest(rows, bank)
                 total, count = total + float(squared.sqrt().sum()), count + len(squared)

@@ -7,24 +7,27 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.utils import skip_init
 
 from trainer.methods.base import Head
 from trainer.methods.patches import enlarge, patch_mean
 
-LEVELS = ("s8", "s16")
+LEVELS = ("s4", "s8", "s16")
 """The taps searched, finest first; the map has the grid of the first."""
-MAP_STRIDE = 8
-_FACTORS = (1, 2)
+STRIDES = (4, 8, 16)
+MAP_STRIDE = STRIDES[0]
+EMBEDDING_STRIDE = 8
 
 
 class MemoryHead(Head):
     """Distance to the nearest row of a memory bank, level by level.
 
     ``d_l = ||W_l (p - mu_l) - m||`` for the nearest row m of level l, on the level's own grid; the map is
-    ``sum_l d_l * scale_l`` on the finest grid, less ``background`` times its own mean. State: ``bank_s8`` float32
-    [R, 40] and ``bank_s16`` float32 [R, 112], rows in whitened space. A row of one level belongs to no row of the
-    other. The embedding is float32 [N, L, 152]: the finest grid's patches, the columns of both levels side by side.
+    ``sum_l d_l * scale_l`` on the finest grid, less ``background`` times its own mean. State: ``bank_s4`` float32
+    [R, 24], ``bank_s8`` [R, 40] and ``bank_s16`` [R, 112], rows in whitened space. A row of one level belongs to no
+    row of another. The embedding is float32 [N, L, 176] on the stride-8 grid, the columns of the levels side by side:
+    2x2 means of the finest, the coarsest enlarged.
 
     Source: PatchCore (Roth et al., 2022) for the search; levels apart, whitening and background are our own.
     """
@@ -50,17 +53,23 @@ class MemoryHead(Head):
         return patches
 
     def forward(self, *taps: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the map float32 [N, H / 8, W / 8] and the patch rows float32 [N, H / 8 * W / 8, 152]."""
+        """Return the map float32 [N, H / 4, W / 4] and the patch rows float32 [N, H / 8 * W / 8, 176]."""
         total, columns = None, []
-        for index, (name, tap, factor) in enumerate(zip(LEVELS, taps, _FACTORS, strict=True)):
+        for index, (name, tap, stride) in enumerate(zip(LEVELS, taps, STRIDES, strict=True)):
             patches, bank = self.whitened(name, tap), self.get_buffer(f"bank_{name}")
             rows = patches.flatten(2).transpose(1, 2)
             # ||q - m||^2 = ||q||^2 + (||m||^2 - 2 q.m): one matrix product, then a minimum over the bank.
             nearest = ((bank * bank).sum(1) - 2.0 * (rows @ bank.t())).amin(2)
             distance = (nearest + (rows * rows).sum(2)).clamp_min(0.0).sqrt().unflatten(1, patches.shape[2:])
-            level = enlarge(distance[:, None] * self.scales[index], factor)
+            level = enlarge(distance[:, None] * self.scales[index], stride // MAP_STRIDE)
             total = level if total is None else total + level
-            columns.append(enlarge(patches, factor))
+            columns.append(_on_embedding_grid(patches, stride))
         assert total is not None
         anomaly_map = total[:, 0] - self.background * total.mean((1, 2, 3), keepdim=True)[:, 0]
         return anomaly_map, torch.cat(columns, 1).flatten(2).transpose(1, 2)
+
+
+def _on_embedding_grid(patches: torch.Tensor, stride: int) -> torch.Tensor:
+    if stride < EMBEDDING_STRIDE:
+        return functional.avg_pool2d(patches, EMBEDDING_STRIDE // stride)
+    return enlarge(patches, stride // EMBEDDING_STRIDE)
