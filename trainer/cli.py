@@ -132,12 +132,11 @@ def export(
     ] = "auto",
 ) -> None:
     """Export, quantise, check parity and pack a bundle for boxes."""
-    from trainer.export import export_run
+    from trainer.export import export_run, refused
     from trainer.progress import progress_bars
 
     with progress_bars() as progress:
         bundle = export_run(run, out, precision=precision, progress=progress)
-    for path in bundle.manifest.parity["paths"]:
-        if path["refusals"]:
-            typer.echo(f"left out: {'; '.join(path['refusals'])}", err=True)
+    for text in refused(bundle):
+        typer.echo(f"left out by the parity gate: {text}", err=True)
     typer.echo(f"{bundle.path}  {bundle.id}")

@@ -16,7 +16,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from edge.errors import DataError, GateError, UsageError
+from edge.errors import DataError, UsageError
 from edge.frames import EventPhase
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def _embedded_example(kind: str, out: Path, seed: int, console: Console) -> Subj
 
 def _make_bundle(subject: Subject, *, method: str, preset: str, seed: int, console: Console) -> Bundle:
     from edge.bundle import Bundle
-    from trainer.export import export_run
+    from trainer.export import export_run, refused
     from trainer.fit import train
     from trainer.progress import progress_bars
 
@@ -208,14 +208,10 @@ def _make_bundle(subject: Subject, *, method: str, preset: str, seed: int, conso
             progress=progress,
         )
     console.rule(f"{subject.name}: export, int8, parity, bundle")
-    try:
-        with progress_bars() as progress:
-            packed = export_run(run.path, out / "bundle", precision="int8", progress=progress)
-    except GateError as error:
-        # With a handful of good images int8 can shift scores by a visible share of their spread; float32 cannot.
-        console.print(f"{error}; packing float32 alone", style="yellow", markup=False)
-        with progress_bars() as progress:
-            packed = export_run(run.path, out / "bundle", precision="float32", progress=progress)
+    with progress_bars() as progress:
+        packed = export_run(run.path, out / "bundle", progress=progress)
+    for text in refused(packed):
+        console.print(f"left out by the parity gate: {text}", style="yellow", markup=False)
     bundle = Bundle.open(packed.path)
     console.print(f"bundle {bundle.id[:12]}, {_megabytes(bundle.path):.1f} MB, verified", highlight=False)
     return bundle

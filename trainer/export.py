@@ -100,3 +100,8 @@ def export_run(
         progress=progress,
     )
     return pack(request, out)
+
+
+def refused(bundle: Bundle) -> list[str]:
+    """Return what the parity gate left out of a bundle, each with its figure."""
+    return [text for path in bundle.manifest.parity["paths"] for text in path["refusals"]]
