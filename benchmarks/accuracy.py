@@ -22,7 +22,7 @@ import torch
 from _setting import heading
 from baselines import padim, patchcore
 
-from deploy.bootstrap import PairedCategory, bootstrap_difference, weighted_aupro, weighted_auroc
+from deploy.bootstrap import PairedCategory, WeightedMetric, bootstrap_difference, weighted_aupro, weighted_auroc
 from deploy.metrics import image_auroc, pixel_metrics
 from edge.bundle import Pooling
 from edge.judgement.score import pool_score
@@ -186,25 +186,36 @@ def figures(category: Category, result: Result, size: tuple[int, int]) -> dict[s
     return found
 
 
+def seed_metric(category: Category, result: Result, what: str, size: tuple[int, int]) -> WeightedMetric:
+    """Return the figure of one seed as a function of weights."""
+    if what == "I-AUROC":
+        return weighted_auroc(category.labels, result.scores)
+    assert category.masks is not None
+    return weighted_aupro(category.masks, upsampled(result.maps, size))
+
+
+def averaged(metrics: list[WeightedMetric]) -> WeightedMetric:
+    """Return the mean of several figures on the same weights."""
+    return lambda weights: np.mean([metric(weights) for metric in metrics], axis=0)
+
+
 def compare(
     done: list[tuple[Category, dict[str, list[Result]]]], ours: str, other: str, size: tuple[int, int]
 ) -> dict[str, dict[str, float]]:
-    """Bootstrap the share of the baseline's error that a method saves, over categories and seeds.
+    """Bootstrap the share of the baseline's error that a method saves, over categories.
 
-    Each seed of a category enters as a detector of its own on the same images.
+    The seeds of a category are judged on the same draws and averaged: they are no further images.
     """
     said = {}
     for what in ("I-AUROC", "AUPRO"):
         pairs = []
         for category, results in done:
-            for first, second in zip(results[ours], results[other], strict=True):
-                if what == "I-AUROC":
-                    metrics = [weighted_auroc(category.labels, result.scores) for result in (first, second)]
-                elif category.masks is not None:
-                    metrics = [weighted_aupro(category.masks, upsampled(r.maps, size)) for r in (first, second)]
-                else:
-                    continue
-                pairs.append(PairedCategory(category.labels, category.groups, metrics[0], metrics[1]))
+            if what == "AUPRO" and category.masks is None:
+                continue
+            first, second = (
+                [seed_metric(category, result, what, size) for result in results[name]] for name in (ours, other)
+            )
+            pairs.append(PairedCategory(category.labels, category.groups, averaged(first), averaged(second)))
         if not pairs:
             continue
         found = bootstrap_difference(pairs)
