@@ -192,7 +192,7 @@ def train(context: FitContext, config: PbasConfig) -> Fitted:
         loss = config.centre_weight * centre_loss + cross_entropy
         if not torch.isfinite(loss):
             raise UsageError(
-                f"PBAS: the loss became {float(loss)} at step {step + 1} of {config.steps}; "
+                f"PBAS: the loss became {float(loss.detach())} at step {step + 1} of {config.steps}; "
                 "lower projector_rate and discriminator_rate, or turn standardise on"
             )
         for optimiser in optimisers:
