@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from deploy.metrics import image_auroc
 from deploy.parity import LEAST_GOOD_IMAGES
-from edge.bundle import Crop, Pooling, Preprocessing, Tiles
+from edge.bundle import Crop, Pooling, Preprocessing, Resize, Tiles
 from edge.errors import DataError, UsageError
 from edge.inference.preprocessing import join_maps
 from edge.judgement.score import pool_score
@@ -64,7 +64,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def preprocessing_for(
-    *, size: tuple[int, int] | None, tiles: tuple[int, int], overlap: int, crop: tuple[int, int, int, int] | None
+    *,
+    size: tuple[int, int] | None,
+    tiles: tuple[int, int],
+    overlap: int,
+    crop: tuple[int, int, int, int] | None,
+    resize: Resize = Resize.PYRAMID,
 ) -> Preprocessing:
     """Build the preprocessing that the command line asks for.
 
@@ -73,6 +78,7 @@ def preprocessing_for(
         tiles: rows and columns.
         overlap: pixels that neighbouring tiles share.
         crop: x, y, width, height in pixels of the camera frame.
+        resize: how a crop becomes the canvas.
 
     Raises:
         UsageError: a value is out of range; the message names it.
@@ -84,6 +90,7 @@ def preprocessing_for(
             width=width,
             tiles=Tiles(rows=tiles[0], cols=tiles[1], overlap=overlap),
             crop=None if crop is None else Crop(x=crop[0], y=crop[1], w=crop[2], h=crop[3]),
+            resize=resize,
         )
     except ValidationError as error:
         first = error.errors()[0]

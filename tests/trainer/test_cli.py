@@ -11,7 +11,7 @@ import pytest
 from edge.bundle import Engine
 from edge.cli import main
 from edge.errors import UsageError
-from trainer.cli import _parse_choice, _parse_crop, _parse_size, _parse_tiles
+from trainer.cli import _parse_choice, _parse_crop, _parse_size, _parse_tiles, train
 
 LINEWARD = str(Path(sys.executable).parent / "lineward")
 
@@ -98,3 +98,8 @@ def test_choice_is_a_member_or_names_all_of_them() -> None:
     assert _parse_choice("engine", None, Engine) is None
     with pytest.raises(UsageError, match=r"--engine tensorrt.*onnxruntime, openvino"):
         _parse_choice("engine", "tensorrt", Engine)
+
+
+def test_train_resize_unknown_is_usage(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--resize area: unknown; choose one of linear, pyramid"):
+        train(data=tmp_path, out=tmp_path / "run", resize="area")
