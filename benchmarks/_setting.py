@@ -80,6 +80,10 @@ def heading(name: str) -> None:
     print(f"command: python {' '.join(sys.argv)}\n", flush=True)
 
 
+def quiet(_what: str, _done: int, _total: int) -> None:
+    """Report no progress."""
+
+
 def add_bundle_option(parser: argparse.ArgumentParser) -> None:
     """Let a benchmark take a bundle that exists."""
     parser.add_argument("--bundle", type=Path, help="bundle to measure; made from the embedded default if absent")
@@ -93,9 +97,6 @@ def bundle_for(path: Path | None, folder: Path) -> Bundle:
     from trainer.data.conveyor import write_default
     from trainer.export import export_run
     from trainer.fit import train
-
-    def quiet(_what: str, _done: int, _total: int) -> None:
-        pass
 
     print("making a bundle of the embedded default ...", file=sys.stderr, flush=True)
     write_default(folder / "data", seed=0, kind=PRODUCT, test_good=0, test_defective=0)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 import torch
-from _setting import heading
+from _setting import heading, quiet
 from baselines import padim, patchcore
 
 from deploy.bootstrap import PairedCategory, WeightedMetric, bootstrap_difference, weighted_aupro, weighted_auroc
@@ -50,10 +50,6 @@ CANDIDATES = 30_000
 CPU = torch.device("cpu")
 PEER = {"I-AUROC": 0.881, "AUPRO": 0.644}
 """The nearest peer product's best means on the same seven categories (anomalib 2.7.0, Lite0 weights, 224 pixels)."""
-
-
-def quiet(_what: str, _done: int, _total: int) -> None:
-    """Report nothing."""
 
 
 @dataclass

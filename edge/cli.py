@@ -47,7 +47,6 @@ LINE_FIELDS = (
 )  # fmt: skip
 DEFAULT_BROKER = "mqtt://localhost:1883"
 
-ConfigOption = Annotated[Path, typer.Option(help="The box's YAML file.", show_default=False)]
 BrokerOption = Annotated[str, typer.Option(help="mqtt[s]://[user@]host[:port]")]
 PasswordOption = Annotated[Path | None, typer.Option(help="File with the broker password.")]
 CaOption = Annotated[Path | None, typer.Option(help="PEM file to check the broker's certificate with.")]
