@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 
 from trainer.methods.memory import reduce
-from trainer.methods.memory.reduce import greedy_coreset, nearest, weighted_average_reduce, whitening
+from trainer.methods.memory.reduce import (
+    cell_means,
+    greedy_coreset,
+    kmeans,
+    nearest,
+    weighted_average_reduce,
+    whitening,
+)
 
 QUICK = settings(max_examples=40, deadline=None)
 
@@ -130,6 +139,7 @@ def test_weighted_average_reduce_equals_the_formula_and_loses_no_row(
 
 @QUICK
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 60), anchors=st.integers(1, 12))
+@example(seed=120, count=2, anchors=4)  # a row hundreds of widths away from its anchor
 def test_weighted_average_reduce_stays_inside_the_cells_hull(seed: int, count: int, anchors: int) -> None:
     """On a line the hull of a cell is an interval."""
     rows, seeds = rows_of(seed, count, 1), rows_of(seed + 1, anchors, 1)
@@ -165,6 +175,36 @@ def test_weighted_average_reduce_a_far_row_weighs_little() -> None:
     rows = torch.cat([torch.full((20, 1), 0.1), torch.full((1, 1), 50.0)])
     bank, _ = weighted_average_reduce([rows], torch.zeros(1, 1))
     assert float(bank) == pytest.approx(0.1, abs=1e-3)  # the plain mean is 2.5
+
+
+@QUICK
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 60), centres=st.integers(1, 12), split=st.integers(1, 30))
+def test_cell_means_are_the_means_of_the_cells(seed: int, count: int, centres: int, split: int) -> None:
+    rows, start = rows_of(seed, count, 4), rows_of(seed + 1, centres, 4)
+    found, support = cell_means(rows.split(split), start)
+    _, cell = nearest(rows, start)
+    for r in range(centres):
+        inside = rows[cell == r].double()
+        assert int(support[r]) == len(inside)
+        torch.testing.assert_close(found[r], inside.mean(0).float() if len(inside) else start[r])
+
+
+@QUICK
+@given(seed=st.integers(0, 10**6), count=st.integers(2, 80), centres=st.integers(1, 12))
+def test_kmeans_never_raises_the_mean_squared_distance(seed: int, count: int, centres: int) -> None:
+    rows, start = rows_of(seed, count, 3), rows_of(seed + 1, centres, 3)
+    lost = [float(nearest(rows, kmeans(rows, start, rounds))[0].double().mean()) for rounds in range(6)]
+    assert all(after <= before * (1 + 1e-5) + 1e-7 for before, after in itertools.pairwise(lost))
+
+
+def test_kmeans_finds_clusters_and_then_rests() -> None:
+    middles = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    rows = (middles[:, None] + 0.1 * rows_of(0, 90, 2).reshape(3, 30, 2)).flatten(0, 1)
+    start = rows[greedy_coreset(rows, 3, torch.Generator().manual_seed(0))]
+    few, many = kmeans(rows, start, 4), kmeans(rows, start, 400)
+    assert torch.equal(few, many)
+    found = few[nearest(middles, few)[1]]
+    torch.testing.assert_close(found, rows.reshape(3, 30, 2).mean(1), atol=1e-5, rtol=0)
 
 
 @QUICK

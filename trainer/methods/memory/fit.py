@@ -11,9 +11,18 @@ import torch
 from pydantic import Field
 
 from edge.errors import DataError, UsageError
+from edge.memory.rows import RowsPrecision, round_rows
 from trainer.methods.base import FitContext, Method, MethodConfig
 from trainer.methods.memory.model import LEVELS, MemoryHead
-from trainer.methods.memory.reduce import greedy_coreset, nearest, weighted_average_reduce, whitening
+from trainer.methods.memory.reduce import (
+    Reduction,
+    cell_means,
+    greedy_coreset,
+    kmeans,
+    nearest,
+    weighted_average_reduce,
+    whitening,
+)
 from trainer.methods.patches import patch_mean
 
 if TYPE_CHECKING:
@@ -31,6 +40,11 @@ class MemoryConfig(MethodConfig):
     candidates: int = Field(30_000, ge=1, description="Patches, drawn at random, that anchors are chosen from.")
     whitening: float = Field(0.3, gt=0, description="Added to every eigenvalue, as a share of their mean.")
     background: float = Field(0.3, ge=0, le=1, description="Share of its own mean that is taken off a map.")
+    reduction: Reduction = Field(Reduction.WEIGHTED, description="How the anchors become the bank.")
+    rounds: int = Field(10, ge=1, description="Most iterations over the candidates where reduction is kmeans.")
+    rows_precision: RowsPrecision = Field(
+        RowsPrecision.FLOAT32, description="Numbers that rows are stored and shipped in; the search stays as it is."
+    )
 
 
 class MemoryMethod(Method):
@@ -70,7 +84,7 @@ class MemoryMethod(Method):
         """
         try:
             banks = [tensors[f"bank_{name}"] for name in LEVELS]
-            head = _empty(banks, _own(config).background)
+            head = _empty(banks, _own(config))
             head.load_state_dict(tensors)
         except (KeyError, IndexError, TypeError, RuntimeError) as error:
             raise DataError(f"these tensors are no memory head ({error}); train again") from error
@@ -83,9 +97,10 @@ def _own(config: MethodConfig) -> MemoryConfig:
     return config
 
 
-def _empty(banks: list[torch.Tensor], background: float) -> MemoryHead:
+def _empty(banks: list[torch.Tensor], config: MemoryConfig) -> MemoryHead:
     rows, channels = tuple(len(bank) for bank in banks), tuple(int(bank.shape[1]) for bank in banks)
-    return MemoryHead(rows=rows, channels=channels, background=background)
+    int8_rows = config.rows_precision is RowsPrecision.INT8
+    return MemoryHead(rows=rows, channels=channels, background=config.background, int8_rows=int8_rows)
 
 
 class _Fit:
@@ -101,7 +116,7 @@ class _Fit:
         everything = torch.arange(self.images)
         transforms = {name: self._whitening(name) for name in LEVELS}
         banks = {name: self._bank(name, transforms[name], everything, self._size(name)) for name in LEVELS}
-        head = _empty([banks[name] for name in LEVELS], self.config.background)
+        head = _empty([banks[name] for name in LEVELS], self.config)
         for index, name in enumerate(LEVELS):
             mean, matrix = transforms[name]
             layer = head.get_submodule(f"whiten_{name}")
@@ -149,7 +164,18 @@ class _Fit:
         pool = torch.cat(drawn)
         size, report = min(size, len(pool)), self.context.progress
         chosen = greedy_coreset(pool, size, self.generator, lambda done: report(f"bank {name}", done, size))
-        return weighted_average_reduce(self._rows(name, transform, images), pool[chosen.to(pool.device)])[0].cpu()
+        bank = self._reduced(pool, pool[chosen.to(pool.device)], self._rows(name, transform, images)).cpu()
+        if self.config.rows_precision is RowsPrecision.INT8:
+            return torch.from_numpy(round_rows(bank.numpy()))
+        return bank
+
+    def _reduced(self, pool: torch.Tensor, anchors: torch.Tensor, rows: Iterator[torch.Tensor]) -> torch.Tensor:
+        if self.config.reduction is Reduction.CORESET:
+            return anchors
+        if self.config.reduction is Reduction.WEIGHTED:
+            return weighted_average_reduce(rows, anchors)[0]
+        # The candidates find the cells; the last iteration is over every patch.
+        return cell_means(rows, kmeans(pool, anchors, self.config.rounds))[0]
 
     def _mean_distance(self, name: str, transform: tuple[torch.Tensor, torch.Tensor]) -> float:
         """Return the mean distance of good patches to a bank that has not seen their image (two folds)."""

@@ -38,9 +38,12 @@ class MemoryHead(Head):
     # Small directions of the whitened space would drown in the rounding of larger ones; these products cost nothing.
     float_ops = tuple(f"whiten_{name}" for name in LEVELS)
 
-    def __init__(self, *, rows: tuple[int, ...], channels: tuple[int, ...], background: float) -> None:
+    def __init__(
+        self, *, rows: tuple[int, ...], channels: tuple[int, ...], background: float, int8_rows: bool = False
+    ) -> None:
         super().__init__()
         self.background = background
+        self.int8_state = self.state_names if int8_rows else ()
         for name, count, width in zip(LEVELS, rows, channels, strict=True):
             # skip_init: the global generator is not ours to advance.
             self.register_module(f"whiten_{name}", skip_init(nn.Conv2d, width, width, 1))

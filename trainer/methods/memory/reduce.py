@@ -1,10 +1,11 @@
-"""From all patch rows of good images to a small bank: anchors, then weighted averages of their cells.
+"""From all patch rows of good images to a small bank: anchors as they are, weighted averages or k-means.
 
 Pure functions on rows; float32 on one device, deterministic under a generator.
 """
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +13,23 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+
+class Reduction(str, Enum):
+    """How a bank comes from its anchors, the greedy coreset.
+
+    ``coreset``: the anchors themselves, real patches that reach the rim of what is good. ``weighted``: each anchor
+    becomes the weighted average of its cell, which takes outliers back. ``kmeans``: Lloyd's iterations from the
+    anchors, the least mean squared distance and the weakest hold on rare patches.
+    """
+
+    CORESET = "coreset"
+    WEIGHTED = "weighted"
+    KMEANS = "kmeans"
+
+
 _PROJECTION = 32
 _CHUNK = 4096
+_FARTHEST = 80.0  # widths; exp(-80) still is a normal float32, so no row of a cell loses all its weight
 
 
 def nearest(rows: torch.Tensor, bank: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,15 +95,59 @@ def weighted_average_reduce(
     Returns:
         Bank float32 [R, D] and support counts int64 [R].
     """
+    tau = 0.0
+
+    def weigh(squared: torch.Tensor) -> torch.Tensor:
+        nonlocal tau
+        if tau == 0.0:
+            tau = max(float(squared.median()), 1e-12)
+        return torch.exp(-(squared / tau).clamp_max(_FARTHEST)).double()
+
+    return _cell_averages(batches, anchors, weigh)
+
+
+def cell_means(batches: Iterable[torch.Tensor], centres: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace each centre by the mean of the rows nearest to it: one of Lloyd's iterations.
+
+    Args:
+        batches: rows float32 [n, D] each.
+        centres: float32 [R, D].
+
+    Returns:
+        Bank float32 [R, D] and support counts int64 [R]; a centre whose cell is empty stays as it is.
+    """
+    return _cell_averages(batches, centres, lambda squared: torch.ones_like(squared, dtype=torch.float64))
+
+
+def kmeans(rows: torch.Tensor, centres: torch.Tensor, rounds: int) -> torch.Tensor:
+    """Move centres to the means of their cells until they rest (Lloyd, IEEE Trans. Inf. Theory 28, 1982).
+
+    Args:
+        rows: float32 [n, D].
+        centres: float32 [R, D], where to begin.
+        rounds: most iterations, >= 0.
+
+    Returns:
+        float32 [R, D].
+    """
+    for _ in range(rounds):
+        moved, _ = cell_means([rows], centres)
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return centres
+
+
+def _cell_averages(
+    batches: Iterable[torch.Tensor], anchors: torch.Tensor, weigh: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Average the rows nearest to each anchor, weighted by a function of their squared distance."""
     total = torch.zeros(anchors.shape, dtype=torch.float64, device=anchors.device)
     weight = torch.zeros(len(anchors), dtype=torch.float64, device=anchors.device)
     support = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
-    tau = 0.0
     for rows in batches:
         squared, index = nearest(rows, anchors)
-        if tau == 0.0:
-            tau = max(float(squared.median()), 1e-12)
-        u = torch.exp(-squared / tau).double()
+        u = weigh(squared)
         total.index_add_(0, index, rows.double() * u[:, None])
         weight.index_add_(0, index, u)
         support.index_add_(0, index, torch.ones_like(index))
