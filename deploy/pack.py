@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,6 +29,7 @@ from deploy.parity import (
     judge,
     require,
 )
+from deploy.progress import Progress, no_progress
 from deploy.quantize import quantize_head
 from deploy.running import GraphPair, pool_all, torch_maps
 from deploy.trunks import TrunkFiles, build_trunk_files
@@ -53,11 +53,12 @@ from edge.errors import BundleError, DataError, EngineError, UsageError
 from edge.inference.engines import available_engines, supports
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from torch import nn
 
 Canvases = npt.NDArray[np.uint8]
 Pair = tuple[Engine, Precision]
-Progress = Callable[[str, int, int], None]
 
 TRUNK, TRUNK_INT8, HEAD, HEAD_INT8 = "trunk.onnx", "trunk.int8.onnx", "head.onnx", "head.int8.onnx"
 STATE, COMMISSIONING, GOLDEN = "state.safetensors", "commissioning.npz", "golden/frames.npz"
@@ -66,10 +67,6 @@ _COMPARED, _GOLDEN_EACH, _RANGE_IMAGES = 16, 3, 32
 # Golden tolerances. float32: what the gate allows between engines. Others: a tenth of the good scores' interquartile
 # range, well under the shift that the gate refuses (0.25), above what another processor's rounding gives.
 _FLOAT_TOLERANCE, _ROUNDED_TOLERANCE = 1e-3, 0.1
-
-
-def _no_progress(_what: str, _done: int, _total: int) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ class BundleRequest:
     rules: ParityRules = field(default_factory=ParityRules)
     seed: int = 0
     created: datetime | None = None
-    progress: Progress = _no_progress
+    progress: Progress = no_progress
 
 
 def pack(request: BundleRequest, out: Path) -> Bundle:

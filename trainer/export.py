@@ -9,8 +9,8 @@ from deploy.parity import ParityRules
 from edge.bundle import Precision, Provenance
 from edge.errors import UsageError
 from trainer.data.generic import generic_canvases
-from trainer.fit import make_defects
 from trainer.runs import Run
+from trainer.synthesis.image2d import make_defects
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from deploy.progress import Progress
     from edge.bundle import Bundle
-    from trainer.methods.base import Progress
 
 _BOTH = (Precision.FLOAT32, Precision.BFLOAT16, Precision.INT8)
 PRECISIONS = {

@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from deploy.progress import no_progress
+from edge.bundle import Preprocessing
 from edge.errors import CaptureError, DataError
 from edge.inference.preprocessing import cut_tiles, to_canvas
 from trainer.data.folder import load_image
-from trainer.methods.base import Features, Progress
+from trainer.methods.base import Features
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
 
-    from edge.bundle import Preprocessing
+    from deploy.progress import Progress
     from trainer.backbones.efficientnet_lite import Trunk
     from trainer.data.folder import Sample
 
@@ -44,6 +46,29 @@ def load_canvases(
             raise DataError(f"{sample.path}: {error}") from error
         progress(what, index + 1, len(samples))
     return canvases
+
+
+def tiles_of(canvases: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Return the tiles uint8 [n * T, H, W, 3] of canvases, an image's T tiles consecutive; no copy for one tile."""
+    if preprocessing.tiles.rows * preprocessing.tiles.cols == 1:
+        return canvases
+    return np.concatenate([cut_tiles(canvas, preprocessing) for canvas in canvases])
+
+
+def extract_tiles(
+    tiles: npt.NDArray[np.uint8], *, trunk: Trunk, tap_names: Sequence[str], device: torch.device
+) -> Features:
+    """Run the trunk over tiles uint8 [m, H, W, 3] RGB of no image in particular, each a group of its own."""
+    return extract(
+        trunk,
+        tiles,
+        Preprocessing(height=tiles.shape[1], width=tiles.shape[2]),
+        tap_names=tap_names,
+        groups=np.arange(len(tiles)).astype(np.str_),
+        device=device,
+        progress=no_progress,
+        what="",
+    )
 
 
 def extract(

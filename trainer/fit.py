@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,11 @@ from edge.inference.preprocessing import join_maps
 from edge.judgement.score import pool_score
 from trainer.backbones.efficientnet_lite import lite0_trunk
 from trainer.data.folder import content_hash, read_folder, split_holdout
-from trainer.features import extract, load_canvases
-from trainer.methods.base import Features, FitContext, Head, Progress, Validation
+from trainer.features import extract, extract_tiles, load_canvases, tiles_of
+from trainer.methods.base import Features, FitContext, Head, Validation
 from trainer.methods.registry import get
 from trainer.runs import Run, RunRecord
-from trainer.synthesis.image2d import SIZE_RANGE, synthesise
+from trainer.synthesis.image2d import make_defects
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from deploy.progress import Progress
     from trainer.data.folder import Holdout, Sample
 
 DEFAULT_SIZE = (224, 224)
@@ -45,7 +47,6 @@ HOLDOUT_MAXIMUM = 400
 _VALIDATION_DEFECTS = 120
 # Shares of the map's cells whose mean may become the image score; the choice is made on the validation set.
 POOLING_SHARES = (0.0, 0.002, 0.005, 0.01, 0.02)
-_CONTRASTS = (0.5, 0.75, 1.0)
 
 
 def choose_device(name: str) -> torch.device:
@@ -96,42 +97,6 @@ def preprocessing_for(
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "size, tiles, overlap"
         raise UsageError(f"--{where}: {first['msg']}") from error
-
-
-def make_defects(
-    canvases: npt.NDArray[np.uint8],
-    *,
-    seed: int,
-    contrast: float | None = None,
-    repeats: int = 1,
-    size: tuple[float, float] = SIZE_RANGE,
-    defects: int = 1,
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
-    """Synthesise defects on every canvas, ``repeats`` times.
-
-    Args:
-        canvases: uint8 [n, H, W, 3].
-        seed: the same seed gives the same defects in the same places at every contrast.
-        contrast: in (0, 1]; None draws from a fixed set.
-        repeats: defective copies of each canvas.
-        size: smallest and largest extent of a defect, as shares of the diagonal.
-        defects: defects on each copy.
-
-    Returns:
-        uint8 [repeats * n, H, W, 3] and their masks bool [repeats * n, H, W].
-    """
-    images = np.empty((repeats * len(canvases), *canvases.shape[1:]), np.uint8)
-    masks = np.empty(images.shape[:3], np.bool_)
-    for index in range(len(images)):
-        rng = np.random.default_rng((seed, index))
-        drawn = float(rng.choice(_CONTRASTS))  # always drawn, so that what follows is the same at every contrast
-        strength = drawn if contrast is None else contrast
-        images[index], masks[index] = canvases[index % len(canvases)], False
-        for _ in range(defects):
-            defect = synthesise(images[index], rng=rng, contrast=strength, size=size)
-            images[index] = defect.image
-            masks[index] |= defect.mask
-    return images, masks
 
 
 def head_maps(
@@ -234,6 +199,8 @@ def train(
     defective, masks = make_defects(holdout, seed=seed, repeats=repeats)
     context = FitContext(
         features=features(canvases, split.fit, "features"),
+        images=tiles_of(canvases, preprocessing),
+        extract=partial(extract_tiles, trunk=trunk, tap_names=chosen.tap_names, device=torch_device),
         validation=Validation(
             good=features(holdout, split.holdout, "features of hold-out"),
             defective=features(defective, split.holdout * repeats, "features of synthetic defects"),

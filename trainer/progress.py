@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from trainer.methods.base import Progress as ProgressFunction
+    from deploy.progress import Progress as ProgressFunction
 
 
 @contextmanager

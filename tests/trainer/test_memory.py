@@ -13,6 +13,7 @@ from scipy.ndimage import uniform_filter
 from scipy.spatial.distance import cdist
 from sklearn.metrics import roc_auc_score
 
+from deploy.progress import no_progress
 from edge.errors import DataError, UsageError
 from trainer.backbones.efficientnet_lite import lite0_trunk
 from trainer.data.textures import TextureWeb
@@ -55,7 +56,8 @@ def product(kind: str) -> tuple[Features, Features, Features]:
 def context(features: Features, seed: int = 0) -> FitContext:
     nothing = replace(features, taps={name: tap[:0] for name, tap in features.taps.items()})
     validation = Validation(nothing, nothing, np.zeros((0, SIDE, SIDE), bool))
-    return FitContext(features, validation, seed, CPU, lambda *_call: None)
+    images = np.zeros((0, SIDE, SIDE, 3), np.uint8)
+    return FitContext(features, images, lambda _tiles: nothing, validation, seed, CPU, no_progress)
 
 
 def first_images(features: Features, count: int) -> Features:

@@ -79,6 +79,8 @@ def context(features: Features, seed: int = 0, steps: list[tuple[str, int, int]]
     calls = [] if steps is None else steps
     return FitContext(
         features=features,
+        images=np.zeros((0, SIDE, SIDE, 3), np.uint8),
+        extract=lambda _tiles: nothing,
         validation=Validation(nothing, nothing, np.zeros((0, SIDE, SIDE), bool)),
         seed=seed,
         device=CPU,

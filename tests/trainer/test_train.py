@@ -20,9 +20,10 @@ from trainer import fit as fitting
 from trainer import runs
 from trainer.data.conveyor import write_default
 from trainer.data.folder import read_folder
-from trainer.fit import choose_device, choose_pooling, make_defects, preprocessing_for, train
+from trainer.fit import choose_device, choose_pooling, preprocessing_for, train
 from trainer.methods.registry import get, methods
 from trainer.runs import Run
+from trainer.synthesis.image2d import make_defects
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from deploy.progress import no_progress
 from edge.errors import DataError
 from trainer.data.camera import Light, Pose, illuminate, look, look_at_mask, sensor_noise
 from trainer.data.surfaces import (
@@ -27,15 +28,15 @@ from trainer.data.surfaces import (
 from trainer.synthesis.image2d import FAMILIES, Defect, synthesise
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     import numpy.typing as npt
 
+    from deploy.progress import Progress
     from trainer.data.surfaces import Web
 
     Picture = npt.NDArray[np.uint8]
-    Progress = Callable[[str, int, int], None]
 
 __all__ = ["KINDS", "Crops", "WebReplay", "independent_crops", "stamp", "write_default", "write_replay"]
 
@@ -78,7 +79,7 @@ def write_default(
     test_good: int = 60,
     test_defective: int = 60,
     side: int = 256,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> Path:
     """Write an MVTec-style folder of an example, with exact masks and a meta.csv.
 
@@ -131,8 +132,7 @@ def write_default(
             mask = look_at_mask(defect.mask, pose, side).astype(np.uint8) * 255
             _write_png(out / "ground_truth" / label / f"{index:04d}_mask.png", mask)
         rows.append([f"{split}/{label}/{name}", split, label, int(defect is not None), kind, group])
-        if progress is not None:
-            progress(f"drawing {kind}", done, len(plan))
+        progress(f"drawing {kind}", done, len(plan))
     _write_csv(out / "meta.csv", ["path", "split", "label", "anomaly", "condition", "group"], rows)
     return out
 
@@ -145,7 +145,7 @@ def write_replay(
     frames: int = 240,
     defect_frames: Sequence[int] | None = None,
     side: int = 256,
-    progress: Progress | None = None,
+    progress: Progress = no_progress,
 ) -> WebReplay:
     """Write a web in motion as a folder of frames, with the truth beside it.
 
@@ -189,8 +189,7 @@ def write_replay(
         rng = np.random.default_rng((seed, KINDS.index(kind), 3, frame))
         _write_png(out / "frames" / name, sensor_noise(image, rng))
         rows.append([frame, name, *_truth(scars, masks)])
-        if progress is not None:
-            progress(f"filming {kind}", frame + 1, frames)
+        progress(f"filming {kind}", frame + 1, frames)
     _write_csv(out / "labels.csv", ["frame", "file", "defect", "family", "x", "y", "w", "h", "area"], rows)
     return WebReplay(out / "frames", tuple(str(row[3]) for row in rows), out / "labels.csv")
 

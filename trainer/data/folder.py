@@ -8,18 +8,19 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploy.progress import Progress, no_progress
 from edge.errors import DataError
 from trainer.data.images import IMAGE_EXTENSIONS, load_image, load_mask_file, read_bytes
 from trainer.data.splits import Holdout, split_holdout
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     import numpy.typing as npt
@@ -36,9 +37,6 @@ __all__ = [
     "read_folder",
     "split_holdout",
 ]
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, steps done, steps in all)."""
 
 GOOD = "good"
 _ANOMALY = {False: {"0", "false", "False"}, True: {"1", "true", "True"}}
@@ -177,7 +175,7 @@ def load_mask(sample: Sample, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
     return np.zeros(shape, np.bool_)
 
 
-def check(images: ImageSet, *, progress: Progress | None = None, workers: int = 4) -> CheckReport:
+def check(images: ImageSet, *, progress: Progress = no_progress, workers: int = 4) -> CheckReport:
     """Decode every image and mask once, in parallel, and report all damage in one go.
 
     Args:
@@ -203,8 +201,7 @@ def check(images: ImageSet, *, progress: Progress | None = None, workers: int = 
                 sizes[result[0]] += 1
                 if result[1]:
                     empty.append(sample.name)
-            if progress is not None:
-                progress("checking images", done, len(samples))
+            progress("checking images", done, len(samples))
     if errors:
         more = f"\n... and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
         raise DataError("\n".join(errors[:_SHOWN]) + more)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from trainer.evaluation.protocol import Progress
+    from deploy.progress import Progress
 
 
 def evaluate(

@@ -15,6 +15,7 @@ import numpy as np
 
 from deploy.evaluation import Evaluation, Picture, ScoredImage, Subject
 from deploy.metrics import PixelMetrics, pixel_metrics
+from deploy.progress import Progress, no_progress
 from edge.errors import CaptureError, DataError, EngineError
 from edge.inference.preprocessing import to_canvas
 from edge.judgement.score import pool_score
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
 Judge = Callable[["npt.NDArray[np.uint8]"], "npt.NDArray[np.float32]"]
 """From a canvas uint8 [canvas_height, canvas_width, 3] RGB to its raw anomaly map float32 [h, w]."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, steps done, steps in all)."""
 
 DEFAULT_ALPHA = 0.01
 PICTURES = 6
@@ -119,7 +117,7 @@ def evaluate(
     pooling: Pooling,
     threshold: Threshold,
     subject: Subject,
-    progress: Progress = lambda _what, _done, _total: None,
+    progress: Progress = no_progress,
     pictures: int = PICTURES,
 ) -> Evaluation:
     """Judge every image and measure.

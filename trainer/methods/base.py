@@ -8,7 +8,6 @@ pooling rule), it chooses there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -17,11 +16,12 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     import numpy as np
     import numpy.typing as npt
 
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, steps done, steps in all)."""
+    from deploy.progress import Progress
 
 
 class MethodConfig(BaseModel):
@@ -112,6 +112,9 @@ class FitContext:
 
     Attributes:
         features: of the training images (good parts only).
+        images: uint8 [n, H, W, 3] RGB, the tiles that ``features`` was computed from, row for row. What a method
+            changes in them (synthetic defects, noise, a lamp) it sees through ``extract``.
+        extract: taps of other tiles, uint8 [m, H, W, 3] RGB -> features of m rows, through the frozen trunk.
         validation: see :class:`Validation`.
         seed: every random choice derives from it.
         device: where to train.
@@ -119,6 +122,8 @@ class FitContext:
     """
 
     features: Features
+    images: npt.NDArray[np.uint8]
+    extract: Callable[[npt.NDArray[np.uint8]], Features]
     validation: Validation
     seed: int
     device: torch.device

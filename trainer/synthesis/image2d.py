@@ -1,4 +1,4 @@
-"""Put one synthetic defect on an image of a good part, with its exact mask.
+"""Put synthetic defects on images of good parts, with their exact masks.
 
 It decides where, how large and how visible; what a defect looks like is the families' business.
 """
@@ -16,7 +16,7 @@ from trainer.synthesis.families import FAMILIES, Site
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["FAMILIES", "SIZE_RANGE", "Defect", "synthesise"]
+__all__ = ["FAMILIES", "SIZE_RANGE", "Defect", "make_defects", "synthesise"]
 
 SIZE_RANGE = (0.01, 0.25)
 """Extent of defects as a share of the image diagonal: from pits and cracks of a few pixels to large stains."""
@@ -24,6 +24,7 @@ SIZE_RANGE = (0.01, 0.25)
 SMALLEST_SIDE = 16
 """Pixels; a smaller image is no view of a part."""
 
+_CONTRASTS = (0.5, 0.75, 1.0)
 _LEAST_BOX = 3  # pixels; below it no shape is left
 _MASK_FLOOR = 0.2  # of full opacity; fainter rims are neither drawn nor labelled
 _LEAST_CHANGE = 12.0  # grey levels at contrast 1, as a mean over the mask
@@ -89,6 +90,42 @@ def synthesise(
     out[box] = changed
     mask[box] = inside
     return Defect(out, mask, name, contrast)
+
+
+def make_defects(
+    canvases: npt.NDArray[np.uint8],
+    *,
+    seed: int,
+    contrast: float | None = None,
+    repeats: int = 1,
+    size: tuple[float, float] = SIZE_RANGE,
+    defects: int = 1,
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
+    """Synthesise defects on every canvas, ``repeats`` times.
+
+    Args:
+        canvases: uint8 [n, H, W, 3].
+        seed: the same seed gives the same defects in the same places at every contrast.
+        contrast: in (0, 1]; None draws from a fixed set.
+        repeats: defective copies of each canvas.
+        size: smallest and largest extent of a defect, as shares of the diagonal.
+        defects: defects on each copy.
+
+    Returns:
+        uint8 [repeats * n, H, W, 3] and their masks bool [repeats * n, H, W].
+    """
+    images = np.empty((repeats * len(canvases), *canvases.shape[1:]), np.uint8)
+    masks = np.empty(images.shape[:3], np.bool_)
+    for index in range(len(images)):
+        rng = np.random.default_rng((seed, index))
+        drawn = float(rng.choice(_CONTRASTS))  # always drawn, so that what follows is the same at every contrast
+        strength = drawn if contrast is None else contrast
+        images[index], masks[index] = canvases[index % len(canvases)], False
+        for _ in range(defects):
+            defect = synthesise(images[index], rng=rng, contrast=strength, size=size)
+            images[index] = defect.image
+            masks[index] |= defect.mask
+    return images, masks
 
 
 def _refuse(image: npt.NDArray[np.uint8], family: str | None, contrast: float, size: tuple[float, float]) -> None:
