@@ -68,6 +68,7 @@ def train(
     ] = "pyramid",
     product: Annotated[str | None, typer.Option(help="Name of the product; default: the folder's name.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    trunk: Annotated[str, typer.Option(help="lite0, or lite2: slower, a teacher for `lineward distill`.")] = "lite0",
 ) -> None:
     """Learn what good parts look like."""
     from rich.console import Console
@@ -94,6 +95,7 @@ def train(
             preprocessing=wanted,
             product=product,
             device=device,
+            trunk=trunk,
             progress=progress,
         )
     record = run.record

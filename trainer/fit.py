@@ -23,7 +23,7 @@ from edge.bundle import Crop, Pooling, Preprocessing, Resize, Tiles
 from edge.errors import DataError, UsageError
 from edge.inference.preprocessing import join_maps
 from edge.judgement.score import pool_score
-from trainer.backbones.efficientnet_lite import lite0_trunk
+from trainer.backbones.registry import DEFAULT_TRUNK, TrunkSpec, build_trunk
 from trainer.data.folder import content_hash, read_folder, split_holdout
 from trainer.features import extract, extract_tiles, load_canvases, tiles_of
 from trainer.methods.base import Features, FitContext, Head, Validation
@@ -146,6 +146,7 @@ def train(
     preprocessing: Preprocessing | None = None,
     product: str | None = None,
     device: str = "auto",
+    trunk: str = DEFAULT_TRUNK,
     progress: Progress,
 ) -> Run:
     """Train one method on one product.
@@ -159,13 +160,15 @@ def train(
         preprocessing: crop, tiles and size; the default is one tile of 224 x 224.
         product: name of the product; the folder's name if None.
         device: ``auto``, ``cpu`` or ``cuda``.
+        trunk: name in the registry of trunks.
         progress: progress function.
 
     Returns:
         The saved run.
 
     Raises:
-        UsageError: unknown method, preset or device, seed out of range, no product, or ``out`` holds other files.
+        UsageError: unknown method, preset, trunk or device, seed out of range, no product, or ``out`` holds other
+            files.
         DataError: the folder cannot be used, has too few images, or the run cannot be written.
     """
     started = time.monotonic()
@@ -179,13 +182,14 @@ def train(
     preprocessing = preprocessing or preprocessing_for(size=None, tiles=(1, 1), overlap=0, crop=None)
     samples = read_folder(data).train
     split = _split(data, samples, seed)
-    trunk = lite0_trunk()
+    spec = TrunkSpec(name=trunk)
+    network = build_trunk(spec)
     canvases = load_canvases(split.fit, preprocessing, progress=progress, what="read good images")
     holdout = load_canvases(split.holdout, preprocessing, progress=progress, what="read hold-out")
 
     def features(of: npt.NDArray[np.uint8], parts: Sequence[Sample], what: str) -> Features:
         return extract(
-            trunk,
+            network,
             of,
             preprocessing,
             tap_names=chosen.tap_names,
@@ -200,7 +204,7 @@ def train(
     context = FitContext(
         features=features(canvases, split.fit, "features"),
         images=tiles_of(canvases, preprocessing),
-        extract=partial(extract_tiles, trunk=trunk, tap_names=chosen.tap_names, device=torch_device),
+        extract=partial(extract_tiles, trunk=network, tap_names=chosen.tap_names, device=torch_device),
         validation=Validation(
             good=features(holdout, split.holdout, "features of hold-out"),
             defective=features(defective, split.holdout * repeats, "features of synthetic defects"),
@@ -217,6 +221,7 @@ def train(
     )
     record = RunRecord(
         method=method,
+        trunk=spec,
         preset=preset,
         config=config.model_dump(mode="json"),
         product=name,
@@ -230,7 +235,7 @@ def train(
         versions=_versions(),
         created=datetime.now(timezone.utc),
     )
-    run = Run(out, record, trunk.to("cpu"), head, holdout, _groups(split.holdout))
+    run = Run(out, record, network.to("cpu"), head, holdout, _groups(split.holdout))
     run.save()
     return run
 

