@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edge.errors import UsageError
+from trainer.methods.fader.fit import FaderMethod
+from trainer.methods.hetnet.fit import HetNetMethod
 from trainer.methods.memory.fit import MemoryMethod
 from trainer.methods.pbas.fit import PbasMethod
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 def methods() -> dict[str, type[Method]]:
     """Return every method by name."""
-    return {method.name: method for method in (PbasMethod, MemoryMethod)}
+    return {method.name: method for method in (PbasMethod, MemoryMethod, FaderMethod, HetNetMethod)}
 
 
 def get(name: str) -> type[Method]:

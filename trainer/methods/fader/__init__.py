@@ -1,0 +1,1 @@
+"""FADeR: reconstruction by inpainting under one mask, with attenuation gates on the skip features."""
