@@ -1,0 +1,266 @@
+"""Fitting the HetNet-style method: teachers frozen, students trained, residuals measured on good images held back.
+
+Knows features; images only to vary light and pose in them, and to ask a vision transformer about them.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from pydantic import Field
+
+from deploy.metrics import image_auroc
+from edge.errors import DataError, UsageError
+from trainer.methods.base import FitContext, Method, MethodConfig
+from trainer.methods.hetnet.context import GlobalContext
+from trainer.methods.hetnet.model import LEVELS, HetNetHead, HetNetwork, Shape
+from trainer.methods.hetnet.training import Loss, Teachers, Training, train
+from trainer.methods.memory.reduce import whitening
+from trainer.methods.patches import patch_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from trainer.methods.base import Features
+
+_BATCH = 16
+_LEAST_IMAGES = 2
+_VALIDATION_SHARE = 0.005  # of the map's cells, whose mean ranks images when the student is chosen
+
+
+class GlobalTeacher(str, Enum):
+    """What tells of the whole image."""
+
+    SELF = "self"
+    """Attention of the deepest tap on itself, without weights: a substitute for a transformer."""
+    NONE = "none"
+    """No global teacher: the CNN-only student that others are compared with."""
+
+
+class ShippedStudent(str, Enum):
+    """Which student a box runs."""
+
+    RECONSTRUCTION = "sr"
+    DENOISING = "sd"
+    AUTO = "auto"
+    """The one with the better image AUROC on synthetic validation."""
+
+
+class Residual(str, Enum):
+    """How far a place is from what the student recalls."""
+
+    WHITENED = "whitened"
+    """Length of the residual, whitened by the residuals of good images that training did not see."""
+    COSINE = "cosine"
+    """One minus the cosine: the paper's."""
+
+
+class HetNetConfig(MethodConfig):
+    """Settings of the HetNet-style method; the README says where each value is from."""
+
+    teacher: GlobalTeacher = Field(GlobalTeacher.SELF, description="Global teacher.")
+    student: ShippedStudent = Field(ShippedStudent.AUTO, description="Which student a box runs.")
+    residual: Residual = Field(Residual.WHITENED, description="Distance between teacher and student.")
+    loss: Loss = Field(Loss.COSINE, description="What training makes small.")
+    width: int = Field(48, ge=8, le=256, description="Channels of the fused maps.")
+    code: int = Field(32, ge=1, le=512, description="Channels of the one-class bottleneck.")
+    reach: int = Field(1, ge=0, le=8, description="Cells of the deepest tap around a site that foretell nothing of it.")
+    temperature: float = Field(0.1, gt=0, le=10, description="Of the self-similarity's softmax over cosines.")
+    steps: int = Field(150, ge=1, description="Optimiser steps.")
+    batch_tiles: int = Field(8, ge=2, description="Tiles in a step.")
+    rate: float = Field(3e-3, gt=0, description="Learning rate (AdamW, half a cosine down to zero).")
+    denoising_weight: float = Field(1.0, ge=0, description="Weight of the denoising loss.")
+    noise_share: float = Field(0.1, ge=0, le=1, description="Share of cells inside noise boxes; 0 is no noise.")
+    noise_rank: int = Field(16, ge=1, description="Rank of the noise's covariance; a diagonal comes on top.")
+    whitening: float = Field(0.3, gt=0, description="Added to every eigenvalue, as a share of their mean.")
+    held_back: float = Field(0.2, gt=0, lt=1, description="Share of images that residuals are measured on.")
+    fine_weight: float = Field(0.6, gt=0, description="Weight of the finest level in the map; the others have 1.")
+    background: float = Field(0.3, ge=0, le=1, description="Share of its own mean that is taken off a map.")
+
+
+class HetNetMethod(Method):
+    """Two teachers, their fusion and a light student (after HetNet)."""
+
+    name: ClassVar[str] = "hetnet"
+    tap_names: ClassVar[tuple[str, ...]] = LEVELS
+
+    @classmethod
+    def config(cls, preset: str) -> HetNetConfig:
+        """Return the preset.
+
+        Raises:
+            UsageError: unknown preset.
+        """
+        presets = {"quick": HetNetConfig(), "full": HetNetConfig(steps=400)}
+        if preset not in presets:
+            raise UsageError(f"--preset {preset}: unknown; choose {' or '.join(presets)}")
+        return presets[preset]
+
+    @classmethod
+    def fit(cls, context: FitContext, config: MethodConfig) -> HetNetHead:
+        """Learn a head.
+
+        Raises:
+            DataError: fewer than two training images, or features that are not finite.
+            UsageError: training diverged.
+        """
+        return _Fit(context, _own(config)).head()
+
+    @classmethod
+    def build(cls, config: MethodConfig, tensors: dict[str, torch.Tensor]) -> HetNetHead:
+        """Rebuild a fitted head.
+
+        Raises:
+            DataError: the tensors are not those of a head of this config.
+        """
+        settings = _own(config)
+        try:
+            channels = tuple(int(tensors[f"whiten.{index}.weight"].shape[0]) for index in range(len(LEVELS)))
+            height, width = (int(side) for side in tensors["grid"])
+            head = _empty(settings, channels, (height, width))
+            head.load_state_dict(tensors)
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"these tensors are no HetNet head of this config ({error}); train again") from error
+        return head.eval().requires_grad_(False)
+
+
+def _own(config: MethodConfig) -> HetNetConfig:
+    if not isinstance(config, HetNetConfig):
+        raise UsageError(f"HetNet cannot use a {type(config).__name__}; take HetNetMethod.config(preset)")
+    return config
+
+
+def _shape(config: HetNetConfig, channels: tuple[int, ...], grid: tuple[int, int]) -> Shape:
+    context = {GlobalTeacher.NONE: 0, GlobalTeacher.SELF: channels[-1]}[config.teacher]
+    return Shape(channels, grid, config.width, config.code, context)
+
+
+def _context(config: HetNetConfig, grid: tuple[int, int]) -> GlobalContext | None:
+    if config.teacher is GlobalTeacher.NONE:
+        return None
+    return GlobalContext(grid, reach=config.reach, temperature=config.temperature, adapter=None)
+
+
+def _empty(config: HetNetConfig, channels: tuple[int, ...], grid: tuple[int, int]) -> HetNetHead:
+    return HetNetHead(
+        _shape(config, channels, grid),
+        _context(config, grid),
+        cosine=config.residual is Residual.COSINE,
+        background=config.background,
+    )
+
+
+class _Fit:
+    def __init__(self, context: FitContext, config: HetNetConfig) -> None:
+        self.context, self.config, self.features = context, config, context.features
+        self.generator = context.generator()
+        images = len(self.features) // self.features.tiles_per_image
+        if images < _LEAST_IMAGES:
+            raise DataError(f"HetNet needs at least {_LEAST_IMAGES} training images; add good parts to train/good")
+        taps = [self.features.taps[name] for name in LEVELS]
+        self.channels = tuple(int(tap.shape[1]) for tap in taps)
+        self.grid = (int(taps[-1].shape[2]), int(taps[-1].shape[3]))
+        order = torch.randperm(images, generator=self.generator)
+        kept = max(1, min(images - 1, round(config.held_back * images)))
+        self.held, self.seen = self._tiles(order[:kept]), self._tiles(order[kept:])
+
+    def _tiles(self, images: torch.Tensor) -> torch.Tensor:
+        tiles = self.features.tiles_per_image
+        return (images[:, None] * tiles + torch.arange(tiles)).flatten()
+
+    def head(self) -> HetNetHead:
+        config, device = self.config, self.context.device
+        head = _empty(config, self.channels, self.grid)
+        self._whiten(head)
+        head.to(device)
+        network = HetNetwork(_shape(config, self.channels, self.grid))
+        settings = Training(
+            loss=config.loss,
+            steps=config.steps,
+            batch_tiles=config.batch_tiles,
+            rate=config.rate,
+            denoising_weight=config.denoising_weight,
+            noise_share=config.noise_share,
+            noise_rank=config.noise_rank,
+        )
+        teachers = Teachers(head.whitened, head.context)
+        train(network, teachers, self.context, self.seen, settings, generator=self.generator)
+        network.to(device).eval()
+        head.encoder.load_state_dict(network.encoder.state_dict())
+        head.eval().requires_grad_(False)
+        return self._choose(head, network).to("cpu")
+
+    def _whiten(self, head: HetNetHead) -> None:
+        for index, name in enumerate(LEVELS):
+            taps = self.features.batches((name,), _BATCH, device=self.context.device, order=self.seen)
+            mean, matrix = whitening((_rows(patch_mean(tap)) for (tap,) in taps), self.config.whitening)
+            if not (torch.isfinite(mean).all() and torch.isfinite(matrix).all()):
+                raise DataError(f"features of tap {name} are not finite; check the training images")
+            _as_convolution(head.whiten[index], mean, matrix)
+
+    def _choose(self, head: HetNetHead, network: HetNetwork) -> HetNetHead:
+        """Ship the student that was asked for, or the one that ranks synthetic defects best."""
+        candidates = {"sr": network.sr, "sd": network.sd}
+        if self.config.student is not ShippedStudent.AUTO:
+            candidates = {self.config.student.value: candidates[self.config.student.value]}
+        best, chosen = -1.0, None
+        for student in candidates.values():
+            head.student.load_state_dict(student.state_dict())
+            self._measure(head)
+            found = self._validate(head) if len(candidates) > 1 else 0.0
+            if found > best:
+                best, chosen = found, {name: value.clone() for name, value in head.state_dict().items()}
+        assert chosen is not None
+        head.load_state_dict(chosen)
+        return head
+
+    def _measure(self, head: HetNetHead) -> None:
+        """Whiten the residuals and scale the levels on the images held back."""
+        head.get_buffer("scales").fill_(1.0)
+        with torch.no_grad():
+            if self.config.residual is Residual.WHITENED:
+                for index in range(len(LEVELS)):
+                    rows = (_rows(found[index]) for found in self._residuals(head))
+                    _as_convolution(head.residual[index], *whitening(rows, self.config.whitening))
+            total, count = torch.zeros(len(LEVELS), dtype=torch.float64), 0
+            for taps in self._batches(self.held):
+                total += torch.stack([level.double().mean((1, 2, 3)).sum().cpu() for level in head.levels(taps)])
+                count += len(taps[0])
+            head.get_buffer("scales").copy_(count / total.clamp_min(1e-9))
+            head.get_buffer("scales")[0] *= self.config.fine_weight
+
+    def _batches(self, order: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        return self.features.batches(LEVELS, _BATCH, device=self.context.device, order=order)
+
+    def _residuals(self, head: HetNetHead) -> Iterator[list[torch.Tensor]]:
+        for taps in self._batches(self.held):
+            local, recalled = head.recall(taps)
+            yield [x - s for x, s in zip(local, recalled, strict=True)]
+
+    def _validate(self, head: HetNetHead) -> float:
+        parts = (self.context.validation.good, self.context.validation.defective)
+        if not all(len(part) for part in parts):
+            return 0.0
+        scores = [self._scores(head, part) for part in parts]
+        labels = torch.cat([torch.full_like(part, index) for index, part in enumerate(scores)]).bool()
+        return float(image_auroc(labels.numpy(), torch.cat(scores).numpy()) or 0.0)
+
+    def _scores(self, head: HetNetHead, features: Features) -> torch.Tensor:
+        found = []
+        with torch.inference_mode():
+            for taps in features.batches(LEVELS, _BATCH, device=self.context.device):
+                cells = head(*taps)[0].flatten(1)
+                found.append(cells.topk(max(1, round(_VALIDATION_SHARE * cells.shape[1])), 1).values.mean(1).cpu())
+        return torch.cat(found).view(-1, features.tiles_per_image).amax(1)
+
+
+def _rows(maps: torch.Tensor) -> torch.Tensor:
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _as_convolution(layer: torch.nn.Module, mean: torch.Tensor, matrix: torch.Tensor) -> None:
+    with torch.no_grad():
+        layer.get_parameter("weight").copy_(matrix.T[:, :, None, None])
+        layer.get_parameter("bias").copy_(-(mean @ matrix))
