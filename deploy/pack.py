@@ -32,6 +32,7 @@ from deploy.parity import (
 from deploy.progress import Progress, no_progress
 from deploy.quantize import quantize_head
 from deploy.running import GraphPair, pool_all, torch_maps
+from deploy.state import empty_state, state_entries, stored_state
 from deploy.trunks import TrunkFiles, build_trunk_files
 from edge.bundle import (
     MANIFEST,
@@ -45,7 +46,6 @@ from edge.bundle import (
     Precision,
     Preprocessing,
     Provenance,
-    StateTensor,
     manifest_bytes,
     sha256_file,
 )
@@ -211,11 +211,8 @@ class _Packer:
         shutil.copyfile(files.float32, work / TRUNK)
         size = (request.preprocessing.height, request.preprocessing.width)
         export_head(request.head, work / HEAD, tap_shapes=tap_shapes(request.trunk, size))
-        states = tuple(request.head.state_names)
-        if states:
-            buffers = dict(request.head.named_buffers())
-            tensors = {name: np.ascontiguousarray(buffers[name].detach().cpu().numpy()) for name in states}
-            save_file(tensors, work / STATE)
+        if request.head.state_names:
+            save_file(stored_state(request.head), work / STATE)
         for name, content in request.attachments.items():
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             (work / name).write_bytes(content)
@@ -345,8 +342,12 @@ class _Packer:
         request, work = self.request, self.work
         int8 = any(precision is Precision.INT8 for _, precision in kept)
         states = tuple(request.head.state_names)
-        buffers = dict(request.head.named_buffers())
         trunks = {pair[1]: work / (TRUNK_INT8 if pair[1] is Precision.INT8 else TRUNK) for pair in kept}
+        ids = embedding_ids(trunks, work / HEAD, states, request.preprocessing)
+        # From here on the state is in its own file alone: a box puts it into the graphs it opens.
+        for path in (work / HEAD, work / HEAD_INT8):
+            if path.exists():
+                empty_state(path, states)
         files = {
             path.relative_to(work).as_posix(): sha256_file(path) for path in sorted(work.rglob("*")) if path.is_file()
         }
@@ -358,10 +359,10 @@ class _Packer:
             head=Graph(float32=HEAD, int8=HEAD_INT8 if int8 else None, id=files[HEAD]),
             taps=tuple(request.head.tap_names),
             map_stride=request.head.map_stride,
-            state=tuple(StateTensor(name=name, shape=tuple(buffers[name].shape)) for name in states),
+            state=state_entries(request.head),
             state_file=STATE if states else None,
             pooling=request.pooling,
-            embedding_id=embedding_ids(trunks, work / HEAD, states, request.preprocessing),
+            embedding_id=ids,
             calibration=tuple(calibrations),
             commissioning_file=commissioning,
             golden=golden,

@@ -19,9 +19,18 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from edge.errors import BundleError
+from edge.memory.rows import RowsPrecision
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
@@ -126,10 +135,33 @@ class Graph(_Model):
 
 
 class StateTensor(_Model):
-    """A named initialiser of the head, filled from state.safetensors."""
+    """A named initialiser of the head, filled from state.safetensors; float32 of ``shape`` in the graph.
+
+    ``stored`` int8: the file holds ``name`` as int8 [R, D] and ``name.scale`` as float32 [R, 1] > 0, whose product the
+    state is (see :mod:`edge.memory.rows`). A manifest without int8 does not mention it.
+    """
 
     name: str
     shape: tuple[int, ...]
+    stored: RowsPrecision = RowsPrecision.FLOAT32
+
+    @model_validator(mode="after")
+    def _int8_is_a_matrix(self) -> StateTensor:
+        if self.stored is RowsPrecision.INT8 and len(self.shape) != 2:  # noqa: PLR2004 (rows are a matrix)
+            raise ValueError(f"state {self.name} of shape {list(self.shape)} cannot be stored in int8: it has no rows")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_default(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        if self.stored is RowsPrecision.FLOAT32:
+            del content["stored"]
+        return content
+
+    @property
+    def scale_name(self) -> str:
+        """Name of the scales in the file, where the rows are int8."""
+        return f"{self.name}.scale"
 
 
 class Calibration(_Model):

@@ -22,10 +22,12 @@ from edge.inference.engines import available_engines
 from edge.inference.preprocessing import cut_tiles, join_maps, to_canvas
 from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE, Head, Runtime, shared_trunk
 from edge.judgement.score import pool_score
+from edge.memory.rows import RowsPrecision, decode_rows
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from edge.bundle import StateTensor
     from edge.inference.sessions import State
 
 _LOG = logging.getLogger(__name__)
@@ -287,8 +289,31 @@ def _stored_state(bundle: Bundle) -> State:
             state = load_file(path)
         except (OSError, SafetensorError) as error:
             raise BundleError(f"{path}: not a readable safetensors file ({error}); fetch the bundle again") from error
+    for tensor in bundle.manifest.state:
+        if tensor.stored is RowsPrecision.INT8 and tensor.name in state:
+            state[tensor.name] = _decoded(tensor, state[tensor.name], state.pop(tensor.scale_name, None), str(path))
     _check_state(bundle, state, str(path))
     return state
+
+
+def _decoded(
+    tensor: StateTensor, values: npt.NDArray[Any], scale: npt.NDArray[Any] | None, where: str
+) -> npt.NDArray[np.float32]:
+    """Return the rows that int8 values and their scales stand for."""
+    if values.dtype != np.int8 or values.shape != tensor.shape:
+        raise BundleError(
+            f"{where}: {tensor.name} is {values.dtype} {list(values.shape)}, the manifest says int8 "
+            f"{list(tensor.shape)}; export it again"
+        )
+    wanted = (len(values), 1)
+    if scale is None or scale.dtype != np.float32 or scale.shape != wanted:
+        found = "missing" if scale is None else f"{scale.dtype} {list(scale.shape)}"
+        raise BundleError(
+            f"{where}: {tensor.scale_name} is {found}, int8 rows need float32 {list(wanted)}; export it again"
+        )
+    if not (np.isfinite(scale).all() and (scale > 0).all()):
+        raise BundleError(f"{where}: {tensor.scale_name} has values that are not finite and above 0; export it again")
+    return decode_rows(values, scale)
 
 
 def _check_state(bundle: Bundle, state: State, where: str) -> None:

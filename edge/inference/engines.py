@@ -138,11 +138,10 @@ def open_graph(
         model = path.read_bytes()
     except OSError as error:
         raise EngineError(f"{path}: cannot be read ({error.strerror}); fetch the bundle again") from error
-    if state:
-        try:
-            model = with_initialisers(model, state)
-        except EngineError as error:
-            raise EngineError(f"{path}: {error}") from error
+    try:
+        model = with_initialisers(model, state or {})
+    except EngineError as error:
+        raise EngineError(f"{path}: {error}") from error
     opener = _OpenVinoSession.open if engine is Engine.OPENVINO else _OnnxRuntimeSession.open
     return opener(
         label=str(path),

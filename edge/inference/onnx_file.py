@@ -37,6 +37,7 @@ class Initialiser:
         is_float32: whether its elements are float32.
         offset: first byte of its values in the file, -1 where they are not stored as one block inside it.
         length: bytes of its values.
+        is_hollow: whether it has no values at all: whoever opens the graph brings them.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Initialiser:
     is_float32: bool
     offset: int
     length: int
+    is_hollow: bool
 
 
 def read_initialisers(data: bytes) -> dict[str, Initialiser]:
@@ -67,17 +69,23 @@ def read_initialisers(data: bytes) -> dict[str, Initialiser]:
 
 
 def with_initialisers(data: bytes, tensors: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    """Return the model's bytes with new values for some float32 initialisers.
+    """Return the model's bytes with new values for some float32 initialisers, hollow ones filled.
 
     Args:
         data: an ONNX model.
         tensors: float32 arrays by initialiser name; each of the shape that the graph has.
 
     Raises:
-        EngineError: the graph has no such initialiser, or one of another shape or type, or keeps it in another file.
+        EngineError: the graph has no such initialiser, or one of another shape or type, or keeps it in another file;
+            or a hollow one is left.
     """
     known = read_initialisers(data)
-    patched = bytearray(data)
+    left = sorted(name for name, target in known.items() if target.is_hollow and name not in tensors)
+    if left:
+        raise EngineError(f"initialiser {', '.join(left)} has no values; open it with a state that has them")
+    if not tensors:
+        return data
+    patched, filling = bytearray(data), {}
     for name, values in tensors.items():
         target = known.get(name)
         if target is None:
@@ -92,14 +100,52 @@ def with_initialisers(data: bytes, tensors: Mapping[str, npt.NDArray[Any]]) -> b
                 f"state {name!r}: shape {list(values.shape)}, the graph needs {list(target.shape)}; "
                 "pad or reduce the state to that shape"
             )
-        if target.offset < 0 or target.length != values.nbytes:
+        content = values.astype("<f4").tobytes()
+        if target.is_hollow:
+            filling[name] = content
+        elif target.offset < 0 or target.length != values.nbytes:
             raise EngineError(f"state {name!r}: its values are not inside the graph's file; export the bundle again")
-        patched[target.offset : target.offset + target.length] = values.astype("<f4").tobytes()
-    return bytes(patched)
+        else:
+            patched[target.offset : target.offset + target.length] = content
+    return _filled(bytes(patched), filling) if filling else bytes(patched)
+
+
+def _filled(data: bytes, filling: Mapping[str, bytes]) -> bytes:
+    """Give hollow initialisers their raw_data; every message around them is written anew with its new length."""
+    view, model, before = memoryview(data), bytearray(), 0
+    for field, _, start, end in _fields(view, 0, len(view)):
+        if field == _MODEL_GRAPH:
+            graph, inside = bytearray(), start
+            for inner, _, first, last in _fields(view, start, end):
+                name = _read_tensor(view, first, last).name if inner == _GRAPH_INITIALIZER else ""
+                content = filling.get(name)
+                if inner != _GRAPH_INITIALIZER or content is None:
+                    graph += view[inside:last]
+                else:
+                    graph += _message(_GRAPH_INITIALIZER, bytes(view[first:last]) + _message(_RAW_DATA, content))
+                inside = last
+            model += _message(_MODEL_GRAPH, bytes(graph))
+        else:
+            model += view[before:end]
+        before = end
+    return bytes(model)
+
+
+def _message(field: int, content: bytes) -> bytes:
+    return _as_varint(field << 3 | _BYTES) + _as_varint(len(content)) + content
+
+
+def _as_varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:  # noqa: PLR2004 seven bits to a byte
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
 
 
 def _read_tensor(view: memoryview, start: int, end: int) -> Initialiser:
-    name, is_float32, external = "", False, False
+    name, is_float32, external, scattered = "", False, False, False
     shape: list[int] = []
     offset, length = -1, 0
     for field, wire, first, last in _fields(view, start, end):
@@ -116,9 +162,12 @@ def _read_tensor(view: memoryview, start: int, end: int) -> Initialiser:
             # Packed float_data and raw_data hold the same little-endian bytes. An unset raw_data may come as empty.
             if last > first:
                 offset, length = first, last - first
+        elif field == _FLOAT_DATA:
+            scattered = True
         elif field == _DATA_LOCATION:
             external = _varint(view, first)[0] == _EXTERNAL
-    return Initialiser(name, tuple(shape), is_float32, -1 if external else offset, length)
+    hollow = is_float32 and 0 not in shape and offset < 0 and not external and not scattered
+    return Initialiser(name, tuple(shape), is_float32, -1 if external else offset, length, hollow)
 
 
 def _fields(view: memoryview, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:

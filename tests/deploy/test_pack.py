@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import SIZE, make_defects, textures
 from onnx import numpy_helper
+from safetensors.numpy import load_file
 from toys import ToyMemoryHead, ToyPbasHead, ToyTrunk
 from typer.testing import CliRunner
 
@@ -21,10 +22,13 @@ from deploy.cli import verify
 from deploy.embedding import embedding_ids
 from deploy.pack import BundleRequest, pack
 from deploy.parity import ParityRules
+from deploy.running import torch_maps
 from deploy.trunks import TrunkFiles, build_trunk_files
 from edge.bundle import Bundle, Engine, Pooling, Precision, Preprocessing, Provenance, load_arrays
 from edge.errors import BundleError, DataError, GateError, UsageError
 from edge.inference.detector import Detector
+from edge.inference.onnx_file import read_initialisers
+from edge.memory.rows import decode_rows, round_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,7 +82,7 @@ def test_embedding_id_ignores_the_bank_and_sees_the_projection(
         model = onnx.load(bundle.file("head.onnx"))
         for tensor in model.graph.initializer:
             if tensor.name == name:
-                tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + 1, name))
+                tensor.CopyFrom(numpy_helper.from_array(np.full(tuple(tensor.dims), 7, np.float32), name))
         onnx.save(model, tmp_path / "h.onnx")
         files = {Precision.FLOAT32: bundle.file("trunk.onnx")}
         states = request_.head.state_names
@@ -88,6 +92,50 @@ def test_embedding_id_ignores_the_bank_and_sees_the_projection(
     other = next(t.name for t in model.graph.initializer if t.name not in request_.head.state_names and 40 in t.dims)
     assert changed("bank") == changed("none") == bundle.manifest.embedding_id[Precision.FLOAT32]
     assert changed(other) != changed("none")
+
+
+def test_pack_keeps_the_state_in_its_own_file_alone(request_: BundleRequest, bundle: Bundle) -> None:
+    state = load_file(bundle.file("state.safetensors"))
+    assert np.array_equal(state["bank"], request_.head.get_buffer("bank").numpy())
+    for name in ("head.onnx", "head.int8.onnx"):
+        found = read_initialisers(bundle.file(name).read_bytes())
+        assert {one for one, tensor in found.items() if tensor.is_hollow} == set(request_.head.state_names)
+
+
+def test_pack_stores_rows_in_int8_where_the_head_asks(
+    request_: BundleRequest, memory_head: ToyMemoryHead, bundle: Bundle, tmp_path: Path
+) -> None:
+    rows = torch.from_numpy(round_rows(memory_head.get_buffer("bank").numpy()))
+    head = ToyMemoryHead(rows, memory_head.get_buffer("scale"), memory_head.get_buffer("centre"))
+    head.int8_state = ("bank",)
+    packed = pack(dataclasses.replace(request_, head=head, precisions=(Precision.FLOAT32,)), tmp_path / "b")
+    assert [(entry.name, entry.stored.value) for entry in packed.manifest.state] == [
+        ("bank", "int8"),
+        ("bank_norms", "float32"),
+    ]
+    stored = load_file(packed.file("state.safetensors"))
+    assert stored["bank"].dtype == np.int8
+    assert np.array_equal(decode_rows(stored["bank"], stored["bank.scale"]), rows.numpy())
+    smaller = bundle.file("state.safetensors").stat().st_size - packed.file("state.safetensors").stat().st_size
+    assert smaller > 0.7 * rows.numpy().nbytes
+    canvas = request_.holdout[3]
+    expected = torch_maps(request_.trunk, head, canvas[None], request_.preprocessing)[0]
+    for engine in (Engine.ONNXRUNTIME, Engine.OPENVINO):
+        detector = Detector.open(packed, engine=engine, precision=Precision.FLOAT32, threads=1)
+        np.testing.assert_allclose(detector.map_of_canvas(canvas), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"), [(("bank",), "not in steps of int8"), (("blur",), "int8_state names blur, not in state_names")]
+)
+def test_pack_refuses_an_int8_state_that_a_box_would_read_otherwise(
+    request_: BundleRequest, memory_head: ToyMemoryHead, tmp_path: Path, names: tuple[str, ...], words: str
+) -> None:
+    head = ToyMemoryHead(*(memory_head.get_buffer(name) for name in ("bank", "scale", "centre")))
+    head.int8_state = names
+    with pytest.raises(DataError, match=words):
+        pack(dataclasses.replace(request_, head=head), tmp_path / "b")
+    assert not list(tmp_path.iterdir())
 
 
 def test_pack_refuses_a_folder_with_content(request_: BundleRequest, tmp_path: Path) -> None:

@@ -95,6 +95,13 @@ def test_int8_rows_are_on_their_grid_and_hardly_move_the_map() -> None:
     torch.testing.assert_close(maps(rounded), maps(plain), rtol=0.03, atol=0.03)
 
 
+def test_int8_rows_differ_from_float32_in_their_rounding_only() -> None:
+    plain, rounded = (fit(MemoryConfig(rows=60, rows_precision=kind)).state_dict() for kind in RowsPrecision)
+    for name, tensor in plain.items():
+        expected = round_rows(tensor.numpy()) if name.startswith("bank_") else tensor.numpy()
+        assert np.array_equal(rounded[name].numpy(), expected)
+
+
 @pytest.mark.parametrize("precision", RowsPrecision)
 def test_build_knows_what_the_rows_are_stored_in(precision: RowsPrecision) -> None:
     config = MemoryConfig(rows=40, rows_precision=precision)

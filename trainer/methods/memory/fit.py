@@ -123,7 +123,10 @@ class _Fit:
             with torch.no_grad():
                 layer.weight.copy_(matrix.T[:, :, None, None])
                 layer.bias.copy_(-(mean @ matrix))
-            head.get_buffer(f"bank_{name}").copy_(banks[name])
+            bank = banks[name]
+            if head.int8_state:
+                bank = torch.from_numpy(round_rows(bank.numpy()))
+            head.get_buffer(f"bank_{name}").copy_(bank)
             weight = self.config.fine_weight if index == 0 else 1.0
             head.get_buffer("scales")[index] = weight / self._mean_distance(name, transforms[name])
         return head.eval().requires_grad_(False)
@@ -164,10 +167,7 @@ class _Fit:
         pool = torch.cat(drawn)
         size, report = min(size, len(pool)), self.context.progress
         chosen = greedy_coreset(pool, size, self.generator, lambda done: report(f"bank {name}", done, size))
-        bank = self._reduced(pool, pool[chosen.to(pool.device)], self._rows(name, transform, images)).cpu()
-        if self.config.rows_precision is RowsPrecision.INT8:
-            return torch.from_numpy(round_rows(bank.numpy()))
-        return bank
+        return self._reduced(pool, pool[chosen.to(pool.device)], self._rows(name, transform, images)).cpu()
 
     def _reduced(self, pool: torch.Tensor, anchors: torch.Tensor, rows: Iterator[torch.Tensor]) -> torch.Tensor:
         if self.config.reduction is Reduction.CORESET:
