@@ -5,7 +5,6 @@ A family turns a site into a shape and what is to be seen there; it must not kno
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ import cv2
 import numpy as np
 
 from trainer.synthesis.noise import blob, fractal
+from trainer.synthesis.strokes import bezier, ends, jagged, soft_rectangle, stroke
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -91,7 +91,7 @@ def perlin_blend(site: Site) -> tuple[Shape, Content]:
 
 def cut_paste(site: Site) -> tuple[Shape, Content]:
     """Paste a rectangle from elsewhere, slightly off in brightness (CutPaste, Li et al., CVPR 2021)."""
-    return _soft_rectangle(site.shape), site.elsewhere() * site.rng.uniform(0.85, 1.15) + site.shift(8, 30)
+    return soft_rectangle(site.shape), site.elsewhere() * site.rng.uniform(0.85, 1.15) + site.shift(8, 30)
 
 
 def scar(site: Site) -> tuple[Shape, Content]:
@@ -108,15 +108,10 @@ def scar(site: Site) -> tuple[Shape, Content]:
 
 def scratch(site: Site) -> tuple[Shape, Content]:
     """Draw a Bezier curve of varying width; on some, one flank throws light back and the other is in shade."""
-    ends = _ends(site)
-    bend = site.rng.normal(0, 0.15 * max(site.shape), (2, 2))
-    control = np.stack([ends[0], ends[0] * 0.67 + ends[1] * 0.33 + bend[0], ends[0] * 0.33 + ends[1] * 0.67 + bend[1]])
-    t = np.linspace(0, 1, 48)[:, None]
-    p0, p1, p2, p3 = (*control, ends[1])
-    curve = (1 - t) ** 3 * p0 + 3 * (1 - t) ** 2 * t * p1 + 3 * (1 - t) * t**2 * p2 + t**3 * p3
+    curve, t = bezier(site.shape, site.rng)
     widest = _line_width(site)
-    swell = np.sin(np.pi * t[:, 0]) ** 0.5 * site.rng.uniform(0.6, 1.0) + 0.25
-    shape = _draw(site.shape, curve, widest * swell)
+    swell = np.sin(np.pi * t) ** 0.5 * site.rng.uniform(0.6, 1.0) + 0.25
+    shape = stroke(site.shape, curve, widest * swell)
     content = site.patch + site.shift(45, 120)
     if site.rng.random() < 0.3 and min(site.shape) > 8:  # noqa: PLR2004
         relief = cv2.Sobel(shape, cv2.CV_32F, 0, 1, ksize=3)[..., None]
@@ -126,15 +121,14 @@ def scratch(site: Site) -> tuple[Shape, Content]:
 
 def crack(site: Site) -> tuple[Shape, Content]:
     """Draw a jagged dark line, thin, with a branch now and then."""
-    ends = _ends(site)
-    curve = _jagged(ends, site.rng)
+    curve = jagged(ends(site.shape, site.rng), site.rng)
     width = 0.6 * _line_width(site)
-    shape = _draw(site.shape, curve, width * site.rng.uniform(0.7, 1.3, len(curve)))
+    shape = stroke(site.shape, curve, width * site.rng.uniform(0.7, 1.3, len(curve)))
     if site.rng.random() < 0.35:  # noqa: PLR2004
         start = curve[len(curve) // 2]
         tip = start + site.rng.normal(0, 0.25, 2) * np.asarray(site.shape[::-1])
-        branch = _jagged(np.stack([start, tip]), site.rng)
-        shape = np.maximum(shape, 0.8 * _draw(site.shape, branch, np.full(len(branch), 0.7 * width)))
+        branch = jagged(np.stack([start, tip]), site.rng)
+        shape = np.maximum(shape, 0.8 * stroke(site.shape, branch, np.full(len(branch), 0.7 * width)))
     depth = -np.abs(site.shift(50, 130)) if float(site.patch.mean()) >= _DARK else site.shift(50, 130)
     return shape, site.patch + depth
 
@@ -166,12 +160,19 @@ def smear(site: Site) -> tuple[Shape, Content]:
     return blob(site.shape, site.rng, irregularity=0.2, softness=0.35), content + site.shift(0, 20)
 
 
+def blur(site: Site) -> tuple[Shape, Content]:
+    """Put a patch out of focus: only what is finer than the blur goes, so that on a plain surface little shows."""
+    width = max(0.6, min(site.shape) * site.rng.uniform(0.04, 0.15))
+    content = cv2.GaussianBlur(site.patch, (0, 0), width, borderType=cv2.BORDER_REFLECT_101)
+    return blob(site.shape, site.rng, irregularity=0.2, softness=0.35), content
+
+
 def missing(site: Site) -> tuple[Shape, Content]:
     """Fill a region with its surroundings' colour, as missing print or a lost part looks."""
     if site.rng.random() < 0.5:  # noqa: PLR2004
         shape = blob(site.shape, site.rng, irregularity=0.25, softness=0.12)
     else:
-        shape = _soft_rectangle(site.shape)
+        shape = soft_rectangle(site.shape)
     rim = np.concatenate([site.patch[0], site.patch[-1], site.patch[:, 0], site.patch[:, -1]])
     corner = np.percentile(rim, site.rng.uniform(20, 80), axis=0).astype(np.float32)
     grain = site.rng.normal(0, 2.0, site.shape).astype(np.float32)[..., None]
@@ -214,55 +215,13 @@ FAMILIES: dict[str, Family] = {
     "spot": spot,
     "warp": warp,
 }
+"""Families that are drawn from unless others are asked for."""
 
-
-def _soft_rectangle(shape: tuple[int, int]) -> Shape:
-    ramps = [np.clip((np.minimum(np.arange(n), np.arange(n)[::-1]) + 1) / 2, 0, 1) for n in shape]
-    return np.asarray(np.minimum.outer(*ramps), dtype=np.float32)
-
-
-def _ends(site: Site) -> npt.NDArray[np.float64]:
-    """Two points (x, y) on opposite sides of the box."""
-    h, w = site.shape
-    angle = site.rng.uniform(0, np.pi)
-    step = 0.45 * np.array([np.cos(angle) * w, np.sin(angle) * h])
-    centre = np.array([(w - 1) / 2, (h - 1) / 2])
-    return np.stack([centre - step, centre + step])
+BY_NAME: dict[str, Family] = {**FAMILIES, "blur": blur}
+"""Every family. A blur is given by name only: on a plain surface it would be strengthened to a mere change of shade."""
 
 
 def _line_width(site: Site) -> float:
     """Draw a width in pixels that grows slowly with the image: 1 to 3 pixels at 256, about 2 to 7 at 2000."""
     diagonal = float(np.hypot(*site.image.shape[:2]))
     return float(np.clip(site.rng.uniform(0.4, 1.4) * (diagonal / 181.0) ** 0.5, 0.8, 12.0))
-
-
-def _jagged(ends: npt.NDArray[np.float64], rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """Split the line at its middles, each moved sideways, four times over."""
-    points = ends
-    for _ in range(4):
-        middle = (points[:-1] + points[1:]) / 2
-        step = points[1:] - points[:-1]
-        middle = middle + rng.normal(0, 0.16, (len(middle), 1)) * np.stack([-step[:, 1], step[:, 0]], axis=1)
-        merged = np.empty((len(points) + len(middle), 2))
-        merged[::2], merged[1::2] = points, middle
-        points = merged
-    return points
-
-
-def _draw(shape: tuple[int, int], curve: npt.NDArray[np.float64], widths: npt.NDArray[np.float64]) -> Shape:
-    """Draw a curve of varying width: distance to its segments, so that widths below a pixel stay fractions."""
-    h, w = shape
-    nearest = np.full(shape, -np.inf, np.float32)
-    for (a, b), width in zip(itertools.pairwise(curve), widths[:-1], strict=True):
-        reach = width / 2 + 1.5
-        x0, x1 = int(max(min(a[0], b[0]) - reach, 0)), int(min(max(a[0], b[0]) + reach + 1, w))
-        y0, y1 = int(max(min(a[1], b[1]) - reach, 0)), int(min(max(a[1], b[1]) + reach + 1, h))
-        if x0 >= x1 or y0 >= y1:
-            continue
-        ys, xs = np.arange(y0, y1, dtype=np.float32)[:, None], np.arange(x0, x1, dtype=np.float32)[None, :]
-        step = b - a
-        along = np.clip(((xs - a[0]) * step[0] + (ys - a[1]) * step[1]) / max(float(step @ step), 1e-6), 0, 1)
-        distance = np.hypot(xs - a[0] - along * step[0], ys - a[1] - along * step[1])
-        view = nearest[y0:y1, x0:x1]
-        np.maximum(view, width / 2 + 0.5 - distance, out=view, casting="unsafe")
-    return np.asarray(np.clip(nearest, 0, 1), dtype=np.float32)

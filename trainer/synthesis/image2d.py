@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge.errors import DataError
-from trainer.synthesis.families import FAMILIES, Site
+from trainer.synthesis.families import BY_NAME, FAMILIES, Site
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
 
-__all__ = ["FAMILIES", "SIZE_RANGE", "Defect", "make_defects", "synthesise"]
+__all__ = ["BY_NAME", "FAMILIES", "SIZE_RANGE", "Defect", "make_defects", "synthesise"]
 
 SIZE_RANGE = (0.01, 0.25)
 """Extent of defects as a share of the image diagonal: from pits and cracks of a few pixels to large stains."""
@@ -40,7 +42,7 @@ class Defect:
         image: uint8 [H, W, 3], as the input outside ``mask``, bit for bit.
         mask: bool [H, W], never empty; at contrast 1 exactly the changed pixels, below it a superset of them that
             does not depend on the contrast.
-        family: one of ``FAMILIES``.
+        family: one of ``BY_NAME``.
         contrast: as asked for.
     """
 
@@ -57,32 +59,36 @@ def synthesise(
     family: str | None = None,
     contrast: float = 1.0,
     size: tuple[float, float] = SIZE_RANGE,
+    where: npt.NDArray[np.bool_] | None = None,
 ) -> Defect:
     """Put one defect on a good image.
 
-    The extent is drawn log-uniformly from ``size``, the place uniformly. Contrast scales the change of each pixel and
-    nothing else: one generator state gives the same mask at every contrast. Grey images get grey defects.
+    The extent is drawn log-uniformly from ``size``, the place uniformly, or with its middle in ``where``. Contrast
+    scales the change of each pixel and nothing else: one generator state gives the same mask at every contrast. Grey
+    images get grey defects.
 
     Args:
         image: uint8 [H, W, 3], both sides at least 16; not changed.
         rng: source of all choices.
-        family: one of ``FAMILIES``; None draws one.
+        family: one of ``BY_NAME``; None draws one of ``FAMILIES``.
         contrast: in (0, 1]; 1 is plainly visible, small values are hard to see.
         size: smallest and largest extent as shares of the image diagonal, 0 < smallest <= largest <= 1.
+        where: bool [H, W], not empty, such as :func:`trainer.synthesis.foreground.foreground` gives; None is anywhere.
+            Near the border of the picture the box is moved inside, and its middle with it.
 
     Returns:
         The changed copy with its mask.
 
     Raises:
         DataError: the image is not uint8 [H, W, 3] or too small.
-        ValueError: ``family``, ``contrast`` or ``size`` is out of range.
+        ValueError: ``family``, ``contrast``, ``size`` or ``where`` is out of range.
     """
-    _refuse(image, family, contrast, size)
+    _refuse(image, family, contrast, size, where)
     name = family if family is not None else list(FAMILIES)[int(rng.integers(len(FAMILIES)))]
-    top, left, h, w = _place(image.shape[0], image.shape[1], rng, size)
+    top, left, h, w = _place(image.shape[0], image.shape[1], rng, size, where)
     box = (slice(top, top + h), slice(left, left + w))
     patch = image[box].astype(np.float32)
-    shape, content = FAMILIES[name](Site(image, patch, _is_grey(image), rng))
+    shape, content = BY_NAME[name](Site(image, patch, _is_grey(image), rng))
     shape, inside = _label(shape)
     full = _apply(patch, shape, content, inside)
     changed = np.rint(patch + contrast * (full - patch)).astype(np.uint8)
@@ -100,6 +106,8 @@ def make_defects(
     repeats: int = 1,
     size: tuple[float, float] = SIZE_RANGE,
     defects: int = 1,
+    families: Sequence[str] | None = None,
+    where: npt.NDArray[np.bool_] | None = None,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
     """Synthesise defects on every canvas, ``repeats`` times.
 
@@ -110,6 +118,8 @@ def make_defects(
         repeats: defective copies of each canvas.
         size: smallest and largest extent of a defect, as shares of the diagonal.
         defects: defects on each copy.
+        families: names to take in turns, of ``BY_NAME``; None draws from ``FAMILIES``.
+        where: bool [H, W], where the middles of defects may be; None is anywhere.
 
     Returns:
         uint8 [repeats * n, H, W, 3] and their masks bool [repeats * n, H, W].
@@ -121,35 +131,54 @@ def make_defects(
         drawn = float(rng.choice(_CONTRASTS))  # always drawn, so that what follows is the same at every contrast
         strength = drawn if contrast is None else contrast
         images[index], masks[index] = canvases[index % len(canvases)], False
-        for _ in range(defects):
-            defect = synthesise(images[index], rng=rng, contrast=strength, size=size)
+        for number in range(defects):
+            family = None if families is None else families[(index * defects + number) % len(families)]
+            defect = synthesise(images[index], rng=rng, family=family, contrast=strength, size=size, where=where)
             images[index] = defect.image
             masks[index] |= defect.mask
     return images, masks
 
 
-def _refuse(image: npt.NDArray[np.uint8], family: str | None, contrast: float, size: tuple[float, float]) -> None:
+def _refuse(
+    image: npt.NDArray[np.uint8],
+    family: str | None,
+    contrast: float,
+    size: tuple[float, float],
+    where: npt.NDArray[np.bool_] | None,
+) -> None:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:  # noqa: PLR2004
         raise DataError(f"image is {image.dtype} {image.shape}, expected uint8 [H, W, 3]; convert it to 8-bit colour")
     if min(image.shape[:2]) < SMALLEST_SIDE:
         raise DataError(
             f"image is {image.shape[1]}x{image.shape[0]}, too small for a defect; give at least {SMALLEST_SIDE} pixels"
         )
-    if family is not None and family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; known are {', '.join(FAMILIES)}")
+    if family is not None and family not in BY_NAME:
+        raise ValueError(f"unknown family {family!r}; known are {', '.join(BY_NAME)}")
     if not 0 < contrast <= 1:
         raise ValueError(f"contrast {contrast} is outside (0, 1]")
     if not 0 < size[0] <= size[1] <= 1:
         raise ValueError(f"size {size} must be 0 < smallest <= largest <= 1")
+    if where is not None and (where.shape != image.shape[:2] or not where.any()):
+        raise ValueError(f"where is {list(where.shape)}, expected {list(image.shape[:2])} with a place in it")
 
 
-def _place(height: int, width: int, rng: np.random.Generator, size: tuple[float, float]) -> tuple[int, int, int, int]:
+def _place(
+    height: int,
+    width: int,
+    rng: np.random.Generator,
+    size: tuple[float, float],
+    where: npt.NDArray[np.bool_] | None,
+) -> tuple[int, int, int, int]:
     """Draw (top, left, height, width) of the box."""
     extent = float(np.exp(rng.uniform(*np.log(size)))) * float(np.hypot(height, width))
     aspect = float(np.exp(rng.uniform(0, np.log(2.5))))
     sides = (extent, extent / aspect) if rng.random() < 0.5 else (extent / aspect, extent)  # noqa: PLR2004 (a coin)
     h, w = (int(np.clip(round(side), _LEAST_BOX, limit)) for side, limit in zip(sides, (height, width), strict=True))
-    return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    if where is None:
+        return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    places = np.flatnonzero(where)
+    y, x = divmod(int(places[rng.integers(len(places))]), width)
+    return int(np.clip(y - h // 2, 0, height - h)), int(np.clip(x - w // 2, 0, width - w)), h, w
 
 
 def _is_grey(image: npt.NDArray[np.uint8]) -> bool:
