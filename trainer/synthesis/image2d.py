@@ -12,13 +12,14 @@ import numpy as np
 
 from edge.errors import DataError
 from trainer.synthesis.families import BY_NAME, FAMILIES, Site
+from trainer.synthesis.strokes import draw_box
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
 
-__all__ = ["BY_NAME", "FAMILIES", "SIZE_RANGE", "Defect", "make_defects", "synthesise"]
+__all__ = ["BY_NAME", "CONTRASTS", "FAMILIES", "SIZE_RANGE", "Defect", "make_defects", "synthesise"]
 
 SIZE_RANGE = (0.01, 0.25)
 """Extent of defects as a share of the image diagonal: from pits and cracks of a few pixels to large stains."""
@@ -26,7 +27,9 @@ SIZE_RANGE = (0.01, 0.25)
 SMALLEST_SIDE = 16
 """Pixels; a smaller image is no view of a part."""
 
-_CONTRASTS = (0.5, 0.75, 1.0)
+CONTRASTS = (0.5, 0.75, 1.0)
+"""What a contrast is drawn from where none is given."""
+
 _LEAST_BOX = 3  # pixels; below it no shape is left
 _MASK_FLOOR = 0.2  # of full opacity; fainter rims are neither drawn nor labelled
 _LEAST_CHANGE = 12.0  # grey levels at contrast 1, as a mean over the mask
@@ -85,7 +88,7 @@ def synthesise(
     """
     _refuse(image, family, contrast, size, where)
     name = family if family is not None else list(FAMILIES)[int(rng.integers(len(FAMILIES)))]
-    top, left, h, w = _place(image.shape[0], image.shape[1], rng, size, where)
+    top, left, h, w = draw_box(image.shape[:2], rng, size, least=_LEAST_BOX, where=where)
     box = (slice(top, top + h), slice(left, left + w))
     patch = image[box].astype(np.float32)
     shape, content = BY_NAME[name](Site(image, patch, _is_grey(image), rng))
@@ -128,7 +131,7 @@ def make_defects(
     masks = np.empty(images.shape[:3], np.bool_)
     for index in range(len(images)):
         rng = np.random.default_rng((seed, index))
-        drawn = float(rng.choice(_CONTRASTS))  # always drawn, so that what follows is the same at every contrast
+        drawn = float(rng.choice(CONTRASTS))  # always drawn, so that what follows is the same at every contrast
         strength = drawn if contrast is None else contrast
         images[index], masks[index] = canvases[index % len(canvases)], False
         for number in range(defects):
@@ -160,25 +163,6 @@ def _refuse(
         raise ValueError(f"size {size} must be 0 < smallest <= largest <= 1")
     if where is not None and (where.shape != image.shape[:2] or not where.any()):
         raise ValueError(f"where is {list(where.shape)}, expected {list(image.shape[:2])} with a place in it")
-
-
-def _place(
-    height: int,
-    width: int,
-    rng: np.random.Generator,
-    size: tuple[float, float],
-    where: npt.NDArray[np.bool_] | None,
-) -> tuple[int, int, int, int]:
-    """Draw (top, left, height, width) of the box."""
-    extent = float(np.exp(rng.uniform(*np.log(size)))) * float(np.hypot(height, width))
-    aspect = float(np.exp(rng.uniform(0, np.log(2.5))))
-    sides = (extent, extent / aspect) if rng.random() < 0.5 else (extent / aspect, extent)  # noqa: PLR2004 (a coin)
-    h, w = (int(np.clip(round(side), _LEAST_BOX, limit)) for side, limit in zip(sides, (height, width), strict=True))
-    if where is None:
-        return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
-    places = np.flatnonzero(where)
-    y, x = divmod(int(places[rng.integers(len(places))]), width)
-    return int(np.clip(y - h // 2, 0, height - h)), int(np.clip(x - w // 2, 0, width - w)), h, w
 
 
 def _is_grey(image: npt.NDArray[np.uint8]) -> bool:

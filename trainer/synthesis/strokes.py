@@ -1,4 +1,4 @@
-"""Outlines that defects are drawn along: lines of varying width, curves, jags and rectangles.
+"""Where defects lie and what they are drawn along: boxes, lines of varying width, curves, jags.
 
 It knows shapes and a generator; it must not know images or families.
 """
@@ -15,6 +15,38 @@ if TYPE_CHECKING:
 
     Shape = npt.NDArray[np.float32]
     Curve = npt.NDArray[np.float64]
+
+
+def draw_box(
+    shape: tuple[int, int],
+    rng: np.random.Generator,
+    size: tuple[float, float],
+    *,
+    least: int,
+    where: npt.NDArray[np.bool_] | None = None,
+) -> tuple[int, int, int, int]:
+    """Draw a box inside a picture or a grid: its extent log-uniform, its place uniform.
+
+    Args:
+        shape: (height, width) of the picture.
+        rng: source of all choices.
+        size: smallest and largest extent as shares of the diagonal, 0 < smallest <= largest <= 1.
+        least: shortest side of a box.
+        where: bool [height, width], not empty: where the middle is to be; near the border it moves inside.
+
+    Returns:
+        (top, left, height, width).
+    """
+    height, width = shape
+    extent = float(np.exp(rng.uniform(*np.log(size)))) * float(np.hypot(height, width))
+    aspect = float(np.exp(rng.uniform(0, np.log(2.5))))
+    sides = (extent, extent / aspect) if rng.random() < 0.5 else (extent / aspect, extent)  # noqa: PLR2004 (a coin)
+    h, w = (int(np.clip(round(side), least, limit)) for side, limit in zip(sides, (height, width), strict=True))
+    if where is None:
+        return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    places = np.flatnonzero(where)
+    y, x = divmod(int(places[rng.integers(len(places))]), width)
+    return int(np.clip(y - h // 2, 0, height - h)), int(np.clip(x - w // 2, 0, width - w)), h, w
 
 
 def soft_rectangle(shape: tuple[int, int]) -> Shape:
