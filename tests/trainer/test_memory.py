@@ -21,6 +21,7 @@ from trainer.methods.base import Features, FitContext, MethodConfig, Validation
 from trainer.methods.memory.fit import MemoryConfig, MemoryMethod
 from trainer.methods.memory.model import LEVELS, MemoryHead
 from trainer.methods.memory.reduce import greedy_coreset, nearest, weighted_average_reduce, whitening
+from trainer.methods.memory.sites import SiteModel
 from trainer.methods.patches import enlarge, patch_mean
 from trainer.synthesis.image2d import synthesise
 
@@ -69,13 +70,22 @@ def maps(head: MemoryHead, features: Features) -> npt.NDArray[np.float32]:
         return np.concatenate([head(*taps)[0].numpy() for taps in features.batches(LEVELS, 8, device=CPU)])
 
 
+CHANNELS = (24, 40, 112)
+
+
+def empty_head(rows: tuple[int, ...], background: float = 0.3) -> MemoryHead:
+    sites = SiteModel(channels=CHANNELS, components=20, grid=(8, 12))
+    return MemoryHead(rows=rows, channels=CHANNELS, background=background, sites=sites, site_weight=0.8)
+
+
 def random_head(seed: int = 0, background: float = 0.3) -> MemoryHead:
-    head = MemoryHead(rows=(6, 7, 5), channels=(24, 40, 112), background=background)
+    head = empty_head((6, 7, 5), background)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in (*head.parameters(), *head.buffers()):
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.3)
         head.get_buffer("scales").copy_(torch.tensor([0.4, 0.7, 1.9]))
+        head.get_buffer("sites.scale").abs_().add_(0.5)
     return head.eval()
 
 
@@ -89,7 +99,9 @@ def judged_slowly(head: MemoryHead, taps: tuple[torch.Tensor, ...]) -> npt.NDArr
     """The map by its definition, with SciPy, in float64."""
     total: npt.NDArray[np.float64] | float = 0.0
     for index, (name, tap) in enumerate(zip(LEVELS, taps, strict=True)):
-        patches = uniform_filter(tap.double().numpy(), size=(1, 1, 3, 3), mode="constant")
+        patches = tap.double().numpy()
+        if name != "s4":
+            patches = uniform_filter(patches, size=(1, 1, 3, 3), mode="constant")
         layer = head.get_submodule(f"whiten_{name}")
         weight = layer.weight.detach().double().numpy()[:, :, 0, 0]
         white = np.einsum("oc,nchw->nhwo", weight, patches) + layer.bias.detach().double().numpy()
@@ -97,6 +109,8 @@ def judged_slowly(head: MemoryHead, taps: tuple[torch.Tensor, ...]) -> npt.NDArr
         level = away.reshape(white.shape[:3]) * float(head.get_buffer("scales")[index])
         total = total + enlarge(torch.from_numpy(level)[:, None], 2**index)[:, 0].numpy()
     assert isinstance(total, np.ndarray)
+    assert head.sites is not None
+    total = total + head.site_weight * head.sites(*taps).detach().numpy()
     return total - head.background * total.mean((1, 2), keepdims=True)
 
 
@@ -143,7 +157,7 @@ def test_head_embedding_is_the_whitened_patches_of_all_levels() -> None:
 
 def test_head_far_rows_change_nothing() -> None:
     """A bank of fixed shape is filled up with rows that no patch is near to."""
-    head, padded = random_head(), MemoryHead(rows=(10, 9, 8), channels=(24, 40, 112), background=0.3).eval()
+    head, padded = random_head(), empty_head((10, 9, 8)).eval()
     tensors = dict(head.state_dict())
     for name, extra in zip(head.state_names, (4, 2, 3), strict=True):
         tensors[name] = torch.cat([tensors[name], torch.full((extra, tensors[name].shape[1]), 1e3)])
@@ -164,8 +178,8 @@ def test_fit_finds_defects() -> None:
 def test_fit_scales_good_patches_to_one_a_level() -> None:
     """Each level adds about its weight to the map of a good image that it has not seen."""
     train, good, _ = product("cloth")
-    head = MemoryMethod.fit(context(train), MemoryConfig(rows=60, candidates=2000, background=0.0, fine_weight=1.0))
-    assert maps(head, good).mean() == pytest.approx(len(LEVELS), rel=0.15)
+    head = MemoryMethod.fit(context(train), MemoryConfig(rows=60, candidates=2000, background=0.0))
+    assert maps(head, good).mean() == pytest.approx(len(LEVELS) + 1, rel=0.15)
 
 
 def test_fit_same_seed_same_bits_other_seed_other_bank() -> None:
@@ -231,7 +245,7 @@ def test_fit_a_channel_that_never_varies_stays_finite() -> None:
 
 def test_build_restores_the_fitted_head() -> None:
     head = random_head()
-    again = MemoryMethod.build(MemoryConfig(), head.state_dict())
+    again = MemoryMethod.build(MemoryConfig(site_weight=0.8), head.state_dict())
     with torch.inference_mode():
         assert torch.equal(again(*random_taps())[0], head(*random_taps())[0])
     assert not again.training
@@ -246,6 +260,7 @@ def test_build_foreign_tensors_are_refused() -> None:
         {**state, "whiten_s8.weight": torch.zeros(39, 39, 1, 1)},
         {**state, "bank_s8": torch.zeros(4)},
         {**state, "bank_s16": torch.tensor(1.0)},
+        {**state, "sites.means": torch.zeros(3)},
     )
     for tensors in wrong:
         with pytest.raises(DataError, match="no memory head"):

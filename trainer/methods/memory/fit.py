@@ -13,7 +13,7 @@ from pydantic import Field
 from edge.errors import DataError, UsageError
 from edge.memory.rows import RowsPrecision, round_rows
 from trainer.methods.base import FitContext, Method, MethodConfig
-from trainer.methods.memory.model import LEVELS, MemoryHead
+from trainer.methods.memory.model import LEVELS, MemoryHead, level_patches
 from trainer.methods.memory.reduce import (
     Reduction,
     cell_means,
@@ -23,7 +23,7 @@ from trainer.methods.memory.reduce import (
     weighted_average_reduce,
     whitening,
 )
-from trainer.methods.patches import patch_mean
+from trainer.methods.memory.sites import SiteModel, fit_sites
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,10 +36,12 @@ class MemoryConfig(MethodConfig):
     """Settings of the memory detector; the README says what each was measured to do."""
 
     rows: int = Field(1000, ge=2, le=2000, description="Rows of each level's bank; the finest level has half.")
-    fine_weight: float = Field(0.6, gt=0, description="Weight of the finest level in the map; the others have 1.")
+    fine_weight: float = Field(1.0, gt=0, description="Weight of the finest level in the map; the others have 1.")
     candidates: int = Field(30_000, ge=1, description="Patches, drawn at random, that anchors are chosen from.")
     whitening: float = Field(0.3, gt=0, description="Added to every eigenvalue, as a share of their mean.")
     background: float = Field(0.3, ge=0, le=1, description="Share of its own mean that is taken off a map.")
+    site_weight: float = Field(1.0, ge=0, description="Weight of the distance to each site's own mean; 0 is none.")
+    site_components: int = Field(96, ge=1, description="Principal directions that the sites are compared in.")
     reduction: Reduction = Field(Reduction.WEIGHTED, description="How the anchors become the bank.")
     rounds: int = Field(10, ge=1, description="Most iterations over the candidates where reduction is kmeans.")
     rows_precision: RowsPrecision = Field(
@@ -84,9 +86,9 @@ class MemoryMethod(Method):
         """
         try:
             banks = [tensors[f"bank_{name}"] for name in LEVELS]
-            head = _empty(banks, _own(config))
+            head = _empty(banks, _own(config), _empty_sites(tensors))
             head.load_state_dict(tensors)
-        except (KeyError, IndexError, TypeError, RuntimeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"these tensors are no memory head ({error}); train again") from error
         return head.eval().requires_grad_(False)
 
@@ -97,10 +99,23 @@ def _own(config: MethodConfig) -> MemoryConfig:
     return config
 
 
-def _empty(banks: list[torch.Tensor], config: MemoryConfig) -> MemoryHead:
-    rows, channels = tuple(len(bank) for bank in banks), tuple(int(bank.shape[1]) for bank in banks)
-    int8_rows = config.rows_precision is RowsPrecision.INT8
-    return MemoryHead(rows=rows, channels=channels, background=config.background, int8_rows=int8_rows)
+def _empty(banks: list[torch.Tensor], config: MemoryConfig, sites: SiteModel | None) -> MemoryHead:
+    return MemoryHead(
+        rows=tuple(len(bank) for bank in banks),
+        channels=tuple(int(bank.shape[1]) for bank in banks),
+        background=config.background,
+        sites=sites,
+        site_weight=config.site_weight,
+        int8_rows=config.rows_precision is RowsPrecision.INT8,
+    )
+
+
+def _empty_sites(tensors: dict[str, torch.Tensor]) -> SiteModel | None:
+    if "sites.means" not in tensors:
+        return None
+    _, components, height, width = tensors["sites.means"].shape
+    channels = tuple(int(tensors[f"sites.project_{name}.weight"].shape[1]) for name in LEVELS)
+    return SiteModel(channels=channels, components=components, grid=(height, width))
 
 
 class _Fit:
@@ -116,7 +131,7 @@ class _Fit:
         everything = torch.arange(self.images)
         transforms = {name: self._whitening(name) for name in LEVELS}
         banks = {name: self._bank(name, transforms[name], everything, self._size(name)) for name in LEVELS}
-        head = _empty([banks[name] for name in LEVELS], self.config)
+        head = _empty([banks[name] for name in LEVELS], self.config, self._sites())
         for index, name in enumerate(LEVELS):
             mean, matrix = transforms[name]
             layer = head.get_submodule(f"whiten_{name}")
@@ -131,6 +146,17 @@ class _Fit:
             head.get_buffer("scales")[index] = weight / self._mean_distance(name, transforms[name])
         return head.eval().requires_grad_(False)
 
+    def _sites(self) -> SiteModel | None:
+        if self.config.site_weight == 0:
+            return None
+        return fit_sites(
+            self.features,
+            components=self.config.site_components,
+            share=self.config.whitening,
+            generator=self.generator,
+            device=self.context.device,
+        )
+
     def _size(self, name: str) -> int:
         # The finest grid has four times the queries of the next; half the rows keep its search as cheap.
         return max(1, self.config.rows // 2) if name == LEVELS[0] else self.config.rows
@@ -140,7 +166,7 @@ class _Fit:
         tiles = self.features.tiles_per_image
         order = (images[:, None] * tiles + torch.arange(tiles)).flatten()
         for (tap,) in self.features.batches((name,), _BATCH, device=self.context.device, order=order):
-            yield patch_mean(tap).permute(0, 2, 3, 1).flatten(0, 2)
+            yield level_patches(name, tap).permute(0, 2, 3, 1).flatten(0, 2)
 
     def _whitening(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         mean, matrix = whitening(self._patches(name, torch.arange(self.images)), self.config.whitening)

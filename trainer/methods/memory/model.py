@@ -1,9 +1,11 @@
-"""The memory head: at each level, the distance of every patch to the nearest row of that level's bank.
+"""The memory head: at each level, the distance of every patch to the nearest row of that level's bank, and its place.
 
 A pure module; it does not know how the banks were reduced nor how the levels were whitened.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,6 +14,9 @@ from torch.nn.utils import skip_init
 
 from trainer.methods.base import Head
 from trainer.methods.patches import enlarge, patch_mean
+
+if TYPE_CHECKING:
+    from trainer.methods.memory.sites import SiteModel
 
 LEVELS = ("s4", "s8", "s16")
 """The taps searched, finest first; the map has the grid of the first."""
@@ -24,25 +29,35 @@ class MemoryHead(Head):
     """Distance to the nearest row of a memory bank, level by level.
 
     ``d_l = ||W_l (p - mu_l) - m||`` for the nearest row m of level l, on the level's own grid; the map is
-    ``sum_l d_l * scale_l`` on the finest grid, less ``background`` times its own mean. State: ``bank_s4`` float32
+    ``sum_l d_l * scale_l`` on the finest grid, plus ``site_weight`` times the distance of every site to what good
+    parts show there, less ``background`` times the map's own mean. State: ``bank_s4`` float32
     [R, 24], ``bank_s8`` [R, 40] and ``bank_s16`` [R, 112], rows in whitened space. A row of one level belongs to no
     row of another. The embedding is float32 [N, L, 176] on the stride-8 grid, the columns of the levels side by side:
     2x2 means of the finest, the coarsest enlarged.
 
-    Source: PatchCore (Roth et al., 2022) for the search; levels apart, whitening and background are our own.
+    Source: PatchCore (Roth et al., 2022) for the search, PaDiM (Defard et al., 2021) for the sites; levels apart,
+    whitening and background are our own.
     """
 
     tap_names = LEVELS
     map_stride = MAP_STRIDE
     state_names = tuple(f"bank_{name}" for name in LEVELS)
     # Small directions of the whitened space would drown in the rounding of larger ones; these products cost nothing.
-    float_ops = tuple(f"whiten_{name}" for name in LEVELS)
+    float_ops = (*(f"whiten_{name}" for name in LEVELS), "sites")
 
     def __init__(
-        self, *, rows: tuple[int, ...], channels: tuple[int, ...], background: float, int8_rows: bool = False
+        self,
+        *,
+        rows: tuple[int, ...],
+        channels: tuple[int, ...],
+        background: float,
+        sites: SiteModel | None,
+        site_weight: float,
+        int8_rows: bool = False,
     ) -> None:
         super().__init__()
         self.background = background
+        self.sites, self.site_weight = sites, site_weight
         self.int8_state = self.state_names if int8_rows else ()
         for name, count, width in zip(LEVELS, rows, channels, strict=True):
             # skip_init: the global generator is not ours to advance.
@@ -52,7 +67,7 @@ class MemoryHead(Head):
 
     def whitened(self, name: str, tap: torch.Tensor) -> torch.Tensor:
         """Return one level's patches float32 [N, C, h, w]."""
-        patches: torch.Tensor = self.get_submodule(f"whiten_{name}")(patch_mean(tap))
+        patches: torch.Tensor = self.get_submodule(f"whiten_{name}")(level_patches(name, tap))
         return patches
 
     def forward(self, *taps: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -68,8 +83,18 @@ class MemoryHead(Head):
             total = level if total is None else total + level
             columns.append(_on_embedding_grid(patches, stride))
         assert total is not None
+        if self.sites is not None:
+            total = total + self.site_weight * self.sites(*taps)[:, None]
         anomaly_map = total[:, 0] - self.background * total.mean((1, 2, 3), keepdim=True)[:, 0]
         return anomaly_map, torch.cat(columns, 1).flatten(2).transpose(1, 2)
+
+
+def level_patches(name: str, tap: torch.Tensor) -> torch.Tensor:
+    """Return what a level searches with, float32 [N, C, h, w]: 3x3 means, but the finest tap as it is.
+
+    There a mean would blur small defects; on the coarser grids it takes noise off (measured: see the README).
+    """
+    return tap if name == LEVELS[0] else patch_mean(tap)
 
 
 def _on_embedding_grid(patches: torch.Tensor, stride: int) -> torch.Tensor:
