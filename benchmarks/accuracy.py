@@ -112,10 +112,10 @@ def upsampled(maps: npt.NDArray[np.float32], size: int) -> Callable[[], list[npt
 
 
 def run_category(
-    folder: Path, seeds: list[int], preset: str, size: int, shelf: Shelf
+    folder: Path, chosen: dict[str, type[Method]], seeds: list[int], preset: str, size: int, shelf: Shelf
 ) -> tuple[Category, dict[str, list[Result]]]:
-    """Fit and judge every method and baseline on one folder."""
-    taps = tuple(dict.fromkeys(tap for method in methods().values() for tap in (*TAPS, *method.tap_names)))
+    """Fit and judge the chosen methods and every baseline on one folder."""
+    taps = tuple(dict.fromkeys(tap for method in chosen.values() for tap in (*TAPS, *method.tap_names)))
     category = open_category(folder, taps=taps, size=size)
     results: dict[str, list[Result]] = defaultdict(list)
     # The training images stand for the folder; beside a detector's own code, what all share decides the figures.
@@ -129,7 +129,7 @@ def run_category(
     where = category.name.replace("/", "-")
     for seed in seeds:
         context = fit_context(category, split(category, seed), seed=seed, taps=taps)
-        for name, method in methods().items():
+        for name, method in chosen.items():
             config = method.config(preset)
             recipe = (seen, str(seed), config.model_dump_json(), source_of(sys.modules[method.__module__]))
             fit = partial(fit_and_judge, method, config, context, category)
@@ -142,14 +142,14 @@ def run_category(
     return category, results
 
 
-def costs(folder: Path, preset: str, size: int) -> dict[str, Cost]:
+def costs(folder: Path, chosen: dict[str, type[Method]], preset: str, size: int) -> dict[str, Cost]:
     """Return what each method costs; weights do not matter for it, so that few images are enough."""
-    taps = tuple(dict.fromkeys(tap for method in methods().values() for tap in method.tap_names))
+    taps = tuple(dict.fromkeys(tap for method in chosen.values() for tap in method.tap_names))
     category = open_category(folder, taps=taps, size=size, train=40, test=2)
     context = fit_context(category, split(category, 0), seed=0, taps=taps)
     return {
         name: measure_cost(category.trunk, method.fit(context, method.config(preset)), category.canvases[:8])
-        for name, method in methods().items()
+        for name, method in chosen.items()
     }
 
 
@@ -257,6 +257,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders in MVTec layout")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--preset", default="quick")
+    parser.add_argument("--methods", nargs="+", choices=sorted(methods()), default=list(methods()))
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--keep", type=Path, help="folder of results that are not made twice")
     parser.add_argument("--json", type=Path)
@@ -264,16 +265,17 @@ def main() -> None:
     heading("accuracy")
     size = options.size
     shelf = Shelf(options.keep)
-    done = [run_category(folder, options.seeds, options.preset, size, shelf) for folder in options.data]
+    chosen = {name: methods()[name] for name in options.methods}
+    done = [run_category(folder, chosen, options.seeds, options.preset, size, shelf) for folder in options.data]
     means, per_category = print_categories(done, size)
-    cost = costs(options.data[0], options.preset, size)
+    cost = costs(options.data[0], chosen, options.preset, size)
     print_means(means, cost)
     print_ranking(done, per_category)
     comparisons = {
         f"{name} against {other}": compare(done, name, other, size)
-        for name in methods()
+        for name in chosen
         for other in means
-        if other not in methods()
+        if other not in chosen
     }
     print("\n| share of the error saved | on | ours | baseline | saved | 95 % interval |\n|---|---|---|---|---|---|")
     for name, said in comparisons.items():
@@ -345,7 +347,9 @@ def print_ranking(done: list[tuple[Category, dict[str, list[Result]]]], lines: d
         print(f"| {category.name} | {found[-1]:+.2f} |")
     print(f"| mean | {np.mean(found):+.2f} |")
     synthetic = {
-        name: np.mean([lines[f"{category.name} {name}"]["synthetic"] for category, _ in done]) for name in methods()
+        name: np.mean([lines[f"{category.name} {name}"]["synthetic"] for category, _ in done])
+        for name in methods()
+        if name in done[0][1]
     }
     print(f"\nbest method on synthetic validation: {max(synthetic, key=lambda name: synthetic[name])}")
 
