@@ -112,7 +112,7 @@ def upsampled(maps: npt.NDArray[np.float32], size: int) -> Callable[[], list[npt
 
 
 def run_category(
-    folder: Path, chosen: dict[str, type[Method]], seeds: list[int], preset: str, size: int, shelf: Shelf
+    folder: Path, chosen: dict[str, type[Method]], *, seeds: list[int], preset: str, size: int, shelf: Shelf
 ) -> tuple[Category, dict[str, list[Result]]]:
     """Fit and judge the chosen methods and every baseline on one folder."""
     taps = tuple(dict.fromkeys(tap for method in chosen.values() for tap in (*TAPS, *method.tap_names)))
@@ -266,7 +266,10 @@ def main() -> None:
     size = options.size
     shelf = Shelf(options.keep)
     chosen = {name: methods()[name] for name in options.methods}
-    done = [run_category(folder, chosen, options.seeds, options.preset, size, shelf) for folder in options.data]
+    done = [
+        run_category(folder, chosen, seeds=options.seeds, preset=options.preset, size=size, shelf=shelf)
+        for folder in options.data
+    ]
     means, per_category = print_categories(done, size)
     cost = costs(options.data[0], chosen, options.preset, size)
     print_means(means, cost)
