@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.errors import DataError
+from tests.trainer.test_pbas_fit import context
+from trainer.methods.base import Features
+from trainer.methods.pbas.fit import PbasConfig, PbasMethod
 from trainer.synthesis.gaussian_noise import LocalGaussian, draw_boxes, extrude
 
 GRID = (6, 8)
@@ -176,3 +180,36 @@ def test_fit_one_image_and_a_channel_that_never_varies() -> None:
     drawn = noise.sample(torch.arange(48), seeded())
     assert torch.isfinite(drawn).all()
     torch.testing.assert_close(drawn[:, 2], torch.full((48,), 1.5), rtol=0, atol=1e-2)
+
+
+def drawn_by_pbas(**options: float) -> dict[str, torch.Tensor]:
+    taps = {
+        "s8": torch.randn(6, 40, 8, 8, generator=seeded(1)),
+        "s16": torch.randn(6, 112, 4, 4, generator=seeded(2)),
+    }
+    given = context(Features(taps, 1, np.array(list("abcdef"))))
+    return PbasMethod.fit(given, PbasConfig(steps=4, batch_rows=64, **options)).state_dict()
+
+
+def test_pbas_takes_the_noise_as_a_share_of_its_anomalies(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, float]] = []
+    original = LocalGaussian.sample
+
+    def sample(self: LocalGaussian, sites: torch.Tensor, generator: torch.Generator, *, spread: float) -> torch.Tensor:
+        asked.append((len(sites), spread))
+        assert sites.max() < 64
+        return original(self, sites, generator, spread=spread)
+
+    monkeypatch.setattr(LocalGaussian, "sample", sample)
+    plain = drawn_by_pbas()
+    assert asked == []
+    noisy = drawn_by_pbas(noise_share=0.25, noise_spread=3.0)
+    assert asked == [(16, 3.0)] * 4
+    assert not torch.equal(plain["from_s8.weight"], noisy["from_s8.weight"])
+    assert all(torch.isfinite(value).all() for value in noisy.values())
+
+
+def test_pbas_noise_alone_replaces_every_anomaly() -> None:
+    all_noise = drawn_by_pbas(noise_share=1.0, k=0.25)
+    assert torch.equal(all_noise["from_s8.weight"], drawn_by_pbas(noise_share=1.0, k=2.0)["from_s8.weight"])
+    assert not torch.equal(drawn_by_pbas(k=0.25)["from_s8.weight"], drawn_by_pbas(k=2.0)["from_s8.weight"])

@@ -6,17 +6,21 @@ Knows features; images only to vary light and pose in them, and to ask a vision 
 from __future__ import annotations
 
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat
+from torch import nn
+from torch.nn.utils import skip_init
 
 from deploy.metrics import image_auroc
 from edge.errors import DataError, UsageError
 from trainer.methods.base import FitContext, Method, MethodConfig
-from trainer.methods.hetnet.context import GlobalContext
+from trainer.methods.hetnet.context import Adapter, GlobalContext
 from trainer.methods.hetnet.model import LEVELS, HetNetHead, HetNetwork, Shape
 from trainer.methods.hetnet.training import Loss, Teachers, Training, train
+from trainer.methods.hetnet.transformer import Transformer, distil
 from trainer.methods.memory.reduce import whitening
 from trainer.methods.patches import patch_mean
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
     from trainer.methods.base import Features
 
+IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _BATCH = 16
 _LEAST_IMAGES = 2
 _VALIDATION_SHARE = 0.005  # of the map's cells, whose mean ranks images when the student is chosen
@@ -35,6 +40,8 @@ class GlobalTeacher(str, Enum):
 
     SELF = "self"
     """Attention of the deepest tap on itself, without weights: a substitute for a transformer."""
+    TRANSFORMER = "transformer"
+    """A vision transformer from a file, distilled into an adapter on the deepest tap; its tokens attend."""
     NONE = "none"
     """No global teacher: the CNN-only student that others are compared with."""
 
@@ -61,6 +68,13 @@ class HetNetConfig(MethodConfig):
     """Settings of the HetNet-style method; the README says where each value is from."""
 
     teacher: GlobalTeacher = Field(GlobalTeacher.SELF, description="Global teacher.")
+    transformer: str = Field(
+        "", description="Path of a vision transformer, .onnx or TorchScript; read at training only."
+    )
+    transformer_side: int = Field(224, ge=16, le=1024, description="Side in pixels of the transformer's input.")
+    transformer_mean: tuple[float, float, float] = Field(IMAGENET_MEAN, description="Its normalisation, pixels 0..1.")
+    transformer_deviation: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(IMAGENET_DEVIATION)
+    adapter_steps: int = Field(200, ge=1, description="Optimiser steps of the transformer's distillation.")
     student: ShippedStudent = Field(ShippedStudent.AUTO, description="Which student a box runs.")
     residual: Residual = Field(Residual.WHITENED, description="Distance between teacher and student.")
     loss: Loss = Field(Loss.COSINE, description="What training makes small.")
@@ -68,11 +82,12 @@ class HetNetConfig(MethodConfig):
     code: int = Field(32, ge=1, le=512, description="Channels of the one-class bottleneck.")
     reach: int = Field(1, ge=0, le=8, description="Cells of the deepest tap around a site that foretell nothing of it.")
     temperature: float = Field(0.1, gt=0, le=10, description="Of the self-similarity's softmax over cosines.")
-    steps: int = Field(150, ge=1, description="Optimiser steps.")
+    steps: int = Field(150, ge=1, description="Optimiser steps of fusion and reconstruction student.")
     batch_tiles: int = Field(8, ge=2, description="Tiles in a step.")
     rate: float = Field(3e-3, gt=0, description="Learning rate (AdamW, half a cosine down to zero).")
-    denoising_weight: float = Field(1.0, ge=0, description="Weight of the denoising loss.")
-    noise_share: float = Field(0.1, ge=0, le=1, description="Share of cells inside noise boxes; 0 is no noise.")
+    denoising_steps: int = Field(60, ge=1, description="Optimiser steps of the denoising student, where it may ship.")
+    denoising_rate: float = Field(1e-3, gt=0, description="Learning rate of the denoising student.")
+    noise_share: float = Field(0.1, gt=0, le=1, description="Share of cells inside noise boxes.")
     noise_rank: int = Field(16, ge=1, description="Rank of the noise's covariance; a diagonal comes on top.")
     whitening: float = Field(0.3, gt=0, description="Added to every eigenvalue, as a share of their mean.")
     held_back: float = Field(0.2, gt=0, lt=1, description="Share of images that residuals are measured on.")
@@ -93,7 +108,7 @@ class HetNetMethod(Method):
         Raises:
             UsageError: unknown preset.
         """
-        presets = {"quick": HetNetConfig(), "full": HetNetConfig(steps=400)}
+        presets = {"quick": HetNetConfig(), "full": HetNetConfig(steps=400, denoising_steps=150)}
         if preset not in presets:
             raise UsageError(f"--preset {preset}: unknown; choose {' or '.join(presets)}")
         return presets[preset]
@@ -119,7 +134,11 @@ class HetNetMethod(Method):
         try:
             channels = tuple(int(tensors[f"whiten.{index}.weight"].shape[0]) for index in range(len(LEVELS)))
             height, width = (int(side) for side in tensors["grid"])
-            head = _empty(settings, channels, (height, width))
+            adapter = None
+            if settings.teacher is GlobalTeacher.TRANSFORMER:
+                tokens, twice = tensors["context.adapter.outer.weight"].shape[:2]
+                adapter = Adapter(channels[-1], twice // 2, tokens)
+            head = _empty(settings, channels, (height, width), adapter)
             head.load_state_dict(tensors)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"these tensors are no HetNet head of this config ({error}); train again") from error
@@ -132,24 +151,15 @@ def _own(config: MethodConfig) -> HetNetConfig:
     return config
 
 
-def _shape(config: HetNetConfig, channels: tuple[int, ...], grid: tuple[int, int]) -> Shape:
-    context = {GlobalTeacher.NONE: 0, GlobalTeacher.SELF: channels[-1]}[config.teacher]
-    return Shape(channels, grid, config.width, config.code, context)
-
-
-def _context(config: HetNetConfig, grid: tuple[int, int]) -> GlobalContext | None:
-    if config.teacher is GlobalTeacher.NONE:
-        return None
-    return GlobalContext(grid, reach=config.reach, temperature=config.temperature, adapter=None)
-
-
-def _empty(config: HetNetConfig, channels: tuple[int, ...], grid: tuple[int, int]) -> HetNetHead:
-    return HetNetHead(
-        _shape(config, channels, grid),
-        _context(config, grid),
-        cosine=config.residual is Residual.COSINE,
-        background=config.background,
-    )
+def _empty(
+    config: HetNetConfig, channels: tuple[int, ...], grid: tuple[int, int], adapter: Adapter | None
+) -> HetNetHead:
+    context, told = None, 0
+    if config.teacher is not GlobalTeacher.NONE:
+        context = GlobalContext(grid, reach=config.reach, temperature=config.temperature, adapter=adapter)
+        told = channels[-1] if adapter is None else adapter.outer.out_channels
+    shape = Shape(channels, grid, config.width, config.code, told)
+    return HetNetHead(shape, context, cosine=config.residual is Residual.COSINE, background=config.background)
 
 
 class _Fit:
@@ -172,16 +182,18 @@ class _Fit:
 
     def head(self) -> HetNetHead:
         config, device = self.config, self.context.device
-        head = _empty(config, self.channels, self.grid)
-        self._whiten(head)
+        whiten = self._whiten()
+        head = _empty(config, self.channels, self.grid, self._adapter(whiten[-1]))
+        head.whiten = whiten
         head.to(device)
-        network = HetNetwork(_shape(config, self.channels, self.grid))
+        network = HetNetwork(head.shape)
         settings = Training(
             loss=config.loss,
             steps=config.steps,
             batch_tiles=config.batch_tiles,
             rate=config.rate,
-            denoising_weight=config.denoising_weight,
+            denoising_steps=0 if config.student is ShippedStudent.RECONSTRUCTION else config.denoising_steps,
+            denoising_rate=config.denoising_rate,
             noise_share=config.noise_share,
             noise_rank=config.noise_rank,
         )
@@ -192,13 +204,47 @@ class _Fit:
         head.eval().requires_grad_(False)
         return self._choose(head, network).to("cpu")
 
-    def _whiten(self, head: HetNetHead) -> None:
-        for index, name in enumerate(LEVELS):
+    def _whiten(self) -> nn.ModuleList:
+        layers = nn.ModuleList()
+        for name, channels in zip(LEVELS, self.channels, strict=True):
             taps = self.features.batches((name,), _BATCH, device=self.context.device, order=self.seen)
             mean, matrix = whitening((_rows(patch_mean(tap)) for (tap,) in taps), self.config.whitening)
             if not (torch.isfinite(mean).all() and torch.isfinite(matrix).all()):
                 raise DataError(f"features of tap {name} are not finite; check the training images")
-            _as_convolution(head.whiten[index], mean, matrix)
+            layers.append(_as_convolution(skip_init(nn.Conv2d, channels, channels, 1), mean, matrix))
+        return layers.requires_grad_(False)
+
+    def _adapter(self, whiten: nn.Module) -> Adapter | None:
+        config, context = self.config, self.context
+        if config.teacher is not GlobalTeacher.TRANSFORMER:
+            return None
+        if not config.transformer:
+            raise UsageError("teacher transformer: no path given; set transformer to an .onnx or TorchScript file")
+        transformer = Transformer(
+            Path(config.transformer),
+            side=config.transformer_side,
+            mean=config.transformer_mean,
+            deviation=config.transformer_deviation,
+            device=context.device,
+        )
+        whiten.to(context.device)
+
+        def deepest(rows: torch.Tensor) -> torch.Tensor:
+            ((tap,),) = self.features.batches(LEVELS[-1:], len(rows), device=context.device, order=self.seen[rows])
+            maps: torch.Tensor = whiten(patch_mean(tap))
+            return maps
+
+        return distil(
+            transformer,
+            context.images[self.seen.numpy()],
+            deepest,
+            self.grid,
+            steps=config.adapter_steps,
+            batch_tiles=config.batch_tiles,
+            generator=self.generator,
+            device=context.device,
+            progress=context.progress,
+        )
 
     def _choose(self, head: HetNetHead, network: HetNetwork) -> HetNetHead:
         """Ship the student that was asked for, or the one that ranks synthetic defects best."""
@@ -260,7 +306,8 @@ def _rows(maps: torch.Tensor) -> torch.Tensor:
     return maps.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _as_convolution(layer: torch.nn.Module, mean: torch.Tensor, matrix: torch.Tensor) -> None:
+def _as_convolution(layer: nn.Module, mean: torch.Tensor, matrix: torch.Tensor) -> nn.Module:
     with torch.no_grad():
         layer.get_parameter("weight").copy_(matrix.T[:, :, None, None])
         layer.get_parameter("bias").copy_(-(mean @ matrix))
+    return layer

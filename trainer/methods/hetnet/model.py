@@ -192,11 +192,11 @@ class HetNetHead(Head):
     tap_names = LEVELS
     map_stride = MAP_STRIDE
     # What a residual is a small difference of stays in float32 under int8; these products are few.
-    float_ops = ("whiten", "residual", "student.out", "student.foretold")
+    float_ops = ("whiten", "context", "residual", "student.out", "student.foretold")
 
     def __init__(self, shape: Shape, context: GlobalContext | None, *, cosine: bool, background: float) -> None:
         super().__init__()
-        self.cosine, self.background = cosine, background
+        self.shape, self.cosine, self.background = shape, cosine, background
         self.whiten = nn.ModuleList(skip_init(nn.Conv2d, c, c, 1) for c in shape.channels)
         self.context = context
         self.encoder, self.student = Encoder(shape), Student(shape)

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from edge.errors import UsageError
 from trainer.methods.hetnet.model import LEVELS, STRIDES, HetNetwork, Maps, cosine, initialise
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
     from trainer.methods.base import Features, FitContext
     from trainer.methods.hetnet.context import GlobalContext
+
+Taught = tuple[Maps, torch.Tensor | None, Maps]
+"""Local maps, global map, and what the global teacher foretells of each level; without gradient."""
 
 _BATCH = 16
 _WEIGHT_DECAY = 1e-4
@@ -42,7 +46,8 @@ class Training:
     steps: int
     batch_tiles: int
     rate: float
-    denoising_weight: float
+    denoising_steps: int
+    denoising_rate: float
     noise_share: float
     noise_rank: int
 
@@ -59,7 +64,7 @@ class Teachers:
     local: Callable[[tuple[torch.Tensor, ...]], Maps]
     context: GlobalContext | None
 
-    def __call__(self, taps: tuple[torch.Tensor, ...]) -> tuple[Maps, torch.Tensor | None, Maps]:
+    def __call__(self, taps: tuple[torch.Tensor, ...]) -> Taught:
         """Return local maps, the global map and what it foretells; none of them carries gradient."""
         with torch.no_grad():
             local = [level.contiguous(memory_format=torch.channels_last) for level in self.local(taps)]
@@ -99,24 +104,25 @@ def distance(teacher: Maps, student: Maps, loss: Loss) -> torch.Tensor:
     return torch.stack(parts).sum()
 
 
-def losses(
-    network: HetNetwork, taught: tuple[Maps, torch.Tensor | None, Maps], noisy: Maps, loss: Loss
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the reconstruction and the denoising loss of a batch.
+def reconstruction(network: HetNetwork, taught: Taught, loss: Loss) -> torch.Tensor:
+    """Return L_R of a batch: how far SR is from the local teacher. It gives SD no gradient."""
+    local, context, foretold = taught
+    return distance(local, network.sr(network.encoder(local, context), foretold), loss)
 
-    Both train the encoder; the first gives SD no gradient, and the second gives SR none: what SR recalls of the clean
-    maps is a constant to it.
+
+def denoising(network: HetNetwork, taught: Taught, noisy: Maps, loss: Loss) -> torch.Tensor:
+    """Return L_D of a batch: how far SD on noisy maps is from SR on clean ones, which is a constant to it.
 
     Args:
         network: encoder and students.
-        taught: what :class:`Teachers` returned.
+        taught: what :class:`Teachers` returned; the global map and what it foretells stay clean.
         noisy: the local maps with noise.
         loss: see :class:`Loss`.
     """
     local, context, foretold = taught
-    clean = network.sr(network.encoder(local, context), foretold)
-    denoised = network.sd(network.encoder(noisy, context), foretold)
-    return distance(local, clean, loss), distance([level.detach() for level in clean], denoised, loss)
+    with torch.no_grad():
+        wanted = network.sr(network.encoder(local, context), foretold)
+    return distance(wanted, network.sd(network.encoder(noisy, context), foretold), loss)
 
 
 def measure_noise(
@@ -141,7 +147,11 @@ def train(
     *,
     generator: torch.Generator,
 ) -> None:
-    """Train in place, on the context's device.
+    """Train in place, on the context's device: encoder and SR first, then SD from where SR stands.
+
+    Trained side by side from the start, SD follows a target that runs away from it and ends farther from it, inside
+    the noise boxes too, than SR with noise is from SR without (README). So SR and the encoder stand still while SD
+    learns, and what sets the students apart is the noise.
 
     Args:
         network: with weights not drawn yet.
@@ -154,30 +164,47 @@ def train(
     Raises:
         UsageError: training diverged.
     """
-    features = context.features
     initialise(network, generator)
     # Depthwise convolutions on a processor: 1.5 times faster than channels first.
     network.to(context.device, memory_format=torch.channels_last).train()
-    noise = None
-    if settings.noise_share:
-        noise = measure_noise(
-            teachers, features, order, context.device, rank=settings.noise_rank, share=settings.noise_share
-        )
-    optimiser = torch.optim.AdamW(network.parameters(), lr=settings.rate, weight_decay=_WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, settings.steps)
-    batches = _endless(features, order, settings.batch_tiles, generator, context.device)
-    for step in range(settings.steps):
+    batches = _endless(context.features, order, settings.batch_tiles, generator, context.device)
+
+    def reconstruct() -> torch.Tensor:
+        return reconstruction(network, teachers(next(batches)), settings.loss)
+
+    first = nn.ModuleList([network.encoder, network.sr])
+    _descend(first, reconstruct, settings.steps, rate=settings.rate, context=context, what="reconstruction")
+    network.sd.load_state_dict(network.sr.state_dict())
+    if not settings.denoising_steps:
+        return
+    noise = measure_noise(
+        teachers, context.features, order, context.device, rank=settings.noise_rank, share=settings.noise_share
+    )
+    first.eval().requires_grad_(False)
+    # SD starts as SR; statistics of small batches and long steps would carry it off before the noise taught it anything.
+    network.sd.eval()
+
+    def denoise() -> torch.Tensor:
         taught = teachers(next(batches))
-        noisy = taught[0] if noise is None else noise(taught[0], generator)
-        reconstruction, denoising = losses(network, taught, noisy, settings.loss)
-        total = reconstruction + settings.denoising_weight * denoising
-        if not torch.isfinite(total):
-            raise UsageError(f"HetNet: the loss is not finite at step {step + 1} of {settings.steps}; lower rate")
+        return denoising(network, taught, noise(taught[0], generator), settings.loss)
+
+    _descend(network.sd, denoise, settings.denoising_steps, rate=settings.denoising_rate, context=context, what="denoising")
+
+
+def _descend(
+    part: nn.Module, loss: Callable[[], torch.Tensor], steps: int, *, rate: float, context: FitContext, what: str
+) -> None:
+    optimiser = torch.optim.AdamW(part.parameters(), lr=rate, weight_decay=_WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for step in range(steps):
+        found = loss()
+        if not torch.isfinite(found):
+            raise UsageError(f"HetNet: the {what} loss is not finite at step {step + 1} of {steps}; lower rate")
         optimiser.zero_grad()
-        total.backward()
+        found.backward()
         optimiser.step()
         schedule.step()
-        context.progress("HetNet", step + 1, settings.steps)
+        context.progress(f"HetNet {what}", step + 1, steps)
 
 
 def _endless(

@@ -17,6 +17,7 @@ from edge.errors import DataError, UsageError
 from trainer.methods.base import FitContext, Head, Method, MethodConfig
 from trainer.methods.pbas.boundary import Direction, align_centres, synthesise
 from trainer.methods.pbas.model import EMBEDDING_DIM, TAP_NAMES, PbasHead, PbasNetwork, embed
+from trainer.synthesis.gaussian_noise import LocalGaussian
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,6 +54,8 @@ class PbasConfig(MethodConfig):
     projector_rate: float = Field(3e-3, gt=0, description="Learning rate of the projector (Adam).")
     discriminator_rate: float = Field(6e-3, gt=0, description="Learning rate of the discriminator (AdamW).")
     schedule: Schedule = Field(Schedule.COSINE, description="How the learning rates go over the steps.")
+    noise_share: float = Field(0.0, ge=0, le=1, description="Share of anomalies that are local Gaussian noise instead.")
+    noise_spread: float = Field(2.0, gt=0, le=100, description="Deviation of that noise in units of its place's own.")
     smoothing: float = Field(0.5, ge=0, le=16, description="Sigma of the Gaussian over the map, in cells; 0 is none.")
 
 
@@ -132,31 +135,53 @@ def initial_centres(
 
 def _row_batches(
     features: Features, config: PbasConfig, *, generator: torch.Generator, device: torch.device
-) -> Iterator[torch.Tensor]:
-    """Yield random patches without end; every tile is drawn from once before any is drawn from twice."""
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield random patches and their sites without end; every tile is drawn from once before any is drawn from twice.
+
+    Sites are indices int64 into a tile's grid, on the CPU.
+    """
     while True:
         order = torch.randperm(len(features), generator=generator)
         for taps in features.batches(TAP_NAMES, config.batch_tiles, device=device, order=order):
             rows = patch_rows(taps)
+            places = torch.arange(len(rows))
             if len(rows) > config.batch_rows:
-                rows = rows[torch.randperm(len(rows), generator=generator)[: config.batch_rows].to(device)]
-            yield rows
+                places = torch.randperm(len(rows), generator=generator)[: config.batch_rows]
+                rows = rows[places.to(device)]
+            yield rows, places % (taps[0].shape[2] * taps[0].shape[3])
 
 
 def _losses(
-    network: PbasNetwork, rows: torch.Tensor, centres: torch.Tensor, config: PbasConfig, generator: torch.Generator
+    network: PbasNetwork,
+    rows: torch.Tensor,
+    centres: torch.Tensor,
+    config: PbasConfig,
+    generator: torch.Generator,
+    *,
+    noise: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (centre loss, sum of both cross-entropies) of one step."""
+    """Return (centre loss, sum of both cross-entropies) of one step.
+
+    With noise, patch embeddings [K, 152] of no image, the last K anomalies are these instead, projected.
+    """
     with torch.autocast(rows.device.type, dtype=torch.bfloat16, enabled=rows.device.type == "cuda"):
         projected = network.projector(rows).float()
         with torch.autocast(rows.device.type, enabled=False):
             # Distances are differences of near values: bfloat16 would leave them two digits.
             made = synthesise(projected, centres, k=config.k, direction=config.direction, generator=generator)
-        pairs = torch.cat([projected, made.anomalies])
+        anomalies = made.anomalies
+        if noise is not None:
+            anomalies = torch.cat([anomalies[: len(rows) - len(noise)], network.projector(noise).float()])
+        pairs = torch.cat([projected, anomalies])
         logits = network.discriminator(pairs if config.refinement else pairs.detach()).float()
     good, anomalous = logits.chunk(2)
     # softplus(x) is the cross-entropy of logit x against 0, and softplus(-x) against 1, without an overflow.
     return made.centre_loss, functional.softplus(good).mean() + functional.softplus(-anomalous).mean()
+
+
+def _measure_noise(features: Features, device: torch.device) -> LocalGaussian:
+    """Measure the Gaussian of patch embeddings at every site of a tile's grid."""
+    return LocalGaussian.fit(embed(*taps) for taps in features.batches(TAP_NAMES, _MEASURE_TILES, device=device))
 
 
 def train(context: FitContext, config: PbasConfig) -> Fitted:
@@ -186,9 +211,15 @@ def train(context: FitContext, config: PbasConfig) -> Fitted:
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.steps) for optimiser in optimisers]
     radii, classification = torch.empty(config.steps), torch.empty(config.steps)
     batches = _row_batches(context.features, config, generator=generator, device=device)
+    gaussian = _measure_noise(context.features, device) if config.noise_share else None
     network.train()
     for step in range(config.steps):
-        centre_loss, cross_entropy = _losses(network, next(batches), centres, config, generator)
+        rows, sites = next(batches)
+        noise = None
+        if gaussian is not None:
+            drawn = sites[len(rows) - round(config.noise_share * len(rows)) :]
+            noise = gaussian.sample(drawn, generator, spread=config.noise_spread)
+        centre_loss, cross_entropy = _losses(network, rows, centres, config, generator, noise=noise)
         loss = config.centre_weight * centre_loss + cross_entropy
         if not torch.isfinite(loss):
             raise UsageError(
