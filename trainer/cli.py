@@ -107,6 +107,61 @@ def train(
     )
 
 
+def _parse_numbers(option: str, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError as error:
+        raise UsageError(f"--{option} {value}: give whole numbers with commas between, such as 160,224") from error
+
+
+def distill(
+    teacher: Annotated[list[Path], typer.Option(help="Run folder of a teacher; several are an ensemble.")],
+    data: Annotated[Path, typer.Option(help="The folder that the teachers learned from; only train/good is read.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    budget_ms: Annotated[
+        float | None, typer.Option(help="Processor milliseconds on one thread for trunk and head in int8.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="quick or full.")] = "quick",
+    trunk: Annotated[str, typer.Option(help="Network of the students: lite0 or lite2.")] = "lite0",
+    blocks: Annotated[str | None, typer.Option(help="Blocks of it to keep, to be tried: 6,11.")] = None,
+    sizes: Annotated[str | None, typer.Option(help="Input heights in pixels, to be tried: 160,224.")] = None,
+    rows: Annotated[str | None, typer.Option(help="Rows of a level's bank, to be tried: 64,256.")] = None,
+    students: Annotated[int, typer.Option(help="How many of those that fit are trained.")] = 4,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Teach small students what trained detectors know, and keep the best that fits the budget."""
+    from rich.console import Console
+
+    from trainer.distill import command
+    from trainer.progress import progress_bars
+
+    with progress_bars() as progress:
+        run = command.distill(
+            teachers=teacher,
+            data=data,
+            out=out,
+            budget_ms=budget_ms,
+            preset=preset,
+            trunk=trunk,
+            blocks=_parse_numbers("blocks", blocks) or command.BLOCKS,
+            sizes=_parse_numbers("sizes", sizes) or command.SIZES,
+            rows=_parse_numbers("rows", rows) or command.ROWS,
+            students=students,
+            device=device,
+            progress=progress,
+        )
+    found = run.record.distillation
+    assert found is not None
+    best = found.candidates[found.chosen]
+    Console(stderr=True).print(
+        f"student for {run.record.product}: {best.blocks} blocks of {best.trunk} at {best.height}x{best.width}, "
+        f"{best.milliseconds:.2f} ms ({best.engine} {best.precision}, one thread), I-AUROC {best.image_auroc:.3f} on "
+        f"synthetic defects; {len(found.candidates)} trained, {run.record.seconds} s -> {out}"
+    )
+
+
 def evaluate(
     data: Annotated[Path, typer.Option(help="Folder in MVTec layout; its test images are judged.")],
     run: Annotated[Path | None, typer.Option(help="A run folder (torch).")] = None,

@@ -177,11 +177,11 @@ def train(
     name = data.resolve().name if product is None else product
     if not name:
         raise UsageError("--product: empty; give the product a name")
-    _seed_everything(seed)
+    seed_everything(seed)
     Run.refuse_foreign(out)
     preprocessing = preprocessing or preprocessing_for(size=None, tiles=(1, 1), overlap=0, crop=None)
     samples = read_folder(data).train
-    split = _split(data, samples, seed)
+    split = hold_out(data, samples, seed)
     spec = TrunkSpec(name=trunk)
     network = build_trunk(spec)
     canvases = load_canvases(split.fit, preprocessing, progress=progress, what="read good images")
@@ -193,7 +193,7 @@ def train(
             of,
             preprocessing,
             tap_names=chosen.tap_names,
-            groups=_groups(parts),
+            groups=groups_of(parts),
             device=torch_device,
             progress=progress,
             what=what,
@@ -232,16 +232,20 @@ def train(
         train_images=len(split.fit),
         validation=validation,
         seconds=round(time.monotonic() - started, 1),
-        versions=_versions(),
+        versions=versions(),
         created=datetime.now(timezone.utc),
     )
-    run = Run(out, record, network.to("cpu"), head, holdout, _groups(split.holdout))
+    run = Run(out, record, network.to("cpu"), head, holdout, groups_of(split.holdout))
     run.save()
     return run
 
 
-def _split(data: Path, samples: Sequence[Sample], seed: int) -> Holdout:
-    """Hold images out, whole groups together, as many as calibration needs and the parity gate demands."""
+def hold_out(data: Path, samples: Sequence[Sample], seed: int) -> Holdout:
+    """Hold images out, whole groups together, as many as calibration needs and the parity gate demands.
+
+    Raises:
+        DataError: too few images, or groups that leave too few.
+    """
     where = data / "train" / "good"
     cure = f"give at least {2 * LEAST_GOOD_IMAGES}"
     if len(samples) < 2 * LEAST_GOOD_IMAGES:
@@ -257,11 +261,17 @@ def _split(data: Path, samples: Sequence[Sample], seed: int) -> Holdout:
     return split
 
 
-def _groups(samples: Sequence[Sample]) -> npt.NDArray[np.str_]:
+def groups_of(samples: Sequence[Sample]) -> npt.NDArray[np.str_]:
+    """Return the group of each sample."""
     return np.array([sample.group for sample in samples], np.str_)
 
 
-def _seed_everything(seed: int) -> None:
+def seed_everything(seed: int) -> None:
+    """Seed torch and ask it for deterministic algorithms.
+
+    Raises:
+        UsageError: the seed is out of range.
+    """
     if not 0 <= seed < 2**63:
         raise UsageError(f"--seed {seed}: out of range; give a whole number from 0 to 2**63 - 1")
     torch.manual_seed(seed)
@@ -269,5 +279,6 @@ def _seed_everything(seed: int) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return what a run was made with."""
     return {"python": platform.python_version(), **{name: version(name) for name in ("lineward", "torch", "numpy")}}

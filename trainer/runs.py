@@ -28,7 +28,7 @@ from edge.inference.preprocessing import cut_tiles, join_maps
 from edge.judgement.score import pool_score
 from trainer.backbones.registry import TrunkSpec, build_trunk
 from trainer.distill.record import Distillation  # noqa: TC001 (pydantic needs it at run time)
-from trainer.methods.registry import get
+from trainer.methods.registry import builder
 
 if TYPE_CHECKING:
     from trainer.backbones.efficientnet_lite import Trunk
@@ -103,7 +103,7 @@ class Run:
         except (ValueError, ValidationError) as error:
             raise DataError(f"{path / _RECORD}: not a run record of this release ({error}); train again") from error
         try:
-            method = get(record.method)
+            method = builder(record.method)
             config = type(method.config("quick")).model_validate(record.config)
         except (UsageError, ValidationError) as error:
             raise DataError(f"{path / _RECORD}: not a run record of this release ({error}); train again") from error

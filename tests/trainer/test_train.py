@@ -131,7 +131,7 @@ def test_holdout_shares_no_group_with_training(tmp_path: Path) -> None:
     rows = ["path,group", *(f"train/good/{index:03d}.png,part{index // 5}" for index in range(60))]
     (data / "meta.csv").write_text("\n".join(rows))
     samples = read_folder(data).train
-    split = fitting._split(data, samples, 3)
+    split = fitting.hold_out(data, samples, 3)
     assert not {sample.group for sample in split.fit} & {sample.group for sample in split.holdout}
     assert len(split.fit) + len(split.holdout) == 60
 
@@ -141,7 +141,7 @@ def test_holdout_of_a_large_set_is_bounded_and_shares_no_group(tmp_path: Path, m
     data = good_images(tmp_path, 100, side=8)
     rows = ["path,group", *(f"train/good/{index:03d}.png,part{index // 4}" for index in range(100))]
     (data / "meta.csv").write_text("\n".join(rows))
-    split = fitting._split(data, read_folder(data).train, 0)
+    split = fitting.hold_out(data, read_folder(data).train, 0)
     assert not {sample.group for sample in split.fit} & {sample.group for sample in split.holdout}
     assert 8 <= len(split.holdout) <= 15
 

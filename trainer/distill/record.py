@@ -39,9 +39,11 @@ class Candidate(BaseModel):
         height: of the network input, pixels.
         width: of the network input, pixels.
         rows: of the compressed bank.
-        branch: weight of the map branch in the map that is shipped.
-        image_auroc: I-AUROC on synthetic validation, float32 torch.
-        milliseconds: median time of trunk and head in int8, one thread, prepared input to map.
+        embedding: space of the banks, ``teacher`` or ``own``.
+        soft: share of the branch's output that follows the teacher.
+        hard: share of the branch's output that finds synthetic defects.
+        image_auroc: I-AUROC on unseen kinds of synthetic defects, float32 torch.
+        milliseconds: median processor time of trunk and head in int8, one thread, prepared input to map.
         milliseconds_low: lower quartile.
         milliseconds_high: upper quartile.
         engine: that was measured.
@@ -60,7 +62,9 @@ class Candidate(BaseModel):
     height: int
     width: int
     rows: int
-    branch: float
+    embedding: str
+    soft: float
+    hard: float
     image_auroc: float
     milliseconds: float
     milliseconds_low: float

@@ -1,0 +1,178 @@
+"""Distillation end to end on small generated webs: what a student run holds, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from deploy.parity import ParityRules
+from edge.bundle import Precision, Preprocessing
+from edge.errors import DataError, GateError, UsageError
+from trainer import export as exporting
+from trainer.data.conveyor import write_default
+from trainer.data.generic import generic_canvases
+from trainer.distill import command
+from trainer.distill.student import Student
+from trainer.evaluation.command import evaluate
+from trainer.export import export_run
+from trainer.fit import train
+from trainer.methods.memory.fit import MemoryMethod
+from trainer.methods.registry import methods
+from trainer.runs import Run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+# Few samples of small images: the limits are those of a smoke test. The gate's own limits have their own tests.
+RULES = ParityRules(shift=4.0, flipped=0.2, auroc_drop=0.2, good_samples=32, defect_samples=32)
+GRID: dict[str, Any] = {"blocks": (6,), "sizes": (64,), "rows": (8,), "device": "cpu", "rules": RULES}
+
+
+def quiet(_what: str, _done: int, _total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Quantise on a smaller generic set, keep trunks between runs out of the home folder, and train briefly."""
+    generic = generic_canvases(64)[::3]
+    memory = MemoryMethod.config("quick").model_copy(update={"rows": 40, "candidates": 400})
+    student = Student.config("quick").model_copy(
+        update={"steps": 12, "relit": 4, "defects": 12, "candidates": 300, "width": 8}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporting, "generic_canvases", lambda: generic)
+        patch.setattr(command, "generic_canvases", lambda: generic)
+        patch.setattr(MemoryMethod, "config", lambda _preset: memory)
+        patch.setattr(Student, "config", lambda _preset: student)
+        patch.setenv("LINEWARD_CACHE", str(request.config.cache.mkdir("lineward")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("web")
+    return write_default(folder, seed=4, kind="metal", train=16, test_good=12, test_defective=12, side=96)
+
+
+@pytest.fixture(scope="module")
+def teachers(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("teachers")
+    wanted = {"lite0": 96, "lite2": 64}
+    return [
+        train(
+            method="memory",
+            data=data,
+            out=folder / trunk,
+            trunk=trunk,
+            preprocessing=Preprocessing(height=side, width=side),
+            product="web",
+            device="cpu",
+            progress=quiet,
+        ).path
+        for trunk, side in wanted.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def student(data: Path, teachers: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("student") / "run"
+    grid = {**GRID, "blocks": (5, 6)}
+    return command.distill(teachers=teachers, data=data, out=out, budget_ms=1000.0, progress=quiet, **grid)
+
+
+def test_distill_leaves_a_run_that_loads_and_judges_with_the_same_bits(student: Run) -> None:
+    loaded = Run.load(student.path)
+    assert loaded.record == student.record
+    for canvas in student.holdout[:3]:
+        assert np.array_equal(loaded.judge(canvas), student.judge(canvas))
+
+
+def test_distill_records_teachers_candidates_and_the_choice(student: Run) -> None:
+    record = json.loads((student.path / "run.json").read_text())
+    found = record["distillation"]
+    assert record["method"] == "student"
+    assert record["method"] not in methods()
+    assert [(t["method"], t["trunk"], t["height"]) for t in found["teachers"]] == [
+        ("memory", "lite0", 96),
+        ("memory", "lite2", 64),
+    ]
+    assert sorted(c["blocks"] for c in found["candidates"]) == [5, 6]
+    for candidate in found["candidates"]:
+        assert 0 < candidate["milliseconds_low"] <= candidate["milliseconds"] <= candidate["milliseconds_high"]
+        assert candidate["fits"]
+        assert candidate["bytes"] > 100_000
+    best = found["candidates"][found["chosen"]]
+    passed = [c["image_auroc"] for c in found["candidates"] if not c["refused"]]
+    assert best["image_auroc"] == max(passed)
+    assert record["trunk"]["blocks"] == best["blocks"] == len(student.trunk.blocks)
+
+
+def test_student_exports_passes_the_gate_and_evaluates_as_any_run(student: Run, data: Path, tmp_path: Path) -> None:
+    bundle = export_run(student.path, tmp_path / "bundle", rules=RULES, progress=quiet)
+    assert {pair[1] for pair in bundle.calibrated()} >= {Precision.FLOAT32, Precision.INT8}
+    figures = {}
+    for name, subject in (("run", {"run": student.path}), ("bundle", {"bundle": bundle.path})):
+        extra = {"precision": Precision.FLOAT32} if name == "bundle" else {}
+        out = tmp_path / f"{name}.json"
+        evaluate(**{"run": None, "bundle": None, **subject}, data=data, json=out, alpha=0.1, **extra)
+        figures[name] = json.loads(out.read_text())["image_auroc"]
+    assert figures["run"] > 0.6
+    assert figures["bundle"] == pytest.approx(figures["run"], abs=0.01)
+
+
+def test_distill_a_budget_that_nothing_fits_names_the_fastest(data: Path, teachers: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--budget-ms 0\.001: no student fits; the fastest, lite0 of 6 blocks .* ms"):
+        command.distill(teachers=teachers, data=data, out=tmp_path / "run", budget_ms=0.001, progress=quiet, **GRID)
+    assert not (tmp_path / "run").exists()
+
+
+def test_distill_a_student_that_the_gate_refuses_is_not_kept(data: Path, teachers: list[Path], tmp_path: Path) -> None:
+    strict = ParityRules(shift=1e-9, flipped=1.0, auroc_drop=1.0, good_samples=32, defect_samples=32)
+    with pytest.raises(GateError, match=r"refused every student that fits: .*median score shift"):
+        command.distill(
+            teachers=teachers[1:], data=data, out=tmp_path / "run", progress=quiet, **{**GRID, "rules": strict}
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teachers": []}, "--teacher"),
+        ({"budget_ms": 0.0}, "--budget-ms 0"),
+        ({"budget_ms": -1.0}, "--budget-ms -1"),
+        ({"students": 0}, "--students 0"),
+        ({"sizes": (50,)}, "--sizes 50"),
+        ({"rows": ()}, "--rows"),
+        ({"blocks": (99,)}, "99 blocks"),
+        ({"trunk": "resnet"}, "--trunk resnet"),
+        ({"preset": "fast", "teachers": None}, "--preset fast"),
+    ],
+)
+def test_distill_a_wrong_argument_is_named(
+    data: Path,
+    teachers: list[Path],
+    tmp_path: Path,
+    options: dict[str, Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "preset" in options:
+        monkeypatch.undo()
+    wanted = {"teachers": teachers, "data": data, "out": tmp_path / "run", "progress": quiet, **GRID, **options}
+    if wanted["teachers"] is None:
+        wanted["teachers"] = teachers
+    with pytest.raises(UsageError, match=message):
+        command.distill(**wanted)
+    assert not (tmp_path / "run").exists()
+
+
+def test_distill_teachers_of_other_images_are_refused(teachers: list[Path], tmp_path: Path) -> None:
+    other = write_default(tmp_path / "other", seed=5, kind="cloth", train=12, test_good=1, test_defective=1, side=64)
+    with pytest.raises(DataError, match="learned from other images"):
+        command.distill(teachers=teachers, data=other, out=tmp_path / "run", progress=quiet, **GRID)
