@@ -181,14 +181,16 @@ def train(
         teachers, context.features, order, context.device, rank=settings.noise_rank, share=settings.noise_share
     )
     first.eval().requires_grad_(False)
-    # SD starts as SR; statistics of small batches and long steps would carry it off before the noise taught it anything.
+    # SD starts as SR: statistics of small batches would carry it off before the noise has taught it anything.
     network.sd.eval()
 
     def denoise() -> torch.Tensor:
         taught = teachers(next(batches))
         return denoising(network, taught, noise(taught[0], generator), settings.loss)
 
-    _descend(network.sd, denoise, settings.denoising_steps, rate=settings.denoising_rate, context=context, what="denoising")
+    _descend(
+        network.sd, denoise, settings.denoising_steps, rate=settings.denoising_rate, context=context, what="denoising"
+    )
 
 
 def _descend(
