@@ -79,6 +79,7 @@ def write_report(
     *,
     title: str,
     details: Mapping[str, Mapping[str, Any]] | None = None,
+    sections: Mapping[str, str] | None = None,
 ) -> None:
     """Write the report, whole or not at all.
 
@@ -87,17 +88,24 @@ def write_report(
         evaluation: what to show.
         title: heading and title of the page.
         details: further tables by heading, such as parity, provenance and latency; values may be nested mappings.
+        sections: further sections by heading, in HTML that is shown as it is, such as a Pareto front.
 
     Raises:
         DataError: the file cannot be written.
     """
-    write_whole(path, render_report(evaluation, title=title, details=details))
+    write_whole(path, render_report(evaluation, title=title, details=details, sections=sections))
 
 
-def render_report(evaluation: Evaluation, *, title: str, details: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-    """Return the report as one HTML document; see :func:`write_report`. Every name in it is escaped."""
+def render_report(
+    evaluation: Evaluation,
+    *,
+    title: str,
+    details: Mapping[str, Mapping[str, Any]] | None = None,
+    sections: Mapping[str, str] | None = None,
+) -> str:
+    """Return the report as one HTML document; see :func:`write_report`. Every name of ours in it is escaped."""
     scale = colour_scale(evaluation)
-    sections = [
+    parts = [
         _header(evaluation, title),
         _section("Figures", _figures_table(evaluation)),
         _section("Scores", f'<div class="charts">{_roc_figure(evaluation)}{_histogram_figure(evaluation)}</div>'),
@@ -115,6 +123,7 @@ def render_report(evaluation: Evaluation, *, title: str, details: Mapping[str, M
             evaluation,
             scale,
         ),
+        *(_section(heading, body) for heading, body in (sections or {}).items()),
         *(_section(heading, _details_table(heading, values)) for heading, values in (details or {}).items() if values),
     ]
     return (
@@ -123,7 +132,7 @@ def render_report(evaluation: Evaluation, *, title: str, details: Mapping[str, M
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"
         f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(section for section in sections if section)
+        + "\n".join(part for part in parts if part)
         + "\n</main>\n</body>\n</html>\n"
     )
 

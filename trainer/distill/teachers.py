@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from deploy.progress import Progress
-    from trainer.distill.gallery import Gallery
-    from trainer.methods.base import Features
+    from edge.bundle import Preprocessing
+    from trainer.distill.gallery import Gallery, Views
+    from trainer.methods.base import Features, Head
 
 LEVELS = ("s4", "s8", "s16")
 _WHITENING = 0.3  # of the mean eigenvalue, as the memory detector's
@@ -141,16 +142,26 @@ def teach(runs: Sequence[Run], gallery: Gallery, *, device: torch.device, progre
             progress=progress,
             what=f"teacher {index + 1} on hold-out",
         )
-        good = head_maps(run.head, held, preprocessing, device)
-        mean, deviation = float(good.mean()), max(float(good.std()), 1e-9)
-        maps.append((head_maps(run.head, features, preprocessing, device) - mean) / deviation)
+        maps.append(standardised(run.head, features, held, preprocessing, device))
         if index == 0:
-            first = len(views.good) + len(views.relit)
-            embedded = np.r_[
-                np.arange(min(_EMBEDDED, len(views.good))), first + np.arange(min(_EMBEDDED, len(views.defective)))
-            ]
-            embedding = _whitened(features, len(views.good), embedded)
+            embedded = chosen_pictures(views)
+            embedding = whitened(features, len(views.good), embedded)
     return Taught(tuple(maps), embedding, embedded)
+
+
+def standardised(
+    head: Head, features: Features, held: Features, preprocessing: Preprocessing, device: torch.device
+) -> npt.NDArray[np.float32]:
+    """Return a head's joined maps float32 [n, h, w] in deviations of its maps of held-out good parts."""
+    good = head_maps(head, held, preprocessing, device)
+    mean, deviation = float(good.mean()), max(float(good.std()), 1e-9)
+    return (head_maps(head, features, preprocessing, device) - mean) / deviation
+
+
+def chosen_pictures(views: Views) -> npt.NDArray[np.int64]:
+    """Return which pictures of a lesson carry a teacher's features to the student: some good, some defective."""
+    first = len(views.good) + len(views.relit)
+    return np.r_[np.arange(min(_EMBEDDED, len(views.good))), first + np.arange(min(_EMBEDDED, len(views.defective)))]
 
 
 def tile_rows(pictures: npt.NDArray[np.int64], tiles: int) -> torch.Tensor:
@@ -158,8 +169,8 @@ def tile_rows(pictures: npt.NDArray[np.int64], tiles: int) -> torch.Tensor:
     return torch.from_numpy((pictures[:, None] * tiles + np.arange(tiles)).reshape(-1))
 
 
-def _whitened(features: Features, good: int, pictures: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
-    """Whiten each level by the good pictures, which come first, and return it for some pictures."""
+def whitened(features: Features, good: int, pictures: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
+    """Whiten each level by the first ``good`` pictures; return it for some pictures, float32 [tiles, C, h, w]."""
     tiles, found = features.tiles_per_image, {}
     rows = tile_rows(pictures, tiles)
     for name in LEVELS:

@@ -5,6 +5,7 @@ The command line itself is in trainer/cli.py, the measuring in protocol.py.
 
 from __future__ import annotations
 
+import html
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.evaluation import Evaluation, Subject, write_json
+from deploy.pareto import ParetoPoint, pareto_html
 from deploy.report import write_report
 from edge.bundle import Bundle, Engine, Precision
 from edge.errors import DataError, UsageError
@@ -86,7 +88,8 @@ def evaluate(
         figures = found.figures()
         details["Latency in ms per image"] = {key: figures[key] for key in ("ms_per_image", "ms_p50", "ms_p99")}
         details["Test data"] = {"folder": str(data), "sha256": content_hash(images.test), "images": len(images.test)}
-        write_report(report, found, title=f"{found.subject.product}: evaluation", details=details)
+        sections = None if run is None else _distillation_section(run)
+        write_report(report, found, title=f"{found.subject.product}: evaluation", details=details, sections=sections)
     print_figures(found, Console())
     return found
 
@@ -148,6 +151,29 @@ def _evaluate_run(
     )
     fields = {"preset", "seed", "train_images", "data_sha256", "validation", "versions", "created"}
     return found, {"Provenance": record.model_dump(mode="json", include=fields)}
+
+
+def _distillation_section(path: Path) -> dict[str, str]:
+    """Return what was tried when the run is a student's: the Pareto front of its candidates."""
+    found = Run.load(path).record.distillation
+    if found is None:
+        return {}
+    points = [
+        ParetoPoint(
+            name=f"{one.trunk}, {one.blocks} blocks, {one.height}x{one.width}, {one.rows} rows",
+            milliseconds=one.milliseconds,
+            low=one.milliseconds_low,
+            high=one.milliseconds_high,
+            image_auroc=one.image_auroc,
+            bytes=one.bytes,
+            note="chosen" if index == found.chosen else "; ".join(one.refused) if one.fits else "over the budget",
+            chosen=index == found.chosen,
+        )
+        for index, one in enumerate(found.candidates)
+    ]
+    teachers = ", ".join(f"{one.method} on {one.trunk} at {one.height}x{one.width}" for one in found.teachers)
+    taught = f"<p>Taught by {html.escape(teachers)}.</p>"
+    return {"Students that were tried": taught + pareto_html(points, budget_ms=found.budget_ms)}
 
 
 def _evaluate_detector(
