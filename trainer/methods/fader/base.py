@@ -107,6 +107,8 @@ class MaskedBase(nn.Module):
         skip_names: taps that become skip features, finest first.
         local_means: whether each of them is averaged over 3x3 cells first.
         level_strides: input pixels per cell of each map that ``levels`` returns.
+        level_weights: weight of each of them in the anomaly map.
+        float_ops: submodules that stay in float32 under int8.
         threshold: float32 scalar; cells whose squared saliency exceeds it are masked.
     """
 
@@ -114,6 +116,7 @@ class MaskedBase(nn.Module):
     skip_names: tuple[str, ...]
     local_means: tuple[bool, ...]
     level_strides: tuple[int, ...]
+    level_weights: tuple[float, ...]
     float_ops: tuple[str, ...] = ("deviations",)
     threshold: torch.Tensor
 

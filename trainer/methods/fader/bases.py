@@ -67,8 +67,9 @@ class Stage(nn.Module):
 class _Decoder(nn.Module):
     """Stages from the deepest skip up; returns the state of every stage, finest first."""
 
-    def __init__(self, channels: Sequence[int], narrow: Sequence[int], widths: Sequence[int]) -> None:
+    def __init__(self, channels: Sequence[int], bottleneck: float, widths: Sequence[int]) -> None:
         super().__init__()
+        narrow = tuple(max(1, round(bottleneck * width)) for width in channels)
         below = (*widths[1:], 0)
         self.stages = nn.ModuleList(Stage(*sizes) for sizes in zip(channels, narrow, below, widths, strict=True))
 
@@ -87,19 +88,22 @@ class FeatureBase(MaskedBase):
         hint: what is shown of masked cells.
         block: side of a mosaic block in input pixels.
         width: channels of the decoder at strides 16 and 8; half of it at stride 4.
+        bottleneck: share of its channels that a skip is narrowed to.
     """
 
     tap_names = ("s4", "s8", "s16")
     skip_names = tap_names
     local_means = (True, True, True)
     level_strides = (4, 8, 16)
+    level_weights = (0.6, 1.0, 1.0)
     float_ops = ("deviations", "rewhiten")
-    _narrow = (12, 16, 32)
 
-    def __init__(self, shapes: Mapping[str, Sequence[int]], *, hint: Hint, block: int, width: int) -> None:
+    def __init__(
+        self, shapes: Mapping[str, Sequence[int]], *, hint: Hint, block: int, width: int, bottleneck: float
+    ) -> None:
         super().__init__(shapes, hint=hint, block=block)
         widths = (width // 2, width, width)
-        self.decoder = _Decoder(self.skip_channels, self._narrow, widths)
+        self.decoder = _Decoder(self.skip_channels, bottleneck, widths)
         self.predict = nn.ModuleList(_conv(w, c, 1) for w, c in zip(widths, self.skip_channels, strict=True))
         self.rewhiten = nn.ModuleList(_conv(c, c, 1) for c in self.skip_channels)
 
@@ -149,19 +153,22 @@ class ImageBase(MaskedBase):
         hint: what is shown of masked cells.
         block: side of a mosaic block in input pixels.
         width: channels of the decoder at strides 16 and 8; half of it at stride 4, a third at stride 2.
+        bottleneck: share of its channels that a skip is narrowed to.
     """
 
     tap_names = ("s1", "s2", "s4", "s8", "s16")
     skip_names = ("s2", "s4", "s8", "s16")
     local_means = (False, False, False, True)
     level_strides = (4, 4)
+    level_weights = (1.0, 1.0)
     float_ops = ("deviations", "similarity")
-    _narrow = (8, 12, 16, 32)
 
-    def __init__(self, shapes: Mapping[str, Sequence[int]], *, hint: Hint, block: int, width: int) -> None:
+    def __init__(
+        self, shapes: Mapping[str, Sequence[int]], *, hint: Hint, block: int, width: int, bottleneck: float
+    ) -> None:
         super().__init__(shapes, hint=hint, block=block)
         widths = (max(8, width // 3), width // 2, width, width)
-        self.decoder = _Decoder(self.skip_channels, self._narrow, widths)
+        self.decoder = _Decoder(self.skip_channels, bottleneck, widths)
         self.predict = _conv(widths[0], int(shapes["s1"][0]), 1)
         self.similarity = GradientSimilarity()
 

@@ -32,6 +32,7 @@ class FaderConfig(MethodConfig):
 
     base: BaseKind = Field(BaseKind.FEATURES, description="What is reconstructed.")
     width: int = Field(48, ge=8, le=256, description="Channels of the decoder.")
+    bottleneck: float = Field(0.3, gt=0, le=1, description="Share of its channels that a skip is narrowed to.")
     mask_quantile: float = Field(0.5, ge=0, lt=1, description="Share of good cells that the fixed threshold spares.")
     hint: Hint = Field(Hint.MOSAIC, description="What the decoder sees of masked cells; blank is the ablation.")
     mosaic: int = Field(32, multiple_of=16, ge=16, le=32, description="Side of a mosaic block in pixels, 16 or 32.")
@@ -49,15 +50,11 @@ class FaderConfig(MethodConfig):
     gates: bool = Field(True, description="Plug attenuation gates in; off is the base alone.")
     gate: GateShape = Field(GateShape.SPATIAL, description="What one gate value belongs to.")
     objective: Objective = Field(Objective.BOTH, description="What the gates are trained for.")
-    beta: float = Field(0.05, ge=0, description="Weight of the error targets beside clean reconstruction.")
+    beta: float = Field(1.0, ge=0, description="Weight of the error targets beside clean reconstruction.")
+    least_gate: float = Field(0.9, ge=0, lt=1, description="Mean gate on good tiles that training holds, every level.")
     gate_steps: int = Field(60, ge=1, description="Optimiser steps of the gates.")
-    gate_rate: float = Field(3e-3, gt=0, description="Learning rate of the gates (Adam).")
+    gate_rate: float = Field(2e-2, gt=0, description="Learning rate of the gates (Adam).")
     gate_tiles: int = Field(48, ge=1, description="Good tiles that corruptions are made of.")
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """Weight of each level in the map."""
-        return (0.6, 1.0, 1.0) if self.base is BaseKind.FEATURES else (1.0, 1.0)
 
 
 class FaderMethod(Method):
@@ -146,7 +143,9 @@ def fit_base(
 
 def empty_head(config: FaderConfig, shapes: Mapping[str, Sequence[int]]) -> FaderHead:
     """Return a head without gates whose weights are not set."""
-    base: MaskedBase = _BASES[config.base](shapes, hint=config.hint, block=config.mosaic, width=config.width)
+    base: MaskedBase = _BASES[config.base](
+        shapes, hint=config.hint, block=config.mosaic, width=config.width, bottleneck=config.bottleneck
+    )
     height, width = shapes["s4"][1:]
     return FaderHead(base, None, background=config.background, grid=(height * 4 // MAP_STRIDE, width * 4 // MAP_STRIDE))
 

@@ -27,11 +27,13 @@ class Judgement(NamedTuple):
 
     Attributes:
         anomaly_map: float32 [N, H/4, W/4], higher is more anomalous.
+        total: float32 [N, 1, H/4, W/4] >= 0, the scaled error itself: the map before its background is taken off.
         mask: float32 [N, 1, H/16, W/16], 1 where cells were hidden.
         gates: gate values of each skip feature, finest first; empty without gates.
     """
 
     anomaly_map: torch.Tensor
+    total: torch.Tensor
     mask: torch.Tensor
     gates: tuple[torch.Tensor, ...]
 
@@ -83,7 +85,7 @@ class FaderHead(Head):
         reconstruction, values = attenuated(self.base, self.gates, reading, mask)
         total = self.combine(self.base.levels(reconstruction, reading))
         anomaly_map = total[:, 0] - self.background * total.mean((1, 2, 3), keepdim=True)[:, 0]
-        return Judgement(anomaly_map, mask, values)
+        return Judgement(anomaly_map, total, mask, values)
 
     def forward(self, *taps: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return ``(anomaly_map,)`` float32 [N, H/4, W/4]."""

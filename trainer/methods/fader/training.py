@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from edge.errors import DataError, UsageError
-from trainer.methods.fader.base import MASK_STRIDE, enlarge_nearest
+from trainer.methods.fader.base import Reading, enlarge_nearest
 from trainer.methods.fader.gates import Gates, attenuated
 from trainer.methods.memory.reduce import whitening
 from trainer.synthesis.image2d import make_defects
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from trainer.methods.base import Features, FitContext
-    from trainer.methods.fader.base import Deviation, MaskedBase, Reading
+    from trainer.methods.fader.base import Deviation, MaskedBase
     from trainer.methods.fader.fit import FaderConfig
     from trainer.methods.fader.model import FaderHead
 
@@ -31,8 +31,10 @@ _MEASURE_TILES = 400  # statistics of good parts hardly change beyond
 _BLOCK_CELLS = 2  # side of a random mask block, in mask cells
 _CORRUPTION_SEED = 104_729  # apart from the seeds that validation and the parity gate draw defects with
 _DECAY = 1e-4
-_GATE_LEVELS = (0.5, 0.995)  # quantiles of good patches' errors between which the attenuation target falls from 1 to 0
-_LEAST_GATE, _HINGE = 0.9, 10.0
+_GATE_LEVELS = (0.95, 0.999)  # quantiles of good patches' errors between which the attenuation target falls from 1 to 0
+_HINGE = 10.0  # weight; far above the other terms, so that it binds
+# Larger and more than on validation: a gate learns from places, and small defects have few.
+_CORRUPTION_SIZE, _CORRUPTION_DEFECTS = (0.08, 0.4), 3
 
 
 class Objective(str, Enum):
@@ -186,16 +188,17 @@ def settle(head: FaderHead, context: FitContext, config: FaderConfig, generator:
     base, device = head.base, context.device
     order = _subset(context.features, generator)
     base.settle(reconstructions(base, context.features, order, device), config.residual_whitening)
-    totals = [torch.zeros_like(head.get_buffer(f"scale_{i}"), dtype=torch.float64) for i in range(len(config.weights))]
+    scales = [head.get_buffer(f"scale_{index}") for index in range(len(base.level_strides))]
+    totals = [torch.zeros_like(scale, dtype=torch.float64) for scale in scales]
     for reconstruction, reading in reconstructions(base, context.features, order, device):
         for total, level in zip(totals, base.levels(reconstruction, reading), strict=True):
             total.add_(level.double().sum(0))
-    for index, (total, weight) in enumerate(zip(totals, config.weights, strict=True)):
+    for scale, total, weight in zip(scales, totals, base.level_weights, strict=True):
         place = _smooth(_smooth((total / len(order)).float()))
         # A few images know little of one place; the mean over all places counts as that many more of them.
         trust = len(order) / (len(order) + config.place_prior)
         mean = trust * place + (1 - trust) * place.mean()
-        head.get_buffer(f"scale_{index}").copy_(weight / mean.clamp_min(1e-6))
+        scale.copy_(weight / mean.clamp_min(1e-6))
 
 
 class Corruptions(NamedTuple):
@@ -209,26 +212,48 @@ class Corruptions(NamedTuple):
 def corrupt(context: FitContext, config: FaderConfig, generator: torch.Generator) -> Corruptions:
     """Put synthetic defects on some of the good training tiles, and take their features through the trunk."""
     rows = torch.randperm(len(context.features), generator=generator)[: config.gate_tiles]
-    tiles, _ = make_defects(context.images[rows.numpy()], seed=context.seed + _CORRUPTION_SEED)
+    tiles, _ = make_defects(
+        context.images[rows.numpy()],
+        seed=context.seed + _CORRUPTION_SEED,
+        size=_CORRUPTION_SIZE,
+        defects=_CORRUPTION_DEFECTS,
+    )
     return Corruptions(context.features, context.extract(tiles), rows)
 
 
-def patch_errors(head: FaderHead, reconstruction: Sequence[torch.Tensor], reading: Reading) -> torch.Tensor:
-    """Return the mean scaled error per mask cell, float32 [N, 1, H/16, W/16]."""
-    error = head.combine(head.base.levels(reconstruction, reading))
-    return functional.avg_pool2d(error, MASK_STRIDE // head.map_stride)
+def place_errors(head: FaderHead, reconstruction: Sequence[torch.Tensor], reading: Reading) -> torch.Tensor:
+    """Return the scaled error of every place, float32 [N, 1, H/4, W/4]."""
+    return head.combine(head.base.levels(reconstruction, reading))
 
 
 def _error_range(head: FaderHead, context: FitContext, generator: torch.Generator) -> tuple[float, float]:
     order = _subset(context.features, generator)
     errors = torch.cat(
         [
-            patch_errors(head, *pair).flatten().cpu()
+            place_errors(head, *pair).flatten().cpu()
             for pair in reconstructions(head.base, context.features, order, context.device)
         ]
     )
     low, high = (float(_quantile(errors, share)) for share in _GATE_LEVELS)
     return low, max(high, low + 1e-6)
+
+
+def on_grids(target: torch.Tensor, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return a target float32 [N, 1, h, w] on the grid of each gate: means of finer cells, copies of coarser ones."""
+    found = []
+    for value in values:
+        size, factor = value.shape[-1], target.shape[-1] / value.shape[-1]
+        coarser = target if size >= target.shape[-1] else functional.avg_pool2d(target, int(factor))
+        found.append(enlarge_nearest(coarser, size // coarser.shape[-1]))
+    return found
+
+
+def _balanced(values: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy of gates against targets in 0..1, open and closed places weighing alike in all."""
+    # Gate values are probabilities already; clamped, since float32 reaches 1.
+    mean = values.mean(1, keepdim=True).clamp(1e-6, 1 - 1e-6)
+    open_, closed = wanted / wanted.sum().clamp_min(1), (1 - wanted) / (1 - wanted).sum().clamp_min(1)
+    return -(open_ * mean.log() + closed * (1 - mean).log()).sum() / 2
 
 
 def cell_gates(values: Sequence[torch.Tensor], shape: torch.Size) -> list[torch.Tensor]:
@@ -241,8 +266,8 @@ def train_gates(head: FaderHead, context: FitContext, config: FaderConfig, gener
 
     Half of each batch is corrupted, the other half the same tiles clean. Masks lose random cells, so that defects
     leak. Loss: reconstruction of the clean tile, ``beta`` times the cross-entropy of the gates against the error
-    target ``1 - clip((e - low) / (high - low), 0, 1)`` of each patch (fixed scale; e is measured on the current
-    model), and a hinge that holds every level's mean gate on clean tiles at 0.9 or above.
+    target ``1 - clip((e - low) / (high - low), 0, 1)`` of each place (fixed scale; e is measured on the current
+    model), and a hinge that holds every level's mean gate on clean tiles at ``least_gate`` or above.
 
     Raises:
         UsageError: training diverged.
@@ -260,19 +285,17 @@ def train_gates(head: FaderHead, context: FitContext, config: FaderConfig, gener
         (bad,) = pairs.corrupted.batches(base.tap_names, len(drawn), device=device, order=drawn)
         (good,) = pairs.clean.batches(base.tap_names, len(drawn), device=device, order=pairs.rows[drawn])
         reading = base.read([torch.cat(both) for both in zip(bad, good, strict=True)])
-        targets = [torch.cat([part] * 2) for part in base.read(good).targets]
+        sought = Reading(*(tuple(torch.cat([part] * 2) for part in parts) for parts in base.read(good)))
         mask = _leaking(base.mask(reading), generator)
         reconstruction, values = attenuated(base, gates, reading, mask)
-        clean = base.loss(reconstruction, targets)
+        clean = base.loss(reconstruction, sought.targets)
         with torch.no_grad():
-            error = (patch_errors(head, reconstruction, reading) - low) / (high - low)
-            wanted = 1 - error.clamp(0, 1)
-        cells = cell_gates(values, mask.shape)
-        # Gate values are probabilities already; clamped, since float32 reaches 1.
-        entropy = torch.stack(
-            [functional.binary_cross_entropy(cell.clamp(1e-6, 1 - 1e-6), wanted) for cell in cells]
-        ).sum()
-        hinge = torch.stack([functional.relu(_LEAST_GATE - value[len(drawn) :].mean()) for value in values]).sum()
+            # Measured against what the clean twin gives: a defect that leaked and was reproduced is an error too.
+            twin = [part[len(drawn) :].repeat(2, 1, 1, 1) for part in reconstruction]
+            wanted = 1 - ((place_errors(head, twin, reading) - low) / (high - low)).clamp(0, 1)
+        grids = on_grids(wanted, values)
+        entropy = torch.stack([_balanced(value, target) for value, target in zip(values, grids, strict=True)]).sum()
+        hinge = torch.stack([functional.relu(config.least_gate - value[len(drawn) :].mean()) for value in values]).sum()
         loss = _HINGE * hinge
         if config.objective is not Objective.ERROR:
             loss = loss + clean
