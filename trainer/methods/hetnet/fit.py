@@ -92,6 +92,7 @@ class HetNetConfig(MethodConfig):
     whitening: float = Field(0.3, gt=0, description="Added to every eigenvalue, as a share of their mean.")
     held_back: float = Field(0.2, gt=0, lt=1, description="Share of images that residuals are measured on.")
     fine_weight: float = Field(0.6, gt=0, description="Weight of the finest level in the map; the others have 1.")
+    foretold_weight: float = Field(0.5, ge=0, le=1, description="Weight of residuals from what is foretold.")
     background: float = Field(0.3, ge=0, le=1, description="Share of its own mean that is taken off a map.")
 
 
@@ -267,15 +268,19 @@ class _Fit:
         head.get_buffer("scales").fill_(1.0)
         with torch.no_grad():
             if self.config.residual is Residual.WHITENED:
-                for index in range(len(LEVELS)):
+                for index, layer in enumerate(head.residual):
                     rows = (_rows(found[index]) for found in self._residuals(head))
-                    _as_convolution(head.residual[index], *whitening(rows, self.config.whitening))
-            total, count = torch.zeros(len(LEVELS), dtype=torch.float64), 0
+                    _as_convolution(layer, *whitening(rows, self.config.whitening))
+            scales = head.get_buffer("scales")
+            total, count = torch.zeros(len(scales), dtype=torch.float64), 0
             for taps in self._batches(self.held):
                 total += torch.stack([level.double().mean((1, 2, 3)).sum().cpu() for level in head.levels(taps)])
                 count += len(taps[0])
-            head.get_buffer("scales").copy_(count / total.clamp_min(1e-9))
-            head.get_buffer("scales")[0] *= self.config.fine_weight
+            scales.copy_(count / total.clamp_min(1e-9))
+            scales[:: len(LEVELS)] *= self.config.fine_weight
+            if len(scales) > len(LEVELS):
+                scales[: len(LEVELS)] *= 1 - self.config.foretold_weight
+                scales[len(LEVELS) :] *= self.config.foretold_weight
 
     def _batches(self, order: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
         return self.features.batches(LEVELS, _BATCH, device=self.context.device, order=order)

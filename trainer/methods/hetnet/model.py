@@ -110,8 +110,8 @@ class Student(nn.Module):
     """One-class embedding and a decoder of three stages: resize and convolve, no transposed convolution.
 
     The bottleneck keeps ``code`` channels at half the deepest grid, so that only what good parts have in common
-    passes. Where there is a global teacher, what it foretells of a level (see :class:`GlobalContext`) is added to
-    that level's stage by a 1x1 convolution.
+    passes. Where there is a global teacher, each stage answers twice: from the bottleneck alone, and with what the
+    global teacher foretells of the level (see :class:`GlobalContext`) added by a 1x1 convolution.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -124,21 +124,24 @@ class Student(nn.Module):
         outputs = (width // 2, width, 2 * width)
         self.stages = nn.ModuleList(Separable(a, b) for a, b in zip(inputs, outputs, strict=True))
         self.out = nn.ModuleList(skip_init(nn.Conv2d, b, c, 1) for b, c in zip(outputs, shape.channels, strict=True))
-        self.foretold = nn.ModuleList(
-            skip_init(nn.Conv2d, c, c, 1, bias=False) for c in shape.channels if shape.context
-        )
+        self.beside, self.foretold = nn.ModuleList(), nn.ModuleList()
+        if shape.context:
+            self.beside.extend(skip_init(nn.Conv2d, b, c, 1) for b, c in zip(outputs, shape.channels, strict=True))
+            self.foretold.extend(skip_init(nn.Conv2d, c, c, 1, bias=False) for c in shape.channels)
 
     def forward(self, fused: torch.Tensor, foretold: Maps) -> Maps:
-        """Recall the teacher's maps from float32 [N, 2 * width, h16, w16]."""
-        x = self.embed(fused)
-        recalled: Maps = []
+        """Recall the teacher's maps from float32 [N, 2 * width, h16, w16].
+
+        Returns:
+            The maps of all levels from the bottleneck alone, then, with a global teacher, all levels again.
+        """
+        x, alone, told = self.embed(fused), [], []
         for index in (2, 1, 0):
             x = self.stages[index](enlarge(x, 2))
-            level = self.out[index](x)
+            alone.insert(0, self.out[index](x))
             if len(self.foretold):
-                level = level + self.foretold[index](foretold[index])
-            recalled.insert(0, level)
-        return recalled
+                told.insert(0, self.beside[index](x) + self.foretold[index](foretold[index]))
+        return alone + told
 
 
 class Encoder(nn.Module):
@@ -184,15 +187,16 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
 class HetNetHead(Head):
     """The exported head: taps -> anomaly map; the trained encoder and one student.
 
-    ``x_l`` is the whitened 3x3 mean of tap l and ``s_l`` what the student recalls of it. The residual of a level is
-    ``||M_l (x_l - s_l) + b_l||`` (whitened by the residuals of unseen good images) or ``1 - cos(x_l, s_l)``; the map
-    is the sum over levels, each scaled, on the s4 grid, less ``background`` times its own mean.
+    ``x_l`` is the whitened 3x3 mean of tap l and ``s_l`` what the student recalls of it, from the bottleneck alone
+    and with what is foretold. A residual is ``||M_l (x_l - s_l) + b_l||`` (whitened by the residuals of unseen good
+    images) or ``1 - cos(x_l, s_l)``; the map is the sum over levels and answers, each scaled, on the s4 grid, less
+    ``background`` times its own mean.
     """
 
     tap_names = LEVELS
     map_stride = MAP_STRIDE
     # What a residual is a small difference of stays in float32 under int8; these products are few.
-    float_ops = ("whiten", "context", "residual", "student.out", "student.foretold")
+    float_ops = ("whiten", "context", "residual", "student.out", "student.beside", "student.foretold")
 
     def __init__(self, shape: Shape, context: GlobalContext | None, *, cosine: bool, background: float) -> None:
         super().__init__()
@@ -200,8 +204,9 @@ class HetNetHead(Head):
         self.whiten = nn.ModuleList(skip_init(nn.Conv2d, c, c, 1) for c in shape.channels)
         self.context = context
         self.encoder, self.student = Encoder(shape), Student(shape)
-        self.residual = nn.ModuleList(skip_init(nn.Conv2d, c, c, 1) for c in shape.channels if not cosine)
-        self.register_buffer("scales", torch.ones(len(LEVELS)))
+        answers = shape.channels * (2 if shape.context else 1)
+        self.residual = nn.ModuleList(skip_init(nn.Conv2d, c, c, 1) for c in answers if not cosine)
+        self.register_buffer("scales", torch.ones(len(answers)))
         self.register_buffer("grid", torch.tensor(shape.grid))
 
     def whitened(self, taps: tuple[torch.Tensor, ...]) -> Maps:
@@ -209,13 +214,14 @@ class HetNetHead(Head):
         return [whiten(patch_mean(tap)) for whiten, tap in zip(self.whiten, taps, strict=True)]
 
     def recall(self, taps: tuple[torch.Tensor, ...]) -> tuple[Maps, Maps]:
-        """Return the local teacher's maps x_l and what the student recalls of them, s_l."""
+        """Return the local teacher's maps x_l, once for each answer, and the student's answers s_l."""
         local = self.whitened(taps)
         context, foretold = (None, []) if self.context is None else self.context(local)
-        return local, self.student(self.encoder(local, context), foretold)
+        recalled = self.student(self.encoder(local, context), foretold)
+        return local * (len(recalled) // len(local)), recalled
 
     def levels(self, taps: tuple[torch.Tensor, ...]) -> Maps:
-        """Return each level's scaled residual float32 [N, 1, h_l, w_l]."""
+        """Return the scaled residual of each answer float32 [N, 1, h_l, w_l]."""
         found = []
         for index, (x, s) in enumerate(zip(*self.recall(taps), strict=True)):
             distance = 1 - cosine(x, s) if self.cosine else norm(self.residual[index](x - s))
@@ -232,8 +238,10 @@ class HetNetHead(Head):
             ``(anomaly_map,)`` float32 [N, H / 4, W / 4].
         """
         found = self.levels(taps)
-        total = found[0]
-        for level, stride in zip(found[1:], STRIDES[1:], strict=True):
+        # Answers of one level are added on its own grid, before they are enlarged.
+        parts = [sum(found[index + len(LEVELS) :: len(LEVELS)], found[index]) for index in range(len(LEVELS))]
+        total = parts[0]
+        for level, stride in zip(parts[1:], STRIDES[1:], strict=True):
             total = total + enlarge(level, stride // MAP_STRIDE)
         return ((total - self.background * total.mean((1, 2, 3), keepdim=True))[:, 0],)
 

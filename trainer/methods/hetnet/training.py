@@ -96,7 +96,8 @@ class Noise:
 
 
 def distance(teacher: Maps, student: Maps, loss: Loss) -> torch.Tensor:
-    """Return the scalar distance between two sets of maps."""
+    """Return the scalar distance between a teacher's maps and a student's answers to them, one or two a level."""
+    teacher = teacher * (len(student) // len(teacher))
     if loss is Loss.COSINE:
         parts = [1 - cosine(x, s).mean() for x, s in zip(teacher, student, strict=True)]
     else:
