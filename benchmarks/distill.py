@@ -43,7 +43,7 @@ from trainer.features import extract, load_canvases
 from trainer.fit import HOLDOUT_FRACTION, HOLDOUT_MINIMUM, choose_pooling, head_maps, preprocessing_for
 from trainer.methods.base import Features, FitContext, Validation
 from trainer.methods.memory.fit import MemoryMethod
-from trainer.methods.memory.model import LEVELS, MemoryHead
+from trainer.methods.memory.model import LEVELS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +62,8 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 STUDENT, CONTROL, MEMORY = "student", "without teacher", "memory at equal ms"
-MEMORY_SIZES, MEMORY_ROWS = (128, 160, 192, 224), (2000, 1000, 500, 250, 125, 64)
+MEMORY_SIZES, MEMORY_ROWS = (128, 160, 192, 224), (1000, 500, 250, 125)
+_NOISE = 16  # pictures of noise, enough for 1,000 rows of the coarsest level at 128 pixels
 TEACHER_ROWS = 600
 PIXELS = 224  # side at which AUPRO is computed, whatever the input
 _CANDIDATES = 10_000
@@ -256,15 +257,12 @@ def memory_shapes(generic: Canvases, folder: Path) -> dict[tuple[int, int], Timi
     trunk, exported, keys = build_trunk("lite0"), [], []
     for size in MEMORY_SIZES:
         for rows in MEMORY_ROWS:
-            channels = tuple(trunk.tap_channels[name] for name in LEVELS)
-            head = MemoryHead(rows=(rows // 2, rows, rows), channels=channels, background=0.3)
-            generator = torch.Generator().manual_seed(0)
-            for tensor in (*head.parameters(), *(head.get_buffer(f"bank_{name}") for name in LEVELS)):
-                torch.nn.init.normal_(tensor.data, std=0.1, generator=generator)
-            noise = np.random.default_rng(0).integers(0, 256, (4, size, size, 3), dtype=np.uint8)
+            # Fitted on noise: what a head costs does not depend on what it has learned.
+            noise = np.random.default_rng(0).integers(0, 256, (_NOISE, size, size, 3), dtype=np.uint8)
+            head = fit_memory(taps_of(trunk, noise, size), rows, 0)
             exported.append(
                 export_int8(
-                    trunk, head.eval(), square(size), canvases=noise, generic=generic, folder=folder / f"{size}-{rows}"
+                    trunk, head, square(size), canvases=noise[:4], generic=generic, folder=folder / f"{size}-{rows}"
                 )
             )
             keys.append((size, rows))
@@ -281,14 +279,23 @@ def fastest_memories(timings: dict[tuple[int, int], Timing], limit: float, count
     return tuple(found[:count])
 
 
-def plan(options: argparse.Namespace) -> tuple[Setting, dict[str, Any]]:
-    """Time the shapes on this machine and say what will be compared."""
+def setting_of(options: argparse.Namespace, memories: tuple[tuple[int, int], ...]) -> Setting:
+    """Turn options into a setting."""
     blocks, size, rows = (int(part) for part in options.shape.split(","))
     config = Student.config("quick").model_copy(update=json.loads(options.config))
     shape = shapes(square(size), trunk="lite0", blocks=[blocks], sizes=[size], rows=[rows])[0]
-    generic = generic_canvases()
+    return Setting(shape, memories, config, options.teacher_size, not options.single)
+
+
+def plan(options: argparse.Namespace) -> tuple[Setting, dict[str, Any]]:
+    """Time the shapes on this machine and say what will be compared."""
+    if options.plan and options.plan.exists():
+        known = json.loads(options.plan.read_text())
+        options.shape, memories = known["shape"], tuple((int(s), int(r)) for s, r in known["memories"])
+        return setting_of(options, memories), known["said"]
+    wanted, generic = setting_of(options, ()), generic_canvases()
     with tempfile.TemporaryDirectory() as folder:
-        ours = time_shapes([shape], config, generic, Path(folder), progress=quiet)[0]
+        ours = time_shapes([wanted.shape], wanted.config, generic, Path(folder), progress=quiet)[0]
         theirs = memory_shapes(generic, Path(folder))
     limit = ours.median * (1 + options.slack)
     memories = fastest_memories(theirs, limit, options.memories)
@@ -296,10 +303,12 @@ def plan(options: argparse.Namespace) -> tuple[Setting, dict[str, Any]]:
         raise SystemExit(f"no memory detector takes {limit:.2f} ms or less; the fastest: {theirs}")
     said = {
         "engine": f"{engine().value} int8, one thread, processor time",
-        STUDENT: {"shape": str(shape), "ms": [ours.median, ours.low, ours.high]},
+        STUDENT: {"shape": str(wanted.shape), "ms": [ours.median, ours.low, ours.high]},
         MEMORY: {f"{s} {r}": [theirs[s, r].median, theirs[s, r].low, theirs[s, r].high] for s, r in memories},
     }
-    return Setting(shape, memories, config, options.teacher_size, not options.single), said
+    if options.plan:
+        options.plan.write_text(json.dumps({"shape": options.shape, "memories": memories, "said": said}))
+    return setting_of(options, memories), said
 
 
 def best_memory(seeds: Sequence[dict[str, Any]]) -> str:
@@ -373,11 +382,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="folders in MVTec layout")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--shape", default="11,192,64", help="BLOCKS,SIZE,ROWS of the student")
+    parser.add_argument("--shape", default="6,224,64", help="BLOCKS,SIZE,ROWS of the student")
     parser.add_argument("--teacher-size", type=int, default=288, help="input of the Lite2 teacher in pixels")
     parser.add_argument("--single", action="store_true", help="one teacher: no ensemble with memory on Lite0")
     parser.add_argument("--slack", type=float, default=0.02, help="share by which the memory detector may be slower")
     parser.add_argument("--memories", type=int, default=2, help="memory detectors to try, largest inputs first")
+    parser.add_argument("--plan", type=Path, help="where shape and equal memory detectors are kept between parts")
     parser.add_argument("--config", default="{}", help="settings of the student that differ from quick, as JSON")
     parser.add_argument("--json", type=Path, help="write scores and choices here")
     parser.add_argument("--join", type=Path, nargs="+", default=[], help="parts that --json wrote, shown together")
