@@ -51,6 +51,16 @@ def _parse_choice(option: str, value: str | None, kind: type[Choice]) -> Choice 
         raise UsageError(f"--{option} {value}: unknown; choose one of {known}") from error
 
 
+def _parse_settings(given: list[str]) -> dict[str, str]:
+    settings = {}
+    for one in given:
+        name, equals, value = one.partition("=")
+        if not equals or not name or name in settings:
+            raise UsageError(f"--set {one}: give NAME=VALUE, each name once")
+        settings[name] = value
+    return settings
+
+
 def train(
     data: Annotated[Path, typer.Option(help="Folder in MVTec layout; only train/good is read.")],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
@@ -69,6 +79,9 @@ def train(
     product: Annotated[str | None, typer.Option(help="Name of the product; default: the folder's name.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     trunk: Annotated[str, typer.Option(help="lite0, or lite2: slower, a teacher for `lineward distill`.")] = "lite0",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE of the method: rows_precision=int8; repeatable.")
+    ] = None,
 ) -> None:
     """Learn what good parts look like."""
     from rich.console import Console
@@ -96,6 +109,7 @@ def train(
             product=product,
             device=device,
             trunk=trunk,
+            settings=_parse_settings(settings or []),
             progress=progress,
         )
     record = run.record

@@ -32,13 +32,14 @@ from trainer.runs import Run, RunRecord
 from trainer.synthesis.image2d import make_defects
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import numpy.typing as npt
 
     from deploy.progress import Progress
     from trainer.data.folder import Holdout, Sample
+    from trainer.methods.base import MethodConfig
 
 DEFAULT_SIZE = (224, 224)
 HOLDOUT_FRACTION = 0.2
@@ -147,6 +148,7 @@ def train(
     product: str | None = None,
     device: str = "auto",
     trunk: str = DEFAULT_TRUNK,
+    settings: Mapping[str, object] | None = None,
     progress: Progress,
 ) -> Run:
     """Train one method on one product.
@@ -161,19 +163,20 @@ def train(
         product: name of the product; the folder's name if None.
         device: ``auto``, ``cpu`` or ``cuda``.
         trunk: name in the registry of trunks.
+        settings: of the method, by name, in place of the preset's; text is read as the setting's type.
         progress: progress function.
 
     Returns:
         The saved run.
 
     Raises:
-        UsageError: unknown method, preset, trunk or device, seed out of range, no product, or ``out`` holds other
-            files.
+        UsageError: unknown method, preset, setting, trunk or device, a value out of range, no product, or ``out``
+            holds other files.
         DataError: the folder cannot be used, has too few images, or the run cannot be written.
     """
     started = time.monotonic()
     chosen, torch_device = get(method), choose_device(device)
-    config = chosen.config(preset)
+    config = _configured(chosen.config(preset), method, settings or {})
     name = data.resolve().name if product is None else product
     if not name:
         raise UsageError("--product: empty; give the product a name")
@@ -238,6 +241,17 @@ def train(
     run = Run(out, record, network.to("cpu"), head, holdout, groups_of(split.holdout))
     run.save()
     return run
+
+
+def _configured(config: MethodConfig, method: str, settings: Mapping[str, object]) -> MethodConfig:
+    """Return a preset with some settings changed."""
+    try:
+        return type(config).model_validate({**config.model_dump(), **settings})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "settings"
+        known = ", ".join(type(config).model_fields)
+        raise UsageError(f"--set {where}: {first['msg']}; the settings of {method} are {known}") from error
 
 
 def hold_out(data: Path, samples: Sequence[Sample], seed: int) -> Holdout:
