@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Few samples of small images: the limits are those of a smoke test. The gate's own limits have their own tests.
 RULES = ParityRules(shift=4.0, flipped=0.2, auroc_drop=0.2, good_samples=32, defect_samples=32)
-GRID: dict[str, Any] = {"blocks": (6,), "sizes": (64,), "rows": (8,), "device": "cpu", "rules": RULES}
+GRID: dict[str, Any] = {"blocks": (5,), "sizes": (64,), "rows": (8,), "device": "cpu", "rules": RULES}
 
 
 def quiet(_what: str, _done: int, _total: int) -> None:
@@ -81,7 +81,7 @@ def teachers(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
 @pytest.fixture(scope="module")
 def student(data: Path, teachers: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
     out = tmp_path_factory.mktemp("student") / "run"
-    grid = {**GRID, "blocks": (5, 6)}
+    grid = {**GRID, "rows": (8, 24)}
     return command.distill(teachers=teachers, data=data, out=out, budget_ms=1000.0, progress=quiet, **grid)
 
 
@@ -101,7 +101,7 @@ def test_distill_records_teachers_candidates_and_the_choice(student: Run) -> Non
         ("memory", "lite0", 96),
         ("memory", "lite2", 64),
     ]
-    assert sorted(c["blocks"] for c in found["candidates"]) == [5, 6]
+    assert sorted(c["rows"] for c in found["candidates"]) == [8, 24]
     for candidate in found["candidates"]:
         assert 0 < candidate["milliseconds_low"] <= candidate["milliseconds"] <= candidate["milliseconds_high"]
         assert candidate["fits"]
@@ -110,6 +110,7 @@ def test_distill_records_teachers_candidates_and_the_choice(student: Run) -> Non
     passed = [c["image_auroc"] for c in found["candidates"] if not c["refused"]]
     assert best["image_auroc"] == max(passed)
     assert record["trunk"]["blocks"] == best["blocks"] == len(student.trunk.blocks)
+    assert record["config"]["rows"] == best["rows"] == len(student.head.get_buffer("bank_s8"))
 
 
 def test_student_exports_passes_the_gate_and_evaluates_as_any_run(student: Run, data: Path, tmp_path: Path) -> None:
@@ -119,14 +120,19 @@ def test_student_exports_passes_the_gate_and_evaluates_as_any_run(student: Run, 
     for name, subject in (("run", {"run": student.path}), ("bundle", {"bundle": bundle.path})):
         extra = {"precision": Precision.FLOAT32} if name == "bundle" else {}
         out = tmp_path / f"{name}.json"
-        evaluate(**{"run": None, "bundle": None, **subject}, data=data, json=out, alpha=0.1, **extra)
+        report = tmp_path / f"{name}.html"
+        evaluate(**{"run": None, "bundle": None, **subject}, data=data, json=out, report=report, alpha=0.1, **extra)
         figures[name] = json.loads(out.read_text())["image_auroc"]
+    page = (tmp_path / "run.html").read_text()
+    assert "Students that were tried" in page
+    assert page.count("lite0, 5 blocks, 64x64") >= 2
+    assert "Students that were tried" not in (tmp_path / "bundle.html").read_text()
     assert figures["run"] > 0.6
     assert figures["bundle"] == pytest.approx(figures["run"], abs=0.01)
 
 
 def test_distill_a_budget_that_nothing_fits_names_the_fastest(data: Path, teachers: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--budget-ms 0\.001: no student fits; the fastest, lite0 of 6 blocks .* ms"):
+    with pytest.raises(UsageError, match=r"--budget-ms 0\.001: no student fits; the fastest, lite0 of 5 blocks .* ms"):
         command.distill(teachers=teachers, data=data, out=tmp_path / "run", budget_ms=0.001, progress=quiet, **GRID)
     assert not (tmp_path / "run").exists()
 
@@ -140,33 +146,22 @@ def test_distill_a_student_that_the_gate_refuses_is_not_kept(data: Path, teacher
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"teachers": []}, "--teacher"),
-        ({"budget_ms": 0.0}, "--budget-ms 0"),
-        ({"budget_ms": -1.0}, "--budget-ms -1"),
-        ({"students": 0}, "--students 0"),
-        ({"sizes": (50,)}, "--sizes 50"),
-        ({"rows": ()}, "--rows"),
-        ({"blocks": (99,)}, "99 blocks"),
-        ({"trunk": "resnet"}, "--trunk resnet"),
-        ({"preset": "fast", "teachers": None}, "--preset fast"),
-    ],
-)
-def test_distill_a_wrong_argument_is_named(
-    data: Path,
-    teachers: list[Path],
-    tmp_path: Path,
-    options: dict[str, Any],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if "preset" in options:
-        monkeypatch.undo()
-    wanted = {"teachers": teachers, "data": data, "out": tmp_path / "run", "progress": quiet, **GRID, **options}
-    if wanted["teachers"] is None:
-        wanted["teachers"] = teachers
+WRONG: dict[str, dict[str, Any]] = {
+    "--teacher": {"teachers": []},
+    "--budget-ms 0": {"budget_ms": 0.0},
+    "--budget-ms -1": {"budget_ms": -1.0},
+    "--students 0": {"students": 0},
+    "--sizes 50": {"sizes": (50,)},
+    "--rows": {"rows": ()},
+    "99 blocks": {"blocks": (99,)},
+    "--trunk resnet": {"trunk": "resnet"},
+    "--device tpu": {"device": "tpu"},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_distill_a_wrong_argument_is_named(data: Path, teachers: list[Path], tmp_path: Path, message: str) -> None:
+    wanted = {"teachers": teachers, "data": data, "out": tmp_path / "run", "progress": quiet, **GRID, **WRONG[message]}
     with pytest.raises(UsageError, match=message):
         command.distill(**wanted)
     assert not (tmp_path / "run").exists()

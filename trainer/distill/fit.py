@@ -167,6 +167,7 @@ class _Fit:
             config,
             [len(rows[name]) for name in self.names],
             [(int(m.shape[0]), int(m.shape[1])) for m, _ in (embeddings[name] for name in self.names)],
+            self._places(),
             self.generator,
         )
         with torch.no_grad():
@@ -186,6 +187,11 @@ class _Fit:
             head.offset.fill_(float(good.mean()))
             head.gain.fill_(1.0 / max(float(good.std()), 1e-6))
         return head
+
+    def _places(self) -> tuple[int, int]:
+        """Return how many places of 32 pixels a tile has; the stride-8 tap says its size."""
+        height, width = self.lesson.features.taps["s8"].shape[2:]
+        return height // 4, width // 4
 
     def _bank(self, name: str, embedding: tuple[torch.Tensor, torch.Tensor], size: int) -> torch.Tensor:
         matrix, bias = (part.to(self.device) for part in embedding)

@@ -20,22 +20,32 @@ if TYPE_CHECKING:
 
 MAP_STRIDE = 4
 _GRID = 8  # stride of the branch's grid and of the embedding
+_PLACE = 4  # cells of that grid, along a side, that share one bias
 _FINE = 48  # channels that the stride-4 level is folded into on the branch's grid
 
 
 class Branch(nn.Module):
     """Convolutions on the embeddings and distances of all levels -> one map at stride 4.
 
-    The work is done on the stride-8 grid, which costs a quarter; a last pixel shuffle gives stride 4.
+    The work is done on the stride-8 grid, which costs a quarter; a last pixel shuffle gives stride 4. A bias for each
+    place of 32 x 32 pixels lets it follow a teacher that knows where on the part a feature may occur.
 
     Args:
         channels: of each level's embedding, by tap name, finest (``s4``) first.
         width: channels of the hidden layers.
+        places: rows and columns of places.
         generator: draws the weights; None leaves them as they come, to be loaded.
     """
 
-    def __init__(self, channels: dict[str, int], width: int, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        channels: dict[str, int],
+        width: int,
+        places: tuple[int, int],
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
+        self.place = nn.Parameter(torch.zeros(1, width, *places))
         self.fine = skip_init(nn.Conv2d, channels["s4"] + 1, _FINE, 3, 2, 1)
         self.enter = skip_init(nn.Conv2d, _FINE + channels["s8"] + 1, width, 1)
         self.coarse = skip_init(nn.Conv2d, channels["s16"] + 1, width, 1) if "s16" in channels else None
@@ -59,7 +69,7 @@ class Branch(nn.Module):
         x = self.enter(torch.cat([functional.relu(self.fine(levels["s4"])), levels["s8"]], 1))
         if self.coarse is not None:
             x = x + enlarge(self.coarse(levels["s16"]), 2)
-        x = functional.relu(x)
+        x = functional.relu(x + enlarge(self.place, _PLACE))
         return x + functional.relu(self.mix(functional.relu(self.spatial(x))))
 
     def forward(self, levels: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -84,6 +94,7 @@ class StudentHead(Head):
         rows: of each level's bank, finest first.
         channels: (tap channels, embedding channels) of each level, finest first.
         width: of the branch.
+        places: rows and columns of 32 x 32 pixels in a tile.
         background: share of its own mean that is taken off the banks' map.
         generator: draws the branch's weights; None leaves them to be loaded.
     """
@@ -96,6 +107,7 @@ class StudentHead(Head):
         rows: tuple[int, ...],
         channels: tuple[tuple[int, int], ...],
         width: int,
+        places: tuple[int, int],
         background: float,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -112,9 +124,8 @@ class StudentHead(Head):
         self.register_buffer("scales", torch.ones(len(rows)))
         self.register_buffer("offset", torch.zeros(1))
         self.register_buffer("gain", torch.ones(1))
-        self.branch = Branch(
-            {name: outputs for name, (_, outputs) in zip(self.tap_names, channels, strict=True)}, width, generator
-        )
+        outputs = {name: outputs for name, (_, outputs) in zip(self.tap_names, channels, strict=True)}
+        self.branch = Branch(outputs, width, places, generator)
 
     def levels(self, taps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Return each level's embedding with its scaled distance as the last channel, [N, D + 1, h, w]."""

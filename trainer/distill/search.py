@@ -142,7 +142,9 @@ def time_shapes(
         names = [name for name in _LEVELS if name in trunk.tap_names]
         rows = [max(1, shape.rows // 2) if name == names[0] else shape.rows for name in names]
         generator = torch.Generator().manual_seed(0)
-        head = empty_head(config, rows, [(trunk.tap_channels[n], trunk.tap_channels[n]) for n in names], generator)
+        channels = [(trunk.tap_channels[name], trunk.tap_channels[name]) for name in names]
+        places = (shape.preprocessing.height // _STEP, shape.preprocessing.width // _STEP)
+        head = empty_head(config, rows, channels, places, generator)
         for parameter in (*head.parameters(), *(head.get_buffer(f"bank_{name}") for name in names)):
             torch.nn.init.normal_(parameter.data, std=0.1, generator=generator)
         noise = np.random.default_rng(0).integers(0, 256, (4, *_canvas(shape.preprocessing), 3), dtype=np.uint8)

@@ -74,7 +74,10 @@ class Student:
             names = [name for name in ("s4", "s8", "s16") if f"bank_{name}" in tensors]
             embeds = [tensors[f"embed_{name}.weight"] for name in names]
             head = empty_head(
-                config, [len(tensors[f"bank_{name}"]) for name in names], [(e.shape[1], e.shape[0]) for e in embeds]
+                config,
+                [len(tensors[f"bank_{name}"]) for name in names],
+                [(e.shape[1], e.shape[0]) for e in embeds],
+                (tensors["branch.place"].shape[2], tensors["branch.place"].shape[3]),
             )
             head.load_state_dict(tensors)
         except (KeyError, IndexError, TypeError, RuntimeError, ValueError) as error:
@@ -86,6 +89,7 @@ def empty_head(
     config: StudentConfig,
     rows: Sequence[int],
     channels: Sequence[tuple[int, int]],
+    places: tuple[int, int],
     generator: torch.Generator | None = None,
 ) -> StudentHead:
     """Return a head whose banks and embeddings are to be filled; with a generator its branch is drawn.
@@ -94,12 +98,14 @@ def empty_head(
         config: of the student.
         rows: of each level's bank, finest first.
         channels: (tap channels, embedding channels) of each level.
+        places: rows and columns of 32 x 32 pixels in a tile.
         generator: see :class:`trainer.distill.model.Branch`.
     """
     return StudentHead(
         rows=tuple(rows),
         channels=tuple((int(a), int(b)) for a, b in channels),
         width=config.width,
+        places=places,
         background=config.background,
         generator=generator,
     )
