@@ -70,13 +70,15 @@ class Point:
     fit_s: float
 
 
-def measure(category: Category, rows: Sequence[int], *, seed: int) -> tuple[list[Point], dict[int, Head]]:
-    """Fit and judge every bank; also return a head of each number of rows, to be timed."""
+def measure(
+    category: Category, rows: Sequence[int], *, seed: int, usual: MemoryConfig
+) -> tuple[list[Point], dict[int, Head]]:
+    """Fit and judge every bank, other settings as usual; also return a head of each number of rows, to be timed."""
     context = fit_context(category, split(category, seed), seed=seed, taps=LEVELS)
     points, heads = [], {}
     for count in rows:
         for reduction in Reduction:
-            config = MemoryConfig(rows=count, reduction=reduction)
+            config = usual.model_copy(update={"rows": count, "reduction": reduction})
             started = time.perf_counter()
             head = MemoryMethod.fit(context, config)
             seconds = time.perf_counter() - started
@@ -222,17 +224,19 @@ def main(argv: Sequence[str] | None = None) -> list[Point]:
     parser.add_argument("--train", type=int, default=60, help="most training images of a folder")
     parser.add_argument("--test", type=int, default=80, help="most test images of a folder, half of them good")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bank-alone", action="store_true", help="judge by the banks only, not by the sites too")
     parser.add_argument("--image", type=Path, help="PNG file to draw the curve into")
     parser.add_argument("--json", type=Path, help="file for every figure")
     options = parser.parse_args(argv)
     heading("compression")
     points: list[Point] = []
+    usual = MemoryConfig(site_weight=0.0) if options.bank_alone else MemoryConfig()
 
     def of(folders: Sequence[Path]) -> dict[int, tuple[float, float]]:
         heads: dict[int, Head] = {}
         for folder in folders:
             category = open_category(folder, taps=LEVELS, size=options.size, train=options.train, test=options.test)
-            found, heads = measure(category, options.rows, seed=options.seed)
+            found, heads = measure(category, options.rows, seed=options.seed, usual=usual)
             points.extend(found)
         both = (Precision.FLOAT32, Precision.INT8)
         return {rows: tuple(milliseconds(head, category, one) for one in both) for rows, head in heads.items()}
@@ -245,7 +249,8 @@ def main(argv: Sequence[str] | None = None) -> list[Point]:
     print(
         f"{', '.join(dict.fromkeys(point.category for point in points))}: means over these, {options.size} pixels, at "
         f"most {options.train} images to train on and {options.test} to test, seed {options.seed}. Times of the "
-        "exported head: OpenVINO, one thread, one image, best of some turns; storage does not change them.\n"
+        "exported head: OpenVINO, one thread, one image, best of some turns; storage does not change them. "
+        f"{'Banks alone.' if options.bank_alone else 'Bytes are of the rows; what is known of sites comes on top.'}\n"
     )
     print_table(points, times)
     if options.image:

@@ -35,7 +35,7 @@ def test_compression_gives_every_bank_and_a_curve(tmp_path: Path, capsys: pytest
 
 
 def test_rounded_keeps_all_but_the_rounding() -> None:
-    head = MemoryHead(rows=(4, 5, 6), channels=(24, 40, 112), background=0.3).eval()
+    head = MemoryHead(rows=(4, 5, 6), channels=(24, 40, 112), background=0.3, sites=None, site_weight=0.0).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in head.state_dict().values():
