@@ -36,7 +36,7 @@ from trainer.data.splits import split_holdout
 from trainer.distill.fit import Lesson, fit_student
 from trainer.distill.gallery import Gallery
 from trainer.distill.latency import engine, export_int8, measure
-from trainer.distill.search import Shape, shapes, time_shapes
+from trainer.distill.search import Shape, export_shapes, shapes
 from trainer.distill.student import Student
 from trainer.distill.teachers import Taught, chosen_pictures, standardised, whitened
 from trainer.features import extract, load_canvases
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from edge.bundle import Pooling, Preprocessing
     from trainer.backbones.efficientnet_lite import Trunk
     from trainer.distill.gallery import Views
-    from trainer.distill.latency import Timing
+    from trainer.distill.latency import Exported, Timing
     from trainer.distill.student import StudentConfig
     from trainer.methods.base import Head
 
@@ -62,7 +62,8 @@ if TYPE_CHECKING:
 
 CPU = torch.device("cpu")
 STUDENT, CONTROL, MEMORY = "student", "without teacher", "memory at equal ms"
-MEMORY_SIZES, MEMORY_ROWS = (128, 160, 192, 224), (1000, 500, 250, 125)
+MEMORY_SIZES, MEMORY_ROWS = (224, 192, 160, 128, 96), (100, 1000)
+_LEAST_ROWS = 50  # below it a bank is no bank
 _NOISE = 16  # pictures of noise, enough for 1,000 rows of the coarsest level at 128 pixels
 TEACHER_ROWS = 600
 PIXELS = 224  # side at which AUPRO is computed, whatever the input
@@ -252,31 +253,34 @@ def run_seed(folder: Folder, seed: int, setting: Setting) -> dict[str, Any]:
     return found
 
 
-def memory_shapes(generic: Canvases, folder: Path) -> dict[tuple[int, int], Timing]:
-    """Time memory heads of many sizes and rows, with weights that mean nothing."""
-    trunk, exported, keys = build_trunk("lite0"), [], []
+def time_memory(pairs: Sequence[tuple[int, int]], extra: Sequence[Exported], folder: Path) -> list[Timing]:
+    """Time memory detectors of (size, rows), in turns with what else is given; those come first."""
+    trunk, exported = build_trunk("lite0"), []
+    for size, rows in pairs:
+        # Fitted on noise: what a head costs does not depend on what it has learned.
+        noise = np.random.default_rng(0).integers(0, 256, (_NOISE, size, size, 3), dtype=np.uint8)
+        head = fit_memory(taps_of(trunk, noise, size), rows, 0)
+        where = folder / f"{size}-{rows}"
+        generic = generic_canvases()
+        exported.append(export_int8(trunk, head, square(size), canvases=noise[:4], generic=generic, folder=where))
+    return measure([*extra, *exported])
+
+
+def equal_memories(limit: float, count: int, folder: Path) -> tuple[tuple[int, int], ...]:
+    """Return, for the largest inputs that fit, the most rows whose detector takes about ``limit`` milliseconds.
+
+    The time is linear in the rows: two of them say how many fit.
+    """
+    few, many = MEMORY_ROWS
+    found: list[tuple[int, int]] = []
     for size in MEMORY_SIZES:
-        for rows in MEMORY_ROWS:
-            # Fitted on noise: what a head costs does not depend on what it has learned.
-            noise = np.random.default_rng(0).integers(0, 256, (_NOISE, size, size, 3), dtype=np.uint8)
-            head = fit_memory(taps_of(trunk, noise, size), rows, 0)
-            exported.append(
-                export_int8(
-                    trunk, head, square(size), canvases=noise[:4], generic=generic, folder=folder / f"{size}-{rows}"
-                )
-            )
-            keys.append((size, rows))
-    return dict(zip(keys, measure(exported), strict=True))
-
-
-def fastest_memories(timings: dict[tuple[int, int], Timing], limit: float, count: int) -> tuple[tuple[int, int], ...]:
-    """Return, for the largest inputs, the most rows that are no slower than ``limit`` milliseconds."""
-    found = []
-    for size in sorted(MEMORY_SIZES, reverse=True):
-        fitting = [rows for rows in MEMORY_ROWS if timings[size, rows].median <= limit]
-        if fitting:
-            found.append((size, max(fitting)))
-    return tuple(found[:count])
+        low, high = (timing.median for timing in time_memory([(size, few), (size, many)], [], folder))
+        rows = few + (limit - low) * (many - few) / max(high - low, 1e-6)
+        if rows >= _LEAST_ROWS:
+            found.append((size, int(min(rows, many))))
+        if len(found) == count:
+            break
+    return tuple(found)
 
 
 def setting_of(options: argparse.Namespace, memories: tuple[tuple[int, int], ...]) -> Setting:
@@ -294,17 +298,18 @@ def plan(options: argparse.Namespace) -> tuple[Setting, dict[str, Any]]:
         options.shape, memories = known["shape"], tuple((int(s), int(r)) for s, r in known["memories"])
         return setting_of(options, memories), known["said"]
     wanted, generic = setting_of(options, ()), generic_canvases()
-    with tempfile.TemporaryDirectory() as folder:
-        ours = time_shapes([wanted.shape], wanted.config, generic, Path(folder), progress=quiet)[0]
-        theirs = memory_shapes(generic, Path(folder))
-    limit = ours.median * (1 + options.slack)
-    memories = fastest_memories(theirs, limit, options.memories)
-    if not memories:
-        raise SystemExit(f"no memory detector takes {limit:.2f} ms or less; the fastest: {theirs}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        exported = export_shapes([wanted.shape], wanted.config, generic, folder, progress=quiet)
+        limit = measure(exported)[0].median * (1 + options.slack)
+        memories = equal_memories(limit, options.memories, folder)
+        if not memories:
+            raise SystemExit(f"no memory detector takes {limit:.2f} ms or less on this machine; take a larger --shape")
+        ours, *theirs = time_memory(memories, exported, folder)
     said = {
         "engine": f"{engine().value} int8, one thread, processor time",
         STUDENT: {"shape": str(wanted.shape), "ms": [ours.median, ours.low, ours.high]},
-        MEMORY: {f"{s} {r}": [theirs[s, r].median, theirs[s, r].low, theirs[s, r].high] for s, r in memories},
+        MEMORY: {f"{s} {r}": [t.median, t.low, t.high] for (s, r), t in zip(memories, theirs, strict=True)},
     }
     if options.plan:
         options.plan.write_text(json.dumps({"shape": options.shape, "memories": memories, "said": said}))

@@ -21,6 +21,17 @@ CASES = {
     "train an unknown method": (["train", "--data", "empty", "--out", "out", "--method", "x"], 2, "--method x"),
     "train an odd size": (["train", "--data", "empty", "--out", "out", "--size", "100"], 2, "height"),
     "train an unknown option": (["train", "--data", "empty", "--out", "out", "--epochs", "3"], 2, "--epochs"),
+    "distil without a teacher": (["distill", "--data", "empty", "--out", "out"], 2, "--teacher"),
+    "distil with odd rows": (
+        ["distill", "--teacher", "empty", "--data", "empty", "--out", "out", "--rows", "8;9"],
+        2,
+        "--rows 8;9",
+    ),
+    "distil an empty folder": (
+        ["distill", "--teacher", "empty", "--data", "empty", "--out", "out"],
+        3,
+        "the folder is",
+    ),
     "evaluate nothing": (["evaluate", "--data", "empty"], 2, "exactly one of --run and --bundle"),
     "evaluate an unknown engine": (["evaluate", "--data", "empty", "--bundle", "x", "--engine", "y"], 2, "--engine y"),
     "export no run": (["export", "--run", "empty", "--out", "out"], 3, "run.json"),

@@ -15,9 +15,9 @@ from edge.errors import GateError, UsageError
 from trainer.data.folder import content_hash, read_folder
 from trainer.data.generic import generic_canvases
 from trainer.distill.gallery import Gallery
-from trainer.distill.latency import engine
+from trainer.distill.latency import engine, measure
 from trainer.distill.record import Candidate, Distillation
-from trainer.distill.search import Trained, shapes, time_shapes, time_trained, train_student
+from trainer.distill.search import Trained, export_shapes, shapes, time_trained, train_student
 from trainer.distill.student import Student
 from trainer.distill.teachers import load_teachers, teach, teacher_record
 from trainer.export import export_run
@@ -166,7 +166,7 @@ class _Search:
 
     def fitting(self, budget_ms: float | None) -> list[Shape]:
         """Return the shapes within the budget, the costliest first."""
-        timings = time_shapes(self.wanted, self.config, self.generic, self.folder, progress=self.progress)
+        timings = measure(export_shapes(self.wanted, self.config, self.generic, self.folder, progress=self.progress))
         order = sorted(range(len(timings)), key=lambda index: -timings[index].median)
         fits = [self.wanted[i] for i in order if budget_ms is None or timings[i].median <= budget_ms]
         if not fits:
