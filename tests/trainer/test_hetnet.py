@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,14 @@ CELLS = SIDE // 4
 CPU = torch.device("cpu")
 # Pinned: these tests are of the method's parts, not of its defaults.
 BRIEF = HetNetConfig(
-    student=ShippedStudent.RECONSTRUCTION, steps=40, width=32, code=16, reach=1, temperature=0.1, noise_share=0.1
+    student=ShippedStudent.RECONSTRUCTION,
+    residual=Residual.WHITENED,
+    steps=40,
+    width=32,
+    code=16,
+    reach=1,
+    temperature=0.1,
+    noise_share=0.1,
 )
 NONE = BRIEF.model_copy(update={"teacher": GlobalTeacher.NONE})
 
@@ -295,24 +303,27 @@ def test_settings_change_the_head_and_survive_a_rebuild(change: dict[str, Any]) 
     assert np.array_equal(maps(again, bad), maps(head, bad))
 
 
-def test_auto_ships_the_student_that_ranks_synthetic_defects_better() -> None:
+def test_auto_ships_the_student_and_the_residual_that_rank_synthetic_defects_best() -> None:
     given = context(brick()[0][:8], validation=True)
     brief = BRIEF.model_copy(update={"steps": 4, "denoising_steps": 4})
     _, good, bad, _ = brick()
     weights, auroc = {}, {}
-    for student in ShippedStudent:
-        head = HetNetMethod.fit(given, brief.model_copy(update={"student": student}))
-        weights[student] = head.student.state_dict()
+    auto = (ShippedStudent.AUTO, Residual.AUTO)
+    single = list(product(list(ShippedStudent)[:2], list(Residual)[:2]))
+    for student, residual in (auto, *single):
+        head = HetNetMethod.fit(given, brief.model_copy(update={"student": student, "residual": residual}))
+        weights[student, residual] = head.state_dict()
         found = [maps(head, part).reshape(12, -1) for part in (good, bad)]
         scores = [np.sort(part, axis=1)[:, -round(0.005 * CELLS * CELLS) :].mean(1) for part in found]
-        auroc[student] = roc_auc_score(np.repeat([0, 1], 12), np.concatenate(scores))
-    single = (ShippedStudent.RECONSTRUCTION, ShippedStudent.DENOISING)
-    assert auroc[ShippedStudent.AUTO] == max(auroc[student] for student in single)
-    same = [
-        all(torch.equal(weights[student][name], value) for name, value in weights[ShippedStudent.AUTO].items())
-        for student in single
-    ]
-    assert sum(same) == 1
+        auroc[student, residual] = roc_auc_score(np.repeat([0, 1], 12), np.concatenate(scores))
+    assert auroc[auto] == max(auroc[one] for one in single)
+    assert sum(_same(weights[one], weights[auto]) for one in single) == 1
+    rebuilt = HetNetMethod.build(brief.model_copy(update={"residual": Residual.AUTO}), weights[auto])
+    assert _same(rebuilt.state_dict(), weights[auto])
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_fit_same_seed_gives_the_same_bits_and_leaves_the_global_generator_alone() -> None:

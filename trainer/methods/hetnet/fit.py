@@ -5,6 +5,7 @@ Knows features; images only to vary light and pose in them, and to ask a vision 
 
 from __future__ import annotations
 
+from copy import deepcopy
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -62,6 +63,8 @@ class Residual(str, Enum):
     """Length of the residual, whitened by the residuals of good images that training did not see."""
     COSINE = "cosine"
     """One minus the cosine: the paper's."""
+    AUTO = "auto"
+    """The one with the better image AUROC on synthetic validation."""
 
 
 class HetNetConfig(MethodConfig):
@@ -76,7 +79,7 @@ class HetNetConfig(MethodConfig):
     transformer_deviation: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(IMAGENET_DEVIATION)
     adapter_steps: int = Field(200, ge=1, description="Optimiser steps of the transformer's distillation.")
     student: ShippedStudent = Field(ShippedStudent.AUTO, description="Which student a box runs.")
-    residual: Residual = Field(Residual.WHITENED, description="Distance between teacher and student.")
+    residual: Residual = Field(Residual.AUTO, description="Distance between teacher and student.")
     loss: Loss = Field(Loss.COSINE, description="What training makes small.")
     width: int = Field(48, ge=8, le=256, description="Channels of the fused maps.")
     code: int = Field(32, ge=1, le=512, description="Channels of the one-class bottleneck.")
@@ -139,7 +142,10 @@ class HetNetMethod(Method):
             if settings.teacher is GlobalTeacher.TRANSFORMER:
                 tokens, twice = tensors["context.adapter.outer.weight"].shape[:2]
                 adapter = Adapter(channels[-1], twice // 2, tokens)
-            head = _empty(settings, channels, (height, width), adapter)
+            cosine = settings.residual is Residual.COSINE
+            if settings.residual is Residual.AUTO:
+                cosine = "residual.0.weight" not in tensors
+            head = _empty(settings, channels, (height, width), adapter, cosine=cosine)
             head.load_state_dict(tensors)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"these tensors are no HetNet head of this config ({error}); train again") from error
@@ -153,14 +159,19 @@ def _own(config: MethodConfig) -> HetNetConfig:
 
 
 def _empty(
-    config: HetNetConfig, channels: tuple[int, ...], grid: tuple[int, int], adapter: Adapter | None
+    config: HetNetConfig,
+    channels: tuple[int, ...],
+    grid: tuple[int, int],
+    adapter: Adapter | None,
+    *,
+    cosine: bool,
 ) -> HetNetHead:
     context, told = None, 0
     if config.teacher is not GlobalTeacher.NONE:
         context = GlobalContext(grid, reach=config.reach, temperature=config.temperature, adapter=adapter)
         told = channels[-1] if adapter is None else adapter.outer.out_channels
     shape = Shape(channels, grid, config.width, config.code, told)
-    return HetNetHead(shape, context, cosine=config.residual is Residual.COSINE, background=config.background)
+    return HetNetHead(shape, context, cosine=cosine, background=config.background)
 
 
 class _Fit:
@@ -184,7 +195,7 @@ class _Fit:
     def head(self) -> HetNetHead:
         config, device = self.config, self.context.device
         whiten = self._whiten()
-        head = _empty(config, self.channels, self.grid, self._adapter(whiten[-1]))
+        head = _empty(config, self.channels, self.grid, self._adapter(whiten[-1]), cosine=False)
         head.whiten = whiten
         head.to(device)
         network = HetNetwork(head.shape)
@@ -248,29 +259,32 @@ class _Fit:
         )
 
     def _choose(self, head: HetNetHead, network: HetNetwork) -> HetNetHead:
-        """Ship the student that was asked for, or the one that ranks synthetic defects best."""
-        candidates = {"sr": network.sr, "sd": network.sd}
-        if self.config.student is not ShippedStudent.AUTO:
-            candidates = {self.config.student.value: candidates[self.config.student.value]}
-        best, chosen = -1.0, None
-        for student in candidates.values():
-            head.student.load_state_dict(student.state_dict())
-            self._measure(head)
-            found = self._validate(head) if len(candidates) > 1 else 0.0
+        """Ship the student and the residual that were asked for, or those that rank synthetic defects best."""
+        students, residuals = [self.config.student.value], [self.config.residual]
+        if self.config.student is ShippedStudent.AUTO:
+            students = [ShippedStudent.RECONSTRUCTION.value, ShippedStudent.DENOISING.value]
+        if self.config.residual is Residual.AUTO:
+            residuals = [Residual.WHITENED, Residual.COSINE]
+        candidates = [(student, residual) for student in students for residual in residuals]
+        best, chosen = -1.0, head
+        for student, residual in candidates:
+            candidate = deepcopy(head)
+            candidate.student.load_state_dict(network.get_submodule(student).state_dict())
+            if residual is Residual.COSINE:
+                candidate.use_cosine()
+            self._measure(candidate)
+            found = self._validate(candidate) if len(candidates) > 1 else 0.0
             if found > best:
-                best, chosen = found, {name: value.clone() for name, value in head.state_dict().items()}
-        assert chosen is not None
-        head.load_state_dict(chosen)
-        return head
+                best, chosen = found, candidate
+        return chosen
 
     def _measure(self, head: HetNetHead) -> None:
         """Whiten the residuals and scale the levels on the images held back."""
         head.get_buffer("scales").fill_(1.0)
         with torch.no_grad():
-            if self.config.residual is Residual.WHITENED:
-                for index, layer in enumerate(head.residual):
-                    rows = (_rows(found[index]) for found in self._residuals(head))
-                    _as_convolution(layer, *whitening(rows, self.config.whitening))
+            for index, layer in enumerate(head.residual):
+                rows = (_rows(found[index]) for found in self._residuals(head))
+                _as_convolution(layer, *whitening(rows, self.config.whitening))
             scales = head.get_buffer("scales")
             total, count = torch.zeros(len(scales), dtype=torch.float64), 0
             for taps in self._batches(self.held):

@@ -209,6 +209,10 @@ class HetNetHead(Head):
         self.register_buffer("scales", torch.ones(len(answers)))
         self.register_buffer("grid", torch.tensor(shape.grid))
 
+    def use_cosine(self) -> None:
+        """Judge by one minus the cosine from now on."""
+        self.cosine, self.residual = True, nn.ModuleList()
+
     def whitened(self, taps: tuple[torch.Tensor, ...]) -> Maps:
         """Return the local teacher's maps x_l."""
         return [whiten(patch_mean(tap)) for whiten, tap in zip(self.whiten, taps, strict=True)]
