@@ -93,9 +93,10 @@ class FeatureBase(MaskedBase):
 
     tap_names = ("s4", "s8", "s16")
     skip_names = tap_names
-    local_means = (True, True, True)
+    # A 3x3 mean over the finest tap would blur small defects away; on the coarser ones it takes noise off.
+    local_means = (False, True, True)
     level_strides = (4, 8, 16)
-    level_weights = (0.6, 1.0, 1.0)
+    level_weights = (1.0, 1.0, 1.0)
     float_ops = ("deviations", "rewhiten")
 
     def __init__(
