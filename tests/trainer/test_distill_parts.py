@@ -95,7 +95,7 @@ def test_taught_target_is_the_mean_of_the_teachers_on_the_students_grid() -> Non
 
 def test_ridge_finds_a_linear_map() -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4000, 5, generator=generator)
+    x = torch.randn(4000, 5, generator=generator) + 2.0
     matrix, shift = torch.randn(5, 3, generator=generator), torch.tensor([1.0, -2.0, 0.5])
     weight, offset = _ridge(x, x @ matrix + shift)
     torch.testing.assert_close(weight, matrix, rtol=0.03, atol=0.03)
