@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from pydantic import Field, PositiveFloat
 from torch import nn
-from torch.nn.utils import skip_init
+from torch.nn import functional
 
 from deploy.metrics import image_auroc
 from edge.errors import DataError, UsageError
 from trainer.methods.base import FitContext, Method, MethodConfig
+from trainer.methods.fader.base import Deviation
 from trainer.methods.hetnet.context import Adapter, GlobalContext
-from trainer.methods.hetnet.model import LEVELS, HetNetHead, HetNetwork, Shape
+from trainer.methods.hetnet.model import LEVELS, LOCAL_MEANS, HetNetHead, HetNetwork, Shape
 from trainer.methods.hetnet.training import Loss, Teachers, Training, train
 from trainer.methods.hetnet.transformer import Transformer, distil
 from trainer.methods.memory.reduce import whitening
-from trainer.methods.patches import patch_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,8 +79,8 @@ class HetNetConfig(MethodConfig):
     transformer_deviation: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(IMAGENET_DEVIATION)
     adapter_steps: int = Field(200, ge=1, description="Optimiser steps of the transformer's distillation.")
     student: ShippedStudent = Field(ShippedStudent.AUTO, description="Which student a box runs.")
-    residual: Residual = Field(Residual.AUTO, description="Distance between teacher and student.")
-    loss: Loss = Field(Loss.COSINE, description="What training makes small.")
+    residual: Residual = Field(Residual.WHITENED, description="Distance between teacher and student.")
+    loss: Loss = Field(Loss.SQUARED, description="What training makes small.")
     width: int = Field(48, ge=8, le=256, description="Channels of the fused maps.")
     code: int = Field(32, ge=1, le=512, description="Channels of the one-class bottleneck.")
     reach: int = Field(1, ge=0, le=8, description="Cells of the deepest tap around a site that foretell nothing of it.")
@@ -93,8 +93,12 @@ class HetNetConfig(MethodConfig):
     noise_share: float = Field(0.1, gt=0, le=1, description="Share of cells inside noise boxes.")
     noise_rank: int = Field(16, ge=1, description="Rank of the noise's covariance; a diagonal comes on top.")
     whitening: float = Field(0.3, gt=0, description="Added to every eigenvalue, as a share of their mean.")
+    position_share: float = Field(0.5, ge=0, le=1, description="Share of a place's own mean in the normal mean.")
+    place_prior: float = Field(
+        10.0, ge=0, description="Images that the mean over places counts as, in a place's scale."
+    )
     held_back: float = Field(0.2, gt=0, lt=1, description="Share of images that residuals are measured on.")
-    fine_weight: float = Field(0.6, gt=0, description="Weight of the finest level in the map; the others have 1.")
+    fine_weight: float = Field(1.0, gt=0, description="Weight of the finest level in the map; the others have 1.")
     foretold_weight: float = Field(0.5, ge=0, le=1, description="Weight of residuals from what is foretold.")
     background: float = Field(0.3, ge=0, le=1, description="Share of its own mean that is taken off a map.")
 
@@ -136,7 +140,7 @@ class HetNetMethod(Method):
         """
         settings = _own(config)
         try:
-            channels = tuple(int(tensors[f"whiten.{index}.weight"].shape[0]) for index in range(len(LEVELS)))
+            channels = tuple(int(tensors[f"whiten.{index}.centre"].shape[0]) for index in range(len(LEVELS)))
             height, width = (int(side) for side in tensors["grid"])
             adapter = None
             if settings.teacher is GlobalTeacher.TRANSFORMER:
@@ -217,14 +221,25 @@ class _Fit:
         return self._choose(head, network).to("cpu")
 
     def _whiten(self) -> nn.ModuleList:
-        layers = nn.ModuleList()
-        for name, channels in zip(LEVELS, self.channels, strict=True):
-            taps = self.features.batches((name,), _BATCH, device=self.context.device, order=self.seen)
-            mean, matrix = whitening((_rows(patch_mean(tap)) for (tap,) in taps), self.config.whitening)
+        """Measure what the local teacher's maps are deviations from, and their whitening."""
+        layers, device = nn.ModuleList(), self.context.device
+        for name, local_mean in zip(LEVELS, LOCAL_MEANS, strict=True):
+            layer = Deviation(self.features.taps[name].shape[1:], local_mean=local_mean).to(device)
+            total = sum(layer.local(tap).double().sum(0) for (tap,) in self._seen(name))
+            assert isinstance(total, torch.Tensor)
+            place = (total / len(self.seen)).float()
+            everywhere = place.mean((1, 2), keepdim=True)
+            mean = everywhere + self.config.position_share * (_smooth(place) - everywhere)
+            rows = (_rows(layer.local(tap) - mean) for (tap,) in self._seen(name))
+            _, matrix = whitening(rows, self.config.whitening)
             if not (torch.isfinite(mean).all() and torch.isfinite(matrix).all()):
                 raise DataError(f"features of tap {name} are not finite; check the training images")
-            layers.append(_as_convolution(skip_init(nn.Conv2d, channels, channels, 1), mean, matrix))
+            layer.set(mean, matrix.to(device))
+            layers.append(layer)
         return layers.requires_grad_(False)
+
+    def _seen(self, name: str) -> Iterator[tuple[torch.Tensor, ...]]:
+        return self.features.batches((name,), _BATCH, device=self.context.device, order=self.seen)
 
     def _adapter(self, whiten: nn.Module) -> Adapter | None:
         config, context = self.config, self.context
@@ -243,7 +258,7 @@ class _Fit:
 
         def deepest(rows: torch.Tensor) -> torch.Tensor:
             ((tap,),) = self.features.batches(LEVELS[-1:], len(rows), device=context.device, order=self.seen[rows])
-            maps: torch.Tensor = whiten(patch_mean(tap))
+            maps: torch.Tensor = whiten(tap)
             return maps
 
         return distil(
@@ -279,22 +294,31 @@ class _Fit:
         return chosen
 
     def _measure(self, head: HetNetHead) -> None:
-        """Whiten the residuals and scale the levels on the images held back."""
-        head.get_buffer("scales").fill_(1.0)
+        """Whiten the residuals, and scale every place of every answer, on the images held back."""
+        scales = head.scales()
         with torch.no_grad():
+            for scale in scales:
+                scale.fill_(1.0)
             for index, layer in enumerate(head.residual):
                 rows = (_rows(found[index]) for found in self._residuals(head))
                 _as_convolution(layer, *whitening(rows, self.config.whitening))
-            scales = head.get_buffer("scales")
-            total, count = torch.zeros(len(scales), dtype=torch.float64), 0
+            totals = [torch.zeros_like(scale, dtype=torch.float64) for scale in scales]
             for taps in self._batches(self.held):
-                total += torch.stack([level.double().mean((1, 2, 3)).sum().cpu() for level in head.levels(taps)])
-                count += len(taps[0])
-            scales.copy_(count / total.clamp_min(1e-9))
-            scales[:: len(LEVELS)] *= self.config.fine_weight
-            if len(scales) > len(LEVELS):
-                scales[: len(LEVELS)] *= 1 - self.config.foretold_weight
-                scales[len(LEVELS) :] *= self.config.foretold_weight
+                for total, level in zip(totals, head.levels(taps), strict=True):
+                    total.add_(level.double().sum(0))
+            # A few images know little of one place; the mean over all places counts as that many more of them.
+            trust = len(self.held) / (len(self.held) + self.config.place_prior)
+            for scale, total, weight in zip(scales, totals, self._weights(len(scales)), strict=True):
+                place = _smooth(_smooth((total / len(self.held)).float()))
+                mean = trust * place + (1 - trust) * place.mean()
+                scale.copy_(weight / mean.clamp_min(1e-9))
+
+    def _weights(self, answers: int) -> list[float]:
+        levels = [self.config.fine_weight, *[1.0] * (len(LEVELS) - 1)]
+        if answers == len(LEVELS):
+            return levels
+        told = self.config.foretold_weight
+        return [(1 - told) * weight for weight in levels] + [told * weight for weight in levels]
 
     def _batches(self, order: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
         return self.features.batches(LEVELS, _BATCH, device=self.context.device, order=order)
@@ -323,6 +347,11 @@ class _Fit:
 
 def _rows(maps: torch.Tensor) -> torch.Tensor:
     return maps.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _smooth(grid: torch.Tensor) -> torch.Tensor:
+    """Average [C, h, w] over 3x3 cells, edges repeated."""
+    return functional.avg_pool2d(functional.pad(grid[None], (1, 1, 1, 1), mode="replicate"), 3, stride=1)[0]
 
 
 def _as_convolution(layer: nn.Module, mean: torch.Tensor, matrix: torch.Tensor) -> nn.Module:

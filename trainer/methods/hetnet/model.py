@@ -13,7 +13,8 @@ from torch.nn import functional
 from torch.nn.utils import skip_init
 
 from trainer.methods.base import Head
-from trainer.methods.patches import enlarge, patch_mean
+from trainer.methods.fader.base import Deviation
+from trainer.methods.patches import enlarge
 
 if TYPE_CHECKING:
     from trainer.methods.hetnet.context import GlobalContext
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 LEVELS = ("s4", "s8", "s16")
 """Taps of the local teacher, finest first; the map has the grid of the first."""
 STRIDES = (4, 8, 16)
+LOCAL_MEANS = (False, True, True)
+"""Whether a level is averaged over 3x3 cells first: on the finest that would blur small defects."""
 MAP_STRIDE = STRIDES[0]
 TINY = 1e-6
 
@@ -44,6 +47,11 @@ class Shape(NamedTuple):
     width: int
     code: int
     context: int
+
+    def level_grid(self, level: int) -> tuple[int, int]:
+        """Return height and width of a level's grid."""
+        factor = STRIDES[-1] // STRIDES[level]
+        return self.grid[0] * factor, self.grid[1] * factor
 
 
 class Separable(nn.Sequential):
@@ -187,10 +195,11 @@ def initialise(module: nn.Module, generator: torch.Generator) -> None:
 class HetNetHead(Head):
     """The exported head: taps -> anomaly map; the trained encoder and one student.
 
-    ``x_l`` is the whitened 3x3 mean of tap l and ``s_l`` what the student recalls of it, from the bottleneck alone
-    and with what is foretold. A residual is ``||M_l (x_l - s_l) + b_l||`` (whitened by the residuals of unseen good
-    images) or ``1 - cos(x_l, s_l)``; the map is the sum over levels and answers, each scaled, on the s4 grid, less
-    ``background`` times its own mean.
+    ``x_l`` is the whitened deviation of tap l from its normal mean and ``s_l`` what the student recalls of it, from
+    the bottleneck alone and with what is foretold. A residual is ``||M_l (x_l - s_l) + b_l||`` (whitened by the
+    residuals of unseen good images) or ``1 - cos(x_l, s_l)``. Each is scaled place by place by what good images have
+    there (buffers ``scale_i`` float32 [1, h_l, w_l], i counts answers); the map is the sum over levels and answers on
+    the s4 grid, less ``background`` times its own mean.
     """
 
     tap_names = LEVELS
@@ -201,13 +210,21 @@ class HetNetHead(Head):
     def __init__(self, shape: Shape, context: GlobalContext | None, *, cosine: bool, background: float) -> None:
         super().__init__()
         self.shape, self.cosine, self.background = shape, cosine, background
-        self.whiten = nn.ModuleList(skip_init(nn.Conv2d, c, c, 1) for c in shape.channels)
+        self.whiten = nn.ModuleList(
+            Deviation((c, *shape.level_grid(level)), local_mean=LOCAL_MEANS[level])
+            for level, c in enumerate(shape.channels)
+        )
         self.context = context
         self.encoder, self.student = Encoder(shape), Student(shape)
         answers = shape.channels * (2 if shape.context else 1)
         self.residual = nn.ModuleList(skip_init(nn.Conv2d, c, c, 1) for c in answers if not cosine)
-        self.register_buffer("scales", torch.ones(len(answers)))
+        for index in range(len(answers)):
+            self.register_buffer(f"scale_{index}", torch.ones(1, *shape.level_grid(index % len(LEVELS))))
         self.register_buffer("grid", torch.tensor(shape.grid))
+
+    def scales(self) -> Maps:
+        """Return the scale of every place, float32 [1, h_l, w_l] for each answer."""
+        return [scale for name, scale in self.named_buffers() if name.startswith("scale_")]
 
     def use_cosine(self) -> None:
         """Judge by one minus the cosine from now on."""
@@ -215,7 +232,7 @@ class HetNetHead(Head):
 
     def whitened(self, taps: tuple[torch.Tensor, ...]) -> Maps:
         """Return the local teacher's maps x_l."""
-        return [whiten(patch_mean(tap)) for whiten, tap in zip(self.whiten, taps, strict=True)]
+        return [whiten(tap) for whiten, tap in zip(self.whiten, taps, strict=True)]
 
     def recall(self, taps: tuple[torch.Tensor, ...]) -> tuple[Maps, Maps]:
         """Return the local teacher's maps x_l, once for each answer, and the student's answers s_l."""
@@ -229,7 +246,7 @@ class HetNetHead(Head):
         found = []
         for index, (x, s) in enumerate(zip(*self.recall(taps), strict=True)):
             distance = 1 - cosine(x, s) if self.cosine else norm(self.residual[index](x - s))
-            found.append(distance * self.get_buffer("scales")[index])
+            found.append(distance * self.get_buffer(f"scale_{index}"))
         return found
 
     def forward(self, *taps: torch.Tensor) -> tuple[torch.Tensor, ...]:
