@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from trainer.data.camera import Light, illuminate, sensor_noise
 from trainer.data.generic import photograph_folder
 from trainer.data.images import load_image
 from trainer.data.textures import TextureWeb
-from trainer.features import extract
+from trainer.features import extract, extract_tiles, tiles_of
 from trainer.fit import choose_pooling, head_maps
 from trainer.methods.base import FitContext, Head, Validation
 from trainer.methods.registry import get
@@ -179,7 +180,15 @@ def _fit(
         # No method in use here looks at masks; where a defect lies does not matter to a frame's score.
         masks=np.zeros(defective.shape[:3], np.bool_),
     )
-    context = FitContext(features=features(train), validation=validation, seed=seed, device=_CPU, progress=_quiet)
+    context = FitContext(
+        features=features(train),
+        images=tiles_of(train, preprocessing),
+        extract=partial(extract_tiles, trunk=trunk, tap_names=method.tap_names, device=_CPU),
+        validation=validation,
+        seed=seed,
+        device=_CPU,
+        progress=_quiet,
+    )
     head = method.fit(context, method.config("quick"))
     pooling, _ = choose_pooling(
         head_maps(head, validation.good, preprocessing, _CPU),
