@@ -2,7 +2,7 @@
 
 Three detectors per folder and seed, all of which take about the same milliseconds in int8: the distilled student, the
 same student without a teacher (same shape, pictures, schedule and choices; its branch learns from synthetic masks
-only, its banks lie in its own embedding), and the best memory detector that is no slower. Nothing is chosen on test
+only), and the best memory detector that is no slower. Nothing is chosen on test
 images. A folder may be measured alone (``--json PART``), parts are joined with ``--join PART ...``.
 Run: ``python benchmarks/distill.py --data FOLDER [FOLDER ...] --json FILE``.
 """
@@ -33,15 +33,14 @@ from trainer.data.folder import load_mask, read_folder
 from trainer.data.generic import generic_canvases
 from trainer.data.images import load_image
 from trainer.data.splits import split_holdout
-from trainer.distill.fit import Lesson, fit_student
+from trainer.distill.fit import Lesson, fit_memory, fit_student
 from trainer.distill.gallery import Gallery
 from trainer.distill.latency import engine, export_int8, measure
 from trainer.distill.search import Shape, export_shapes, shapes
 from trainer.distill.student import Student
-from trainer.distill.teachers import Taught, chosen_pictures, standardised, whitened
+from trainer.distill.teachers import Taught, standardised
 from trainer.features import extract, load_canvases
 from trainer.fit import HOLDOUT_FRACTION, HOLDOUT_MINIMUM, choose_pooling, head_maps, preprocessing_for
-from trainer.methods.base import Features, FitContext, Validation
 from trainer.methods.memory.fit import MemoryMethod
 from trainer.methods.memory.model import LEVELS
 
@@ -53,16 +52,18 @@ if TYPE_CHECKING:
     from deploy.bootstrap import WeightedMetric
     from edge.bundle import Pooling, Preprocessing
     from trainer.backbones.efficientnet_lite import Trunk
+    from trainer.data.folder import Sample
     from trainer.distill.gallery import Views
     from trainer.distill.latency import Exported, Timing
     from trainer.distill.student import StudentConfig
-    from trainer.methods.base import Head
+    from trainer.methods.base import Features, Head
 
     Canvases = npt.NDArray[np.uint8]
 
 CPU = torch.device("cpu")
 STUDENT, CONTROL, MEMORY = "student", "without teacher", "memory at equal ms"
 MEMORY_SIZES, MEMORY_ROWS = (224, 192, 160, 128, 96), (100, 1000)
+_LEAST_ERROR = 0.001  # of the I-AUROC
 _LEAST_ROWS = 50  # below it a bank is no bank
 _NOISE = 16  # pictures of noise, enough for 1,000 rows of the coarsest level at 128 pixels
 TEACHER_ROWS = 600
@@ -86,27 +87,20 @@ def square(size: int) -> Preprocessing:
 
 
 def taps_of(trunk: Trunk, canvases: Canvases, size: int) -> Features:
-    names = [name for name in LEVELS if name in trunk.tap_names]
     groups = np.arange(len(canvases)).astype(np.str_)
-    return extract(trunk, canvases, square(size), tap_names=names, groups=groups, device=CPU, progress=quiet, what="")
+    return extract(trunk, canvases, square(size), tap_names=LEVELS, groups=groups, device=CPU, progress=quiet, what="")
 
 
-def rows_of(features: Features, rows: slice) -> Features:
-    return Features({name: tap[rows] for name, tap in features.taps.items()}, 1, features.groups[rows])
+def thinned(samples: Sequence[Sample], most: int | None) -> tuple[Sample, ...]:
+    """Return at most so many samples, evenly drawn, in their order."""
+    if most is None or len(samples) <= most:
+        return tuple(samples)
+    return tuple(samples[index] for index in np.linspace(0, len(samples) - 1, most).round().astype(int))
 
 
-def fit_memory(good: Features, rows: int, seed: int, preset: str = "quick") -> Head:
-    config = MemoryMethod.config(preset).model_copy(update={"rows": rows, "candidates": _CANDIDATES})
-    nothing = np.empty((0, 0, 0, 3), np.uint8)
-    validation = Validation(good, good, np.empty((0, 0, 0), np.bool_))  # the memory detector looks at neither
-
-    def refuse(_tiles: Canvases) -> Features:
-        raise AssertionError("the memory detector makes no pictures of its own")
-
-    context = FitContext(
-        features=good, images=nothing, extract=refuse, validation=validation, seed=seed, device=CPU, progress=quiet
-    )
-    return MemoryMethod.fit(context, config)
+def memory(features: Features, pictures: int, rows: int, seed: int) -> Head:
+    config = MemoryMethod.config("quick").model_copy(update={"rows": rows, "candidates": _CANDIDATES})
+    return fit_memory(features, pictures, config, seed=seed, device=CPU, progress=quiet)
 
 
 def validated(head: Head, held: Features, spoiled: Features, size: int) -> tuple[Pooling, float]:
@@ -117,11 +111,16 @@ def validated(head: Head, held: Features, spoiled: Features, size: int) -> tuple
 class Folder:
     """One folder: its samples, and taps of its test images by trunk and size, made once for all seeds."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.images = path, read_folder(path)
+    def __init__(self, path: Path, train: int | None = None, test: int | None = None) -> None:
+        found = read_folder(path)
         self.name = f"{path.parent.name}/{path.name}"
-        self.labels = np.array([sample.anomalous for sample in self.images.test])
-        self.groups = np.array([sample.group for sample in self.images.test], np.str_)
+        self.train = thinned(found.train, train)
+        self.judging = (
+            *thinned([sample for sample in found.test if not sample.anomalous], test and test // 2),
+            *thinned([sample for sample in found.test if sample.anomalous], test and test // 2),
+        )
+        self.labels = np.array([sample.anomalous for sample in self.judging])
+        self.groups = np.array([sample.group for sample in self.judging], np.str_)
         self._test: dict[tuple[str, int], Features] = {}
         self._masks: list[npt.NDArray[np.bool_]] | None = None
 
@@ -129,7 +128,7 @@ class Folder:
         """Return the taps of the test images."""
         key = (spec.model_dump_json(), size)
         if key not in self._test:
-            canvases = load_canvases(self.images.test, square(size), progress=quiet, what="")
+            canvases = load_canvases(self.judging, square(size), progress=quiet, what="")
             self._test[key] = taps_of(build_trunk(spec), canvases, size)
         return self._test[key]
 
@@ -141,9 +140,9 @@ class Folder:
         return {"scores": [float(pool_score(one, pooling)) for one in maps], "aupro": aupro}
 
     def _read_masks(self) -> list[npt.NDArray[np.bool_]] | None:
-        if self._masks is None and any(sample.mask for sample in self.images.test):
+        if self._masks is None and any(sample.mask for sample in self.judging):
             self._masks = []
-            for sample in self.images.test:
+            for sample in self.judging:
                 mask = np.zeros((PIXELS, PIXELS), np.uint8)
                 if sample.anomalous:
                     whole = load_mask(sample, load_image(sample.path).shape[:2]).astype(np.uint8)
@@ -159,26 +158,23 @@ def teach_by_memory(
     seed: int,
 ) -> tuple[Taught, dict[str, float]]:
     """Let memory on Lite2 at the larger input teach, with memory on Lite0 where that is better on synthetic defects."""
-    maps, embedding, embedded, said, kept = [], {}, np.empty(0, np.int64), {}, []
+    maps, said, kept = [], {}, []
     wanted = [("lite2", setting.teacher_size)] + ([("lite0", 224)] if setting.ensemble else [])
     for name, size in wanted:
         lesson, held, spoiled, views = shared_taps(shared, gallery, TrunkSpec(name=name), size)
-        head = fit_memory(rows_of(lesson, slice(len(views.good))), TEACHER_ROWS, seed)
+        head = memory(lesson, len(views.good), TEACHER_ROWS, seed)
         good = head_maps(head, held, square(size), CPU)
         mean, deviation = good.mean(), good.std()
         kept.append([(good - mean) / deviation, (head_maps(head, spoiled, square(size), CPU) - mean) / deviation])
         maps.append(standardised(head, lesson, held, square(size), CPU))
         said[name] = max(choose_pooling(*kept[-1])[1].values())
-        if not embedding:
-            embedded = chosen_pictures(views)
-            embedding = whitened(lesson, len(views.good), embedded)
     if len(kept) > 1:
         grid = kept[0][0].shape[1:]
-        joined = [sum(Taught((one[part],), {}, embedded).target(grid).numpy() for one in kept) for part in (0, 1)]
+        joined = [sum(Taught((one[part],)).target(grid).numpy() for one in kept) for part in (0, 1)]
         said["both"] = max(choose_pooling(*joined)[1].values())
         best = max(said, key=lambda name: said[name])
         maps = maps if best == "both" else [maps[list(said).index(best)]]
-    return Taught(tuple(maps), embedding, embedded), said
+    return Taught(tuple(maps)), said
 
 
 def shared_taps(
@@ -203,7 +199,7 @@ def shared_taps(
 def run_seed(folder: Folder, seed: int, setting: Setting) -> dict[str, Any]:
     """Train and judge all three detectors."""
     config, size = setting.config, setting.shape.preprocessing.height
-    split = split_holdout(folder.images.train, HOLDOUT_FRACTION, seed, HOLDOUT_MINIMUM)
+    split = split_holdout(folder.train, HOLDOUT_FRACTION, seed, HOLDOUT_MINIMUM)
     order = np.random.default_rng(seed).permutation(len(split.fit))[: config.images]
     fit = [split.fit[index] for index in sorted(order)]
     gallery = Gallery(
@@ -226,7 +222,6 @@ def run_seed(folder: Folder, seed: int, setting: Setting) -> dict[str, Any]:
                 good=len(views.good),
                 masks=gallery.lesson_masks(grid),
                 target=None if teacher is None else teacher.target(grid),
-                taught=teacher,
                 holdout=held,
                 spoiled=spoiled,
             ),
@@ -238,14 +233,13 @@ def run_seed(folder: Folder, seed: int, setting: Setting) -> dict[str, Any]:
         pooling, validation = validated(head, held, spoiled, size)
         seconds = time.monotonic() - started
         found[name] = folder.judged(head, pooling, spec, size) | {
-            "validation": validation, "seconds": seconds, "soft": shares.soft, "hard": shares.hard,
-            "embedding": shares.embedding,
+            "validation": validation, "seconds": seconds, "soft": shares.teacher, "hard": shares.masks,
         }  # fmt: skip
     found[MEMORY] = {}
     for memory_size, rows in setting.memories:
         whole = TrunkSpec()
         lesson, held, spoiled, views = shared_taps(shared, gallery, whole, memory_size)
-        head = fit_memory(rows_of(lesson, slice(len(views.good))), rows, seed)
+        head = memory(lesson, len(views.good), rows, seed)
         pooling, validation = validated(head, held, spoiled, memory_size)
         found[MEMORY][f"{memory_size} {rows}"] = folder.judged(head, pooling, whole, memory_size) | {
             "validation": validation
@@ -259,23 +253,23 @@ def time_memory(pairs: Sequence[tuple[int, int]], extra: Sequence[Exported], fol
     for size, rows in pairs:
         # Fitted on noise: what a head costs does not depend on what it has learned.
         noise = np.random.default_rng(0).integers(0, 256, (_NOISE, size, size, 3), dtype=np.uint8)
-        head = fit_memory(taps_of(trunk, noise, size), rows, 0)
+        head = memory(taps_of(trunk, noise, size), len(noise), rows, 0)
         where = folder / f"{size}-{rows}"
         generic = generic_canvases()
         exported.append(export_int8(trunk, head, square(size), canvases=noise[:4], generic=generic, folder=where))
     return measure([*extra, *exported])
 
 
-def equal_memories(limit: float, count: int, folder: Path) -> tuple[tuple[int, int], ...]:
-    """Return, for the largest inputs that fit, the most rows whose detector takes about ``limit`` milliseconds.
+def equal_memories(ours: Exported, slack: float, count: int, folder: Path) -> tuple[tuple[int, int], ...]:
+    """Return, for the largest inputs that fit, the most rows whose detector takes about what ours does.
 
-    The time is linear in the rows: two of them say how many fit.
+    The time is linear in the rows: two of them, timed in turns with ours, say how many fit.
     """
     few, many = MEMORY_ROWS
     found: list[tuple[int, int]] = []
     for size in MEMORY_SIZES:
-        low, high = (timing.median for timing in time_memory([(size, few), (size, many)], [], folder))
-        rows = few + (limit - low) * (many - few) / max(high - low, 1e-6)
+        limit, low, high = (one.median for one in time_memory([(size, few), (size, many)], [ours], folder))
+        rows = few + (limit * (1 + slack) - low) * (many - few) / max(high - low, 1e-6)
         if rows >= _LEAST_ROWS:
             found.append((size, int(min(rows, many))))
         if len(found) == count:
@@ -301,10 +295,9 @@ def plan(options: argparse.Namespace) -> tuple[Setting, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         exported = export_shapes([wanted.shape], wanted.config, generic, folder, progress=quiet)
-        limit = measure(exported)[0].median * (1 + options.slack)
-        memories = equal_memories(limit, options.memories, folder)
+        memories = equal_memories(exported[0], options.slack, options.memories, folder)
         if not memories:
-            raise SystemExit(f"no memory detector takes {limit:.2f} ms or less on this machine; take a larger --shape")
+            raise SystemExit("no memory detector is as fast on this machine; take a larger --shape")
         ours, *theirs = time_memory(memories, exported, folder)
     said = {
         "engine": f"{engine().value} int8, one thread, processor time",
@@ -329,7 +322,11 @@ def averaged(category: dict[str, Any], name: str) -> WeightedMetric:
 
 
 def compare(categories: dict[str, Any], ours: str, other: str) -> dict[str, float]:
-    """Bootstrap the share of the other's I-AUROC error that ours saves, over categories, groups drawn whole."""
+    """Bootstrap the share of the other's I-AUROC error that ours saves, over categories, groups drawn whole.
+
+    An error below ``_LEAST_ERROR`` counts as that: a resample in which a detector is right throughout would divide
+    by nothing.
+    """
     pairs = []
     for category in categories.values():
         labels, groups = np.array(category["labels"]), np.array(category["groups"], np.str_)
@@ -337,10 +334,14 @@ def compare(categories: dict[str, Any], ours: str, other: str) -> dict[str, floa
         first, second = (averaged(category, name) for name in (ours, other))
         pairs.append(PairedCategory(labels, groups, first, second))
     found = bootstrap_difference(pairs)
-    saved = 1 - (1 - found.first_resampled) / (1 - found.second_resampled)
-    low, high = np.quantile(saved, (0.025, 0.975))
+
+    observed = np.array([[found.first], [found.second]])
+    errors = 1 - np.concatenate([observed, np.stack([found.first_resampled, found.second_resampled])], axis=1)
+    ours_left, other_left = np.maximum(errors, _LEAST_ERROR)
+    saved = 1 - ours_left / other_left
+    low, high = np.quantile(saved[1:], (0.025, 0.975))
     return {
-        "ours": found.first, "other": found.second, "saved": 1 - (1 - found.first) / (1 - found.second),
+        "ours": found.first, "other": found.second, "saved": float(saved[0]),
         "low": float(low), "high": float(high),
     }  # fmt: skip
 
@@ -363,7 +364,7 @@ def show(categories: dict[str, Any]) -> None:
             chosen = (
                 best_memory(category["seeds"])
                 if name == MEMORY
-                else "; ".join(f"{one['embedding']} {one['soft']:g}/{one['hard']:g}" for one in entries)
+                else "; ".join(f"{one['soft']:g}/{one['hard']:g}" for one in entries)
             )
             table[name]["auroc"].append(float(np.mean(aurocs)))
             if aupros:
@@ -387,7 +388,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, nargs="+", default=[], help="folders in MVTec layout")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--shape", default="6,224,64", help="BLOCKS,SIZE,ROWS of the student")
+    parser.add_argument("--shape", default="11,160,256", help="BLOCKS,SIZE,ROWS of the student")
+    parser.add_argument("--train", type=int, help="most training images, evenly drawn; all unless given")
+    parser.add_argument("--test", type=int, help="most test images, half of them good, evenly drawn; all unless given")
     parser.add_argument("--teacher-size", type=int, default=288, help="input of the Lite2 teacher in pixels")
     parser.add_argument("--single", action="store_true", help="one teacher: no ensemble with memory on Lite0")
     parser.add_argument("--slack", type=float, default=0.02, help="share by which the memory detector may be slower")
@@ -408,7 +411,7 @@ def main() -> None:
         print(json.dumps(said), flush=True)
         fresh = {}
         for path in options.data:
-            folder, seeds = Folder(path), []
+            folder, seeds = Folder(path, options.train, options.test), []
             for seed in options.seeds:
                 started = time.monotonic()
                 seeds.append(run_seed(folder, seed, setting))

@@ -15,20 +15,22 @@ from edge.inference.preprocessing import join_maps
 from trainer.data.conveyor import write_default
 from trainer.data.folder import read_folder
 from trainer.distill import fit as fitting
-from trainer.distill.fit import Lesson, _ridge, cut_maps, fit_student
+from trainer.distill.fit import Lesson, Shares, cut_maps, fit_student
 from trainer.distill.gallery import LEARNED, UNSEEN, Gallery
-from trainer.distill.model import StudentHead
-from trainer.distill.search import scaled
+from trainer.distill.search import scaled, shapes
 from trainer.distill.student import Student, StudentConfig
 from trainer.distill.teachers import Taught
 from trainer.methods.base import Features
+from trainer.methods.memory.fit import MemoryMethod
 from trainer.synthesis.families import FAMILIES
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from trainer.distill.model import StudentHead
+
 LARGE, SMALL = Preprocessing(height=96, width=96), Preprocessing(height=64, width=64)
-CONFIG = StudentConfig(rows=6, width=8, steps=30, candidates=200, embedding="own")
+CONFIG = StudentConfig(rows=6, width=16, steps=200, candidates=200, site_components=4)
 CPU = torch.device("cpu")
 
 
@@ -88,24 +90,18 @@ def test_cut_maps_joined_again_are_the_maps(rows: int, cols: int, overlap: int) 
 
 def test_taught_target_is_the_mean_of_the_teachers_on_the_students_grid() -> None:
     maps = (np.full((2, 8, 8), 3.0, np.float32), np.full((2, 12, 12), 1.0, np.float32))
-    target = Taught(maps, {}, np.empty(0, np.int64)).target((6, 10))
+    target = Taught(maps).target((6, 10))
     assert target.shape == (2, 6, 10)
     torch.testing.assert_close(target, torch.full((2, 6, 10), 2.0))
 
 
-def test_ridge_finds_a_linear_map() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4000, 5, generator=generator) + 2.0
-    matrix, shift = torch.randn(5, 3, generator=generator), torch.tensor([1.0, -2.0, 0.5])
-    weight, offset = _ridge(x, x @ matrix + shift)
-    torch.testing.assert_close(weight, matrix, rtol=0.03, atol=0.03)
-    torch.testing.assert_close(offset, shift, rtol=0.03, atol=0.03)
+CHANNELS = {"s4": (4, 16), "s8": (6, 8), "s16": (8, 4)}  # channels and side of each tap of a 64-pixel tile
 
 
 def features(count: int, seed: int, *, spot: bool = False) -> Features:
     """Noise taps of 64-pixel tiles; with a spot, something at one place that noise never shows."""
     generator = torch.Generator().manual_seed(seed)
-    taps = {n: torch.randn(count, c, 64 // s, 64 // s, generator=generator) for n, c, s in (("s4", 4, 4), ("s8", 6, 8))}
+    taps = {name: torch.randn(count, c, side, side, generator=generator) for name, (c, side) in CHANNELS.items()}
     if spot:
         taps["s4"][:, :, 4:6, 4:6] += 3.0
         taps["s8"][:, :, 2:3, 2:3] += 3.0
@@ -119,76 +115,110 @@ def lesson(*, taught: bool) -> Lesson:
     )
     masks = torch.zeros(20, 16, 16)
     masks[12:, 4:6, 4:6] = 1.0
-    target = masks * 5.0 + 0.3 * torch.linspace(-1, 1, 16)
-    told = Taught((target.numpy(),), {"s4": torch.randn(6, 5, 24, 24), "s8": torch.randn(6, 7, 12, 12)}, np.arange(6))
     return Lesson(
         features=both,
         good=12,
         masks=masks,
-        target=target if taught else None,
-        taught=told if taught else None,
+        target=masks * 5.0 + 0.3 * torch.linspace(-1, 1, 16) if taught else None,
         holdout=features(8, 2),
         spoiled=features(8, 3, spot=True),
     )
 
 
-def fitted(
-    config: StudentConfig = CONFIG, *, taught: bool = True, seed: int = 0, given: Lesson | None = None
-) -> StudentHead:
-    head, _ = fit_student(given or lesson(taught=taught), config, seed=seed, device=CPU, progress=quiet)
-    assert isinstance(head, StudentHead)
-    return head
+@pytest.fixture(scope="module", params=[True, False], ids=["taught", "control"])
+def whole(request: pytest.FixtureRequest) -> tuple[Lesson, StudentHead]:
+    """A student that ships all of its branch: noise and spots are told apart by any share."""
+    given = lesson(taught=request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "_choose", lambda *_: Shares(*((1.0, 0.0) if request.param else (0.0, 1.0))))
+        head, _ = fit_student(given, CONFIG, seed=0, device=CPU, progress=quiet)
+    return given, head
 
 
-def test_student_comes_nearer_to_its_teachers_map_than_its_banks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Noise and spots are told apart by any share; here the teacher's whole correction is looked at.
-    monkeypatch.setattr(fitting, "SOFT_SHARES", (1.0,))
-    monkeypatch.setattr(fitting, "HARD_SHARES", (0.0,))
-    given = lesson(taught=True)
-    assert given.target is not None
-    head = fitted(CONFIG.model_copy(update={"steps": 150, "hard": 0.0}), given=given)
-    with torch.no_grad():
-        levels = head.levels([given.features.taps[name] for name in head.tap_names])
-        bank, correction = head.bank_map(levels), head.branch_map(levels)
-    assert float((bank + correction - given.target).abs().mean()) < 0.8 * float((bank - given.target).abs().mean())
+def maps_of(head: StudentHead, given: Features) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the banks' map and the whole map."""
+    with torch.inference_mode():
+        taps = [given.taps[name] for name in head.tap_names]
+        return head.bank_map(head.levels(taps)), head(*taps)[0]
 
 
-def test_student_without_a_teacher_ships_nothing_of_the_untaught_output() -> None:
-    _, shares = fit_student(lesson(taught=False), CONFIG, seed=0, device=CPU, progress=quiet)
-    assert (shares.soft, shares.embedding) == (0.0, "own")
+def test_branch_learns_the_teachers_map_or_the_masks(whole: tuple[Lesson, StudentHead]) -> None:
+    given, head = whole
+    bank, corrected = maps_of(head, given.features)
+    if given.target is not None:
+        error = float((corrected - given.target).abs().mean())
+        assert error < 0.85 * float((bank - given.target).abs().mean())
+    else:
+        asked = given.masks > 0.5
+        assert float((corrected[asked] > 2.0).float().mean()) > 0.95
+        assert float((corrected[~asked] > 2.0).float().mean()) < 0.05
+
+
+def test_student_without_its_branch_is_the_memory_detector_of_its_rows(whole: tuple[Lesson, StudentHead]) -> None:
+    given, head = whole
+    tensors = {name: value for name, value in head.state_dict().items() if not name.startswith("branch.")}
+    offset, gain = tensors.pop("offset"), tensors.pop("gain")
+    memory = MemoryMethod.build(CONFIG, tensors)
+    taps = [given.holdout.taps[name] for name in head.tap_names]
+    with torch.inference_mode():
+        bank, _ = maps_of(head, given.holdout)
+        plain, rows = memory(*taps)
+        torch.testing.assert_close(bank, (plain - offset) * gain)
+        torch.testing.assert_close(head(*taps)[1], rows)
+    # Deviations of good parts that the banks have not seen.
+    assert float(bank.mean()) == pytest.approx(0.0, abs=1e-4)
+    assert float(bank.std()) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_student_comes_back_from_its_tensors_and_others_are_refused(whole: tuple[Lesson, StudentHead]) -> None:
+    given, head = whole
+    tensors = head.state_dict()
+    for ours, theirs in zip(
+        maps_of(head, given.holdout), maps_of(Student.build(CONFIG, tensors), given.holdout), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    for lost in ("bank_s4", "whiten_s8.weight", "branch.leave.bias", "gain"):
+        with pytest.raises(DataError, match="distil again"):
+            Student.build(CONFIG, {name: value for name, value in tensors.items() if name != lost})
+
+
+def test_student_that_no_share_helps_ships_its_banks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = replace(lesson(taught=False), masks=torch.ones(20, 16, 16))  # what the branch learns is wrong
+    given.masks[12:, 4:6, 4:6] = 0.0
+    # A weak spot, so that a wrong correction costs something.
+    spoiled = features(8, 3)
+    spoiled.taps["s4"][:, :, 4:6, 4:6] += 1.5
+    head, shares = fit_student(replace(given, spoiled=spoiled), CONFIG, seed=0, device=CPU, progress=quiet)
+    assert shares == Shares(0.0, 0.0)
+    bank, corrected = maps_of(head, given.holdout)
+    assert torch.equal(bank, corrected)
+    monkeypatch.setattr(fitting, "SHARES", (1.0,))
+    forced, _ = fit_student(replace(given, spoiled=spoiled), CONFIG, seed=0, device=CPU, progress=quiet)
+    assert not torch.equal(*maps_of(forced, given.holdout))
 
 
 def test_student_same_seed_same_bits_another_seed_others() -> None:
-    first, again, other = (fitted(seed=seed).state_dict() for seed in (0, 0, 1))
+    config, given = CONFIG.model_copy(update={"steps": 5}), lesson(taught=True)
+    first, again, other = (
+        fit_student(given, config, seed=seed, device=CPU, progress=quiet)[0].state_dict() for seed in (0, 0, 1)
+    )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 def test_student_banks_do_not_depend_on_what_is_held_out() -> None:
-    given = lesson(taught=True)
+    config, given = CONFIG.model_copy(update={"steps": 5}), lesson(taught=True)
     moved = replace(given, holdout=features(8, 9), spoiled=features(8, 10, spot=True))
-    first, second = fitted(given=given), fitted(given=moved)
-    for name in ("bank_s4", "bank_s8", "scales", "offset", "gain", "embed_s4.weight"):
+    first, second = (fit_student(one, config, seed=0, device=CPU, progress=quiet)[0] for one in (given, moved))
+    for name in ("bank_s4", "bank_s8", "bank_s16", "scales", "sites.means", "whiten_s4.weight"):
         assert torch.equal(first.state_dict()[name], second.state_dict()[name]), name
 
 
-def test_student_in_the_teachers_embedding_has_its_channels_and_comes_back() -> None:
-    config = CONFIG.model_copy(update={"embedding": "teacher"})
-    head = fitted(config)
-    assert [tuple(head.get_buffer(name).shape) for name in head.state_names] == [(3, 5), (6, 7)]
-    rebuilt = Student.build(config, head.state_dict())
-    taps = [features(2, 5).taps[name] for name in ("s4", "s8")]
-    with torch.inference_mode():
-        for ours, theirs in zip(head(*taps), rebuilt(*taps), strict=True):
-            assert torch.equal(ours, theirs)
-        assert head(*taps)[1].shape == (2, 64, 12)
-
-
-@pytest.mark.parametrize("lost", ["bank_s4", "embed_s8.weight", "branch.leave.bias"])
-def test_student_build_tensors_that_are_no_students_are_refused(lost: str) -> None:
-    tensors = {name: value for name, value in fitted().state_dict().items() if name != lost}
-    with pytest.raises(DataError, match="distil again"):
-        Student.build(CONFIG, tensors)
+def test_shapes_of_a_trunk_without_a_stride_16_tap_are_refused() -> None:
+    base = Preprocessing(height=64, width=64)
+    assert len(shapes(base, trunk="lite0", blocks=[6, 11], sizes=[64, 96], rows=[8])) == 4
+    with pytest.raises(UsageError, match="--blocks 5: lite0 has no tap at stride 16"):
+        shapes(base, trunk="lite0", blocks=[11, 5], sizes=[64], rows=[8])
 
 
 def test_scaled_keeps_crop_proportions_and_tiles_or_says_what_does_not_fit() -> None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from trainer.distill.student import StudentConfig
     from trainer.distill.teachers import Taught
 
-BLOCKS, SIZES, ROWS = (6, 11), (160, 224), (64, 256)
+BLOCKS, SIZES, ROWS = (11,), (128, 160, 192), (256,)
 """The grid that is searched unless another is asked for."""
 STUDENTS = 4
 """So many of those that fit are trained."""
@@ -194,9 +194,8 @@ class _Search:
                 height=student.shape.preprocessing.height,
                 width=student.shape.preprocessing.width,
                 rows=student.shape.rows,
-                embedding=student.shares.embedding,
-                soft=student.shares.soft,
-                hard=student.shares.hard,
+                soft=student.shares.teacher,
+                hard=student.shares.masks,
                 image_auroc=student.image_auroc,
                 milliseconds=timing.median,
                 milliseconds_low=timing.low,

@@ -39,8 +39,7 @@ class Candidate(BaseModel):
         height: of the network input, pixels.
         width: of the network input, pixels.
         rows: of the compressed bank.
-        embedding: space of the banks, ``teacher`` or ``own``.
-        soft: share of the branch's output that follows the teacher.
+        soft: share of the branch's output that follows the teachers; with both 0 the memory detector is alone.
         hard: share of the branch's output that finds synthetic defects.
         image_auroc: I-AUROC on unseen kinds of synthetic defects, float32 torch.
         milliseconds: median processor time of trunk and head in int8, one thread, prepared input to map.
@@ -62,7 +61,6 @@ class Candidate(BaseModel):
     height: int
     width: int
     rows: int
-    embedding: str
     soft: float
     hard: float
     image_auroc: float

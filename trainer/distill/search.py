@@ -19,10 +19,11 @@ from edge.errors import UsageError
 from trainer.backbones.registry import TrunkSpec, build_trunk
 from trainer.distill.fit import Lesson, cut_maps, fit_student
 from trainer.distill.latency import Timing, export_int8, measure
-from trainer.distill.model import MAP_STRIDE
-from trainer.distill.student import empty_head
+from trainer.distill.model import StudentHead
 from trainer.features import extract
 from trainer.fit import choose_pooling, head_maps
+from trainer.methods.memory.model import LEVELS, MAP_STRIDE, MemoryHead
+from trainer.methods.memory.sites import SiteModel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,12 +37,10 @@ if TYPE_CHECKING:
     from trainer.distill.fit import Shares
     from trainer.distill.gallery import Gallery
     from trainer.distill.latency import Exported
-    from trainer.distill.model import StudentHead
     from trainer.distill.student import StudentConfig
     from trainer.distill.teachers import Taught
     from trainer.methods.base import Features
 
-_LEVELS = ("s4", "s8", "s16")
 _STEP = 32  # pixels: heads and trunks take multiples of it
 
 
@@ -73,7 +72,7 @@ class Trained:
         config: its settings.
         trunk: its trunk.
         head: in eval mode on the CPU.
-        shares: what was chosen while it learned.
+        shares: of the branch's outputs that it ships.
         pooling: from map to score.
         validation: I-AUROC of every pooling rule on unseen kinds of synthetic defects.
         seconds: to train, features included.
@@ -107,10 +106,14 @@ def shapes(
         rows: of a level's bank.
 
     Raises:
-        UsageError: nothing to combine, or a size is no multiple of 32 or does not suit the tiles.
+        UsageError: nothing to combine, a trunk is unknown or too short to have a tap at stride 16, or a size is no
+            multiple of 32 or does not suit the tiles.
     """
     if not (blocks and sizes and rows):
         raise UsageError("--blocks, --sizes and --rows: give at least one value each")
+    for count in blocks:
+        if LEVELS[-1] not in build_trunk(TrunkSpec(name=trunk, blocks=count)).tap_names:
+            raise UsageError(f"--blocks {count}: {trunk} has no tap at stride 16 there; give 6 to 11 blocks")
     return [
         Shape(TrunkSpec(name=trunk, blocks=count), scaled(base, size), bank)
         for count, size, bank in itertools.product(blocks, sizes, rows)
@@ -139,13 +142,9 @@ def export_shapes(
     exported = []
     for index, shape in enumerate(wanted):
         trunk = build_trunk(shape.trunk)
-        names = [name for name in _LEVELS if name in trunk.tap_names]
-        rows = [max(1, shape.rows // 2) if name == names[0] else shape.rows for name in names]
         generator = torch.Generator().manual_seed(0)
-        channels = [(trunk.tap_channels[name], trunk.tap_channels[name]) for name in names]
-        places = (shape.preprocessing.height // _STEP, shape.preprocessing.width // _STEP)
-        head = empty_head(config, rows, channels, places, generator)
-        for parameter in (*head.parameters(), *(head.get_buffer(f"bank_{name}") for name in names)):
+        head = _untrained(shape, trunk, config, generator)
+        for parameter in (*head.parameters(), *(head.get_buffer(name) for name in head.state_names)):
             torch.nn.init.normal_(parameter.data, std=0.1, generator=generator)
         noise = np.random.default_rng(0).integers(0, 256, (4, *_canvas(shape.preprocessing), 3), dtype=np.uint8)
         exported.append(
@@ -160,6 +159,19 @@ def export_shapes(
         )
         progress("export shapes", index + 1, len(wanted))
     return exported
+
+
+def _untrained(shape: Shape, trunk: Trunk, config: StudentConfig, generator: torch.Generator) -> StudentHead:
+    channels = tuple(int(trunk.tap_channels[name]) for name in LEVELS)
+    grid = (shape.preprocessing.height // 8, shape.preprocessing.width // 8)
+    memory = MemoryHead(
+        rows=(max(1, shape.rows // 2), shape.rows, shape.rows),
+        channels=channels,
+        background=config.background,
+        sites=SiteModel(channels=channels, components=config.site_components, grid=grid),
+        site_weight=config.site_weight,
+    )
+    return StudentHead(memory, width=config.width, generator=generator)
 
 
 def _canvas(preprocessing: Preprocessing) -> tuple[int, int]:
@@ -197,20 +209,19 @@ def train_student(
             trunk,
             canvases,
             preprocessing,
-            tap_names=[name for name in _LEVELS if name in trunk.tap_names],
+            tap_names=LEVELS,
             groups=np.arange(len(canvases)).astype(np.str_),
             device=device,
             progress=progress,
             what=what,
         )
 
-    grid = tuple(side // MAP_STRIDE for side in _canvas(preprocessing))
+    grid = (preprocessing.canvas_height // MAP_STRIDE, preprocessing.canvas_width // MAP_STRIDE)
     lesson = Lesson(
         features=features(views.lesson(), "features of the lesson"),
         good=len(views.good),
         masks=_tiles(gallery.lesson_masks(grid), preprocessing),
         target=None if taught is None else _tiles(taught.target(grid), preprocessing),
-        taught=taught,
         holdout=features(views.holdout, "features of hold-out"),
         spoiled=features(views.spoiled, "features of synthetic defects"),
     )
