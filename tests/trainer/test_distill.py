@@ -14,6 +14,7 @@ from edge.bundle import Precision, Preprocessing
 from edge.errors import DataError, GateError, UsageError
 from edge.inference.engines import available_engines
 from trainer import export as exporting
+from trainer import fit
 from trainer.data.conveyor import write_default
 from trainer.data.generic import generic_canvases
 from trainer.distill import command, gallery
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # Few samples of small images: the limits are those of a smoke test. The gate's own limits have their own tests.
-RULES = ParityRules(shift=4.0, flipped=0.2, auroc_drop=0.2, good_samples=32, defect_samples=32)
+RULES = ParityRules(shift=4.0, flipped=0.2, auroc_drop=0.2, good_samples=20, defect_samples=20)
 GRID: dict[str, Any] = {"blocks": (6,), "sizes": (64,), "rows": (8,), "device": "cpu", "rules": RULES}
 
 
@@ -41,7 +42,7 @@ def quiet(_what: str, _done: int, _total: int) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def small(request: pytest.FixtureRequest) -> Iterator[None]:
     """Quantise on a smaller generic set, keep trunks between runs out of the home folder, and train briefly."""
-    generic = generic_canvases(64)[::3]
+    generic = generic_canvases(64)[::6]
     memory = MemoryMethod.config("quick").model_copy(update={"rows": 40, "candidates": 400})
     student = Student.config("quick").model_copy(
         update={"steps": 12, "relit": 4, "defects": 12, "candidates": 300, "width": 8}
@@ -51,7 +52,8 @@ def small(request: pytest.FixtureRequest) -> Iterator[None]:
         patch.setattr(command, "generic_canvases", lambda: generic)
         patch.setattr(MemoryMethod, "config", lambda _preset: memory)
         patch.setattr(Student, "config", lambda _preset: student)
-        patch.setattr(gallery, "_VALIDATION_DEFECTS", 32)
+        patch.setattr(gallery, "_VALIDATION_DEFECTS", 24)
+        patch.setattr(fit, "_VALIDATION_DEFECTS", 24)
         patch.setenv("LINEWARD_CACHE", str(request.config.cache.mkdir("lineward")))
         yield
 
