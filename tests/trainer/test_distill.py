@@ -18,6 +18,7 @@ from trainer import fit
 from trainer.data.conveyor import write_default
 from trainer.data.generic import generic_canvases
 from trainer.distill import command, gallery
+from trainer.distill.latency import Timing
 from trainer.distill.student import Student
 from trainer.evaluation.command import evaluate
 from trainer.export import export_run
@@ -161,12 +162,22 @@ def test_student_exports_passes_the_gate_and_evaluates_as_any_run(student: Run, 
     assert figures["bundle"] == pytest.approx(figures["run"], abs=0.01)
 
 
+@pytest.fixture
+def three_ms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the export of shapes: each takes 3 ms."""
+    monkeypatch.setattr(command, "export_shapes", lambda wanted, *_, **__: wanted)
+    monkeypatch.setattr(command, "measure", lambda exported: [Timing(3.0, 2.9, 3.1)] * len(exported))
+
+
+@pytest.mark.usefixtures("three_ms")
 def test_distill_a_budget_that_nothing_fits_names_the_fastest(data: Path, teachers: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--budget-ms 0\.001: no student fits; the fastest, lite0 of 6 blocks .* ms"):
-        command.distill(teachers=teachers, data=data, out=tmp_path / "run", budget_ms=0.001, progress=quiet, **GRID)
+    said = r"--budget-ms 2\.5: no student fits; the fastest, lite0 of 6 blocks .* takes 3\.00 ms \(2\.90 to 3\.10\)"
+    with pytest.raises(UsageError, match=said):
+        command.distill(teachers=teachers, data=data, out=tmp_path / "run", budget_ms=2.5, progress=quiet, **GRID)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("three_ms")
 def test_distill_where_the_gate_refuses_all_nothing_is_written(
     data: Path, teachers: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
