@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.utils import skip_init
 
-from trainer.methods.patches import patch_mean
+from trainer.methods.deviation import Deviation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -51,48 +50,6 @@ def enlarge_nearest(grid: torch.Tensor, factor: int) -> torch.Tensor:
 def mosaic(feature: torch.Tensor, block: int) -> torch.Tensor:
     """Replace every ``block`` x ``block`` cells of float32 [N, C, h, w] by their mean; block divides h and w."""
     return feature if block == 1 else enlarge_nearest(functional.avg_pool2d(feature, block), block)
-
-
-class Deviation(nn.Module):
-    """Whitened deviation of a tap from its normal mean: ``W (x - mean)``, the mean a map of the tile.
-
-    In this space the normal mean is zero, good parts vary about alike in all directions, and attenuation draws a
-    feature towards the normal. Zero weights until ``set`` is called.
-
-    Args:
-        shape: [C, h, w] of the tap.
-        local_mean: take the 3x3 mean first.
-    """
-
-    centre: torch.Tensor
-
-    def __init__(self, shape: Sequence[int], *, local_mean: bool) -> None:
-        super().__init__()
-        self.local_mean = local_mean
-        # skip_init: the global generator is not ours to advance.
-        self.whiten = skip_init(nn.Conv2d, shape[0], shape[0], 1, bias=False)
-        nn.init.zeros_(self.whiten.weight)
-        self.register_buffer("centre", torch.zeros(*shape))
-
-    def local(self, tap: torch.Tensor) -> torch.Tensor:
-        """Return what is whitened: float32 [N, C, h, w]."""
-        return patch_mean(tap) if self.local_mean else tap
-
-    @torch.no_grad()
-    def set(self, mean: torch.Tensor, matrix: torch.Tensor) -> None:
-        """Take over statistics of good parts.
-
-        Args:
-            mean: float32 [C, h, w].
-            matrix: float32 [C, C]; rows of features are multiplied by it from the right.
-        """
-        self.whiten.weight.copy_(matrix.T[:, :, None, None])
-        self.centre.copy_(torch.einsum("chw,cd->dhw", mean, matrix))
-
-    def forward(self, tap: torch.Tensor) -> torch.Tensor:
-        """Return the whitened deviation of a tap float32 [N, C, h, w]."""
-        deviation: torch.Tensor = self.whiten(self.local(tap)) - self.centre
-        return deviation
 
 
 class MaskedBase(nn.Module):

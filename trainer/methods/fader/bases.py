@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import skip_init
 
+from trainer.methods.deviation import feature_rows
 from trainer.methods.fader.base import Hint, MaskedBase, Reading
 from trainer.methods.fader.similarity import GradientSimilarity, structural_dissimilarity
 from trainer.methods.memory.reduce import whitening
@@ -136,7 +137,7 @@ class FeatureBase(MaskedBase):
         rows: list[list[torch.Tensor]] = [[] for _ in self.skip_names]
         for reconstruction, reading in pairs:
             for kept, found, wanted in zip(rows, reconstruction, reading.targets, strict=True):
-                residual = (wanted - found).permute(0, 2, 3, 1).flatten(0, 2)
+                residual = feature_rows(wanted - found)
                 kept.append(residual[:: _ROW_STEP if len(residual) > _ALL_ROWS else 1])
         for whiten, kept in zip(self.rewhiten, rows, strict=True):
             assert isinstance(whiten, nn.Conv2d)

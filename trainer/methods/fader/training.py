@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from edge.errors import DataError, UsageError
+from trainer.methods.deviation import feature_rows, mean_of_places, smooth_places
 from trainer.methods.fader.base import Reading, enlarge_nearest
 from trainer.methods.fader.gates import Gates, attenuated
 from trainer.methods.memory.reduce import whitening
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from trainer.methods.base import Features, FitContext
-    from trainer.methods.fader.base import Deviation, MaskedBase
+    from trainer.methods.deviation import Deviation
+    from trainer.methods.fader.base import MaskedBase
     from trainer.methods.fader.fit import FaderConfig
     from trainer.methods.fader.model import FaderHead
 
@@ -73,12 +75,6 @@ def _subset(features: Features, generator: torch.Generator) -> torch.Tensor:
     return torch.randperm(len(features), generator=generator)[:_MEASURE_TILES].sort().values
 
 
-def _smooth(grid: torch.Tensor) -> torch.Tensor:
-    """Average [C, h, w] over 3x3 cells, edges repeated."""
-    padded = functional.pad(grid[None], (1, 1, 1, 1), mode="replicate")
-    return functional.avg_pool2d(padded, 3, stride=1)[0]
-
-
 def measure(base: MaskedBase, context: FitContext, config: FaderConfig, generator: torch.Generator) -> None:
     """Set the normal means, the whitening and the mask threshold of a base from good parts.
 
@@ -98,7 +94,7 @@ def measure(base: MaskedBase, context: FitContext, config: FaderConfig, generato
         if not torch.isfinite(place).all():
             raise DataError(f"features of tap {name} are not finite; check the training images")
         everywhere = place.mean((1, 2), keepdim=True)
-        mean = (1 - config.position_share) * everywhere + config.position_share * _smooth(place)
+        mean = (1 - config.position_share) * everywhere + config.position_share * smooth_places(place)
         _, matrix = whitening(_deviations(features, name, deviation, mean, order), config.whitening)
         if not torch.isfinite(matrix).all():
             raise DataError(f"features of tap {name} are not finite; check the training images")
@@ -121,7 +117,7 @@ def _deviations(
     features: Features, name: str, deviation: Deviation, mean: torch.Tensor, order: torch.Tensor
 ) -> Iterator[torch.Tensor]:
     for (tap,) in features.batches((name,), _BATCH, device=mean.device, order=order):
-        yield (deviation.local(tap) - mean).permute(0, 2, 3, 1).flatten(0, 2)
+        yield feature_rows(deviation.local(tap) - mean)
 
 
 def random_blocks(mask: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
@@ -194,11 +190,7 @@ def settle(head: FaderHead, context: FitContext, config: FaderConfig, generator:
         for total, level in zip(totals, base.levels(reconstruction, reading), strict=True):
             total.add_(level.double().sum(0))
     for scale, total, weight in zip(scales, totals, base.level_weights, strict=True):
-        place = _smooth(_smooth((total / len(order)).float()))
-        # A few images know little of one place; the mean over all places counts as that many more of them.
-        trust = len(order) / (len(order) + config.place_prior)
-        mean = trust * place + (1 - trust) * place.mean()
-        scale.copy_(weight / mean.clamp_min(1e-6))
+        scale.copy_(weight / mean_of_places(total, len(order), config.place_prior).clamp_min(1e-6))
 
 
 class Corruptions(NamedTuple):

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from pydantic import Field, PositiveFloat
 from torch import nn
-from torch.nn import functional
 
 from deploy.metrics import image_auroc
 from edge.errors import DataError, UsageError
 from trainer.methods.base import FitContext, Method, MethodConfig
-from trainer.methods.fader.base import Deviation
+from trainer.methods.deviation import Deviation, feature_rows, mean_of_places, smooth_places
 from trainer.methods.hetnet.context import Adapter, GlobalContext
 from trainer.methods.hetnet.model import LEVELS, LOCAL_MEANS, HetNetHead, HetNetwork, Shape
 from trainer.methods.hetnet.training import Loss, Teachers, Training, train
@@ -229,8 +228,8 @@ class _Fit:
             assert isinstance(total, torch.Tensor)
             place = (total / len(self.seen)).float()
             everywhere = place.mean((1, 2), keepdim=True)
-            mean = everywhere + self.config.position_share * (_smooth(place) - everywhere)
-            rows = (_rows(layer.local(tap) - mean) for (tap,) in self._seen(name))
+            mean = everywhere + self.config.position_share * (smooth_places(place) - everywhere)
+            rows = (feature_rows(layer.local(tap) - mean) for (tap,) in self._seen(name))
             _, matrix = whitening(rows, self.config.whitening)
             if not (torch.isfinite(mean).all() and torch.isfinite(matrix).all()):
                 raise DataError(f"features of tap {name} are not finite; check the training images")
@@ -300,18 +299,14 @@ class _Fit:
             for scale in scales:
                 scale.fill_(1.0)
             for index, layer in enumerate(head.residual):
-                rows = (_rows(found[index]) for found in self._residuals(head))
+                rows = (feature_rows(found[index]) for found in self._residuals(head))
                 _as_convolution(layer, *whitening(rows, self.config.whitening))
             totals = [torch.zeros_like(scale, dtype=torch.float64) for scale in scales]
             for taps in self._batches(self.held):
                 for total, level in zip(totals, head.levels(taps), strict=True):
                     total.add_(level.double().sum(0))
-            # A few images know little of one place; the mean over all places counts as that many more of them.
-            trust = len(self.held) / (len(self.held) + self.config.place_prior)
             for scale, total, weight in zip(scales, totals, self._weights(len(scales)), strict=True):
-                place = _smooth(_smooth((total / len(self.held)).float()))
-                mean = trust * place + (1 - trust) * place.mean()
-                scale.copy_(weight / mean.clamp_min(1e-9))
+                scale.copy_(weight / mean_of_places(total, len(self.held), self.config.place_prior).clamp_min(1e-9))
 
     def _weights(self, answers: int) -> list[float]:
         levels = [self.config.fine_weight, *[1.0] * (len(LEVELS) - 1)]
@@ -343,15 +338,6 @@ class _Fit:
                 cells = head(*taps)[0].flatten(1)
                 found.append(cells.topk(max(1, round(_VALIDATION_SHARE * cells.shape[1])), 1).values.mean(1).cpu())
         return torch.cat(found).view(-1, features.tiles_per_image).amax(1)
-
-
-def _rows(maps: torch.Tensor) -> torch.Tensor:
-    return maps.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _smooth(grid: torch.Tensor) -> torch.Tensor:
-    """Average [C, h, w] over 3x3 cells, edges repeated."""
-    return functional.avg_pool2d(functional.pad(grid[None], (1, 1, 1, 1), mode="replicate"), 3, stride=1)[0]
 
 
 def _as_convolution(layer: nn.Module, mean: torch.Tensor, matrix: torch.Tensor) -> nn.Module:

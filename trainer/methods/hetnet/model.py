@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.utils import skip_init
 
 from trainer.methods.base import Head
-from trainer.methods.fader.base import Deviation
+from trainer.methods.deviation import Deviation
 from trainer.methods.patches import enlarge
 
 if TYPE_CHECKING:
