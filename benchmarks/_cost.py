@@ -22,9 +22,12 @@ from edge.inference.sessions import ANOMALY_MAP, IMAGE
 from trainer.data.generic import generic_canvases
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import numpy.typing as npt
     from torch import nn
 
+    from edge.inference.engines import GraphSession
     from trainer.methods.base import Head
 
 _TURNS, _CALLS = 7, 20
@@ -77,13 +80,13 @@ def measure_cost(trunk: nn.Module, head: Head, canvases: npt.NDArray[np.uint8]) 
         return Cost(found[Precision.INT8], found[Precision.FLOAT32], int8.stat().st_size, float32.stat().st_size)
 
 
-def _open(path: Path, precision: Precision, outputs: object, shapes: dict[str, tuple[int, ...]]):  # noqa: ANN202
+def _open(path: Path, precision: Precision, outputs: Sequence[str], shapes: dict[str, tuple[int, ...]]) -> GraphSession:
     return open_graph(
-        path, engine=Engine.OPENVINO, precision=precision, threads=1, outputs=tuple(outputs), input_shapes=shapes
+        path, engine=Engine.OPENVINO, precision=precision, threads=1, outputs=outputs, input_shapes=shapes
     )
 
 
-def _fastest(step: object) -> float:
+def _fastest(step: Callable[[], object]) -> float:
     turns = []
     for _ in range(_TURNS):
         started = time.perf_counter()

@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 from scipy.stats import spearmanr
 
@@ -28,7 +27,7 @@ import trainer.methods.patches
 import trainer.synthesis.image2d
 from benchmarks import baselines as baseline_code
 from benchmarks._cost import Cost, measure_cost
-from benchmarks._images import CPU, Category, fit_context, open_category, split
+from benchmarks._images import CPU, Category, at_size, fit_context, open_category, split
 from benchmarks._setting import heading
 from benchmarks.baselines import padim, patchcore
 from deploy.bootstrap import PairedCategory, WeightedMetric, bootstrap_difference, weighted_aupro, weighted_auroc
@@ -108,7 +107,7 @@ def source_of(module: object) -> str:
 
 def upsampled(maps: npt.NDArray[np.float32], size: int) -> Callable[[], list[npt.NDArray[np.float32]]]:
     """Return a function that gives the maps at the masks' size."""
-    return lambda: [cv2.resize(one, (size, size), interpolation=cv2.INTER_LINEAR) for one in maps]
+    return lambda: list(at_size(maps, size))
 
 
 def run_category(
