@@ -164,6 +164,21 @@ class StateTensor(_Model):
         return f"{self.name}.scale"
 
 
+class MemoryLayout(_Model):
+    """A head whose map is the distance to the nearest row of two banks, which a box may replace.
+
+    The map of a tile is ``sqrt(min_m ||z - m||^2)`` over the rows of both banks, on ``grid``, after ``smoothing``
+    zero-counted 3x3 means of the distances, less ``background`` times the tile map's own mean. A bank that is not full
+    repeats rows, which changes no distance.
+    """
+
+    local: str = Field("bank_local", description="State tensor [R, D] of the box's own memory.")
+    fleet: str = Field("bank_fleet", description="State tensor [R', D] of the fleet's memory.")
+    grid: tuple[int, int] = Field(description="Rows and columns of patches of a tile; the embedding is row-major.")
+    smoothing: int = Field(0, ge=0, le=4)
+    background: float = Field(0.0, ge=0, le=1)
+
+
 class Calibration(_Model):
     """Where the held-out good scores of one engine and precision are.
 
@@ -218,6 +233,7 @@ class Manifest(_Model):
     embedding_id: dict[Precision, Sha256]
     calibration: tuple[Calibration, ...] = Field(min_length=1)
     commissioning_file: str | None = None
+    memory: MemoryLayout | None = None
     golden: Golden
     parity: dict[str, Any]
     metrics: dict[str, float | None] = {}
@@ -236,6 +252,18 @@ class Manifest(_Model):
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or name == MANIFEST:
                 raise ValueError(f"files: {name!r} is not a path inside the bundle")
+        return self
+
+    @model_validator(mode="after")
+    def _memory_is_state(self) -> Manifest:
+        if self.memory is None:
+            return self
+        widths = {tensor.name: tensor.shape[1] for tensor in self.state if len(tensor.shape) == 2}  # noqa: PLR2004
+        for name in (self.memory.local, self.memory.fleet):
+            if name not in widths:
+                raise ValueError(f"memory names {name!r}, which is no state tensor [R, D]")
+        if widths[self.memory.local] != widths[self.memory.fleet]:
+            raise ValueError("the rows of the two banks differ in width")
         return self
 
 

@@ -1,0 +1,1 @@
+"""The fleet's aggregator: memory updates in, a better memory out."""

@@ -1,0 +1,1 @@
+"""How a box and the fleet's aggregator exchange memories."""
