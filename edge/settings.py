@@ -143,10 +143,28 @@ def load_settings(path: Path) -> BoxSettings:
             names the file, the key and, for an unknown key, the nearest valid one; it never repeats a value, since
             that may be a password.
     """
+    content = read_yaml(path, needed="site, box, state_dir, bundle and cameras")
+    try:
+        settings = BoxSettings.model_validate(content)
+    except ValidationError as error:
+        raise SettingsError(f"{path}: {explain(error, BoxSettings)}") from error
+    return _resolved(settings, path.resolve().parent)
+
+
+def read_yaml(path: Path, *, needed: str) -> dict[Any, Any]:
+    """Read a YAML file that holds settings; strict where PyYAML is not.
+
+    Args:
+        path: the file.
+        needed: the keys that an empty file lacks, for its error.
+
+    Raises:
+        SettingsError: the file is missing, not UTF-8, no YAML, empty, or gives a key twice.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise SettingsError(f"{path}: cannot be read ({error.strerror}); name the box's YAML file") from error
+        raise SettingsError(f"{path}: cannot be read ({error.strerror}); name a YAML file") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
     try:
@@ -158,12 +176,8 @@ def load_settings(path: Path) -> BoxSettings:
     except (yaml.YAMLError, ValueError) as error:
         raise SettingsError(f"{path}: cannot be parsed as YAML ({type(error).__name__}); correct it") from error
     if not isinstance(content, dict):
-        raise SettingsError(f"{path}: holds no settings; at least site, box, state_dir, bundle and cameras are needed")
-    try:
-        settings = BoxSettings.model_validate(content)
-    except ValidationError as error:
-        raise SettingsError(f"{path}: {explain(error, BoxSettings)}") from error
-    return _resolved(settings, path.resolve().parent)
+        raise SettingsError(f"{path}: holds no settings; at least {needed} are needed")
+    return content
 
 
 def settings_schema() -> str:
