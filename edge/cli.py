@@ -43,7 +43,8 @@ VERB_HELP = {
 EXTRAS = {"demo": "demo"}
 _ROOMS = frozenset({"edge", "deploy", "trainer"})
 LINE_FIELDS = (
-    "value", "decision", "phase", "state", "part_id", "event_id", "score", "threshold", "p_value", "reason",
+    "value", "kind", "severity", "decision", "phase", "state", "part_id", "event_id", "score", "threshold", "p_value",
+    "reason", "text",
 )  # fmt: skip
 DEFAULT_BROKER = "mqtt://localhost:1883"
 
@@ -209,6 +210,24 @@ def replay(
         shutil.rmtree(folder, ignore_errors=True)
     if summary.lost:
         raise OutboxError(f"{summary.lost} messages could not be stored in {folder}; see the notes above")
+
+
+@app.command()
+def key(
+    out: Annotated[Path, typer.Option(help="Folder for the two files; made if missing.", show_default=False)],
+    *,
+    name: Annotated[str, typer.Option(help="First part of the files' names.")] = "box",
+    box: Annotated[str, typer.Option(help="<site>/<box> to note in the files.", show_default=False)] = "",
+) -> None:
+    """Make the keys that a box proves itself with at the aggregator; print the public one."""
+    from edge.federation.keys import check_box_name, make_keys, write_keys
+
+    if not name or "/" in name:
+        raise UsageError("key: --name is the first part of a file's name, such as box")
+    keys = make_keys()
+    public, secret = write_keys(out, keys, name=name, box=check_box_name(box) if box else "")
+    typer.echo(keys.public)
+    typer.echo(f"{secret} stays on this machine; take {public} to the aggregator and enrol it there", err=True)
 
 
 @app.command()
