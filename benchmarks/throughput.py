@@ -133,7 +133,7 @@ def open_bare(
     bundle: Bundle, *, lanes: int, threads: int = CORES
 ) -> tuple[GraphSession, GraphSession, dict[str, np.ndarray]]:
     """Open trunk and head as the detector does, and the taps of one prepared input."""
-    from edge.inference.detector import _stored_state
+    from edge.inference.detector import stored_state
 
     manifest = bundle.manifest
     preprocessing = manifest.preprocessing
@@ -149,7 +149,7 @@ def open_bare(
     head = open_graph(
         graph_file(bundle, manifest.head, Precision.INT8),
         outputs=[ANOMALY_MAP],
-        state=_stored_state(bundle),
+        state=stored_state(bundle),
         input_shapes={name: value.shape for name, value in taps.items()},
         **common,
     )

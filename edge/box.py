@@ -256,7 +256,6 @@ class Box:
             outbox=self.outbox,
             publisher=self.publisher,
             bundle=bundle,
-            memory_version=PACKED_MEMORY,
             metrics=self.metrics,
         )
         refused: list[CaptureError] = []

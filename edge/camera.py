@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge.capture.capture import CameraState, Capture, LostFrame
 from edge.capture.settings import SourceKind
-from edge.errors import CaptureError
+from edge.errors import CaptureError, DataError
 from edge.frames import Decision, EventPhase
 from edge.judgement.events import EventTracker
 from edge.settings import Mode
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from edge.settings import CameraSettings
 
     OnVerdict = Callable[[str, Verdict], None]
+    OnJudged = Callable[[Frame, Verdict, bool], None]
 
 _LOG = logging.getLogger(__name__)
 POLL_S = 0.2
@@ -56,6 +57,8 @@ class CameraWorker:
         watchdog: hears a beat per round.
         stop: set when the box stops.
         on_verdict: called with a frame's name and its verdict, in the worker's thread.
+        on_judged: called with each frame that was judged, its verdict and whether it is part of an alert, in the
+            worker's thread; must return at once.
     """
 
     def __init__(
@@ -69,11 +72,16 @@ class CameraWorker:
         watchdog: Watchdog,
         stop: threading.Event,
         on_verdict: OnVerdict | None = None,
+        on_judged: OnJudged | None = None,
     ) -> None:
         self.name = settings.name
         self._settings = settings
         self._detector = detector
         self._judge = judge
+        # During a switch of the memory there are two: frames of the old head meet the old thresholds.
+        self._judges = {judge.memory_version: judge}
+        self._judges_lock = threading.Lock()
+        self._on_judged = on_judged
         self._reporter = reporter
         self._metrics = metrics
         self._watchdog = watchdog
@@ -117,6 +125,20 @@ class CameraWorker:
             raise
         self._thread = threading.Thread(target=self._run, name=f"judge-{self.name}", daemon=True)
         self._thread.start()
+
+    @property
+    def judge(self) -> Judge:
+        """Whose thresholds the last frame met."""
+        return self._judge
+
+    def install_judge(self, judge: Judge) -> None:
+        """Have a judge ready for the memory that will be in force next; until then frames meet the present one.
+
+        May be called from another thread. The judge of the memory before the present one is forgotten.
+        """
+        with self._judges_lock:
+            present = self._judge.memory_version
+            self._judges = {present: self._judges[present], judge.memory_version: judge}
 
     def end(self) -> None:
         """Treat the source as ended: the frame in hand is finished, those in the queue are reported as dropped."""
@@ -202,11 +224,14 @@ class CameraWorker:
         if not triggered:
             self._report(self._tracker.step(verdict, leave_level=self._judge.leave_level))
             self._show_stream(verdict)
+        if self._on_judged is not None and verdict.decision is not Decision.NOT_JUDGED:
+            self._on_judged(frame, verdict, verdict.decision is Decision.NOK or self._tracker.active)
 
     def _judged(self, frame: Frame) -> Verdict:
         timeout_ms = self._settings.timeout_ms if self._settings.mode is Mode.TRIGGERED else None
         try:
-            verdict = self._judge.judge(self._detector.predict(frame))
+            prediction = self._detector.predict(frame)
+            verdict = self._judge_of(prediction.memory_version).judge(prediction)
         except Exception as error:  # noqa: BLE001 (one frame's stage is isolated: the next may be judged again)
             self._counts["failed"] += 1
             self._metrics.count("frames_failed")
@@ -224,6 +249,16 @@ class CameraWorker:
                 frame, f"judged {verdict.latency_ms['total']:.0f} ms after capture, {timeout_ms:g} ms are allowed"
             )
         return verdict
+
+    def _judge_of(self, memory_version: int) -> Judge:
+        if memory_version != self._judge.memory_version:
+            with self._judges_lock:
+                if memory_version not in self._judges:
+                    raise DataError(
+                        f"memory version {memory_version} judges, but no thresholds were made for it; restart the box"
+                    )
+                self._judge = self._judges[memory_version]
+        return self._judge
 
     def _deliver(self, name: str, verdict: Verdict) -> None:
         judged = verdict.decision is not Decision.NOT_JUDGED

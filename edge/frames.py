@@ -48,12 +48,14 @@ class Prediction:
         frame: the frame it belongs to.
         preprocess_ns: time for crop, resize and tiles.
         inference_ns: time inside the engine, trunk and head together.
+        memory_version: of the memory that the map was measured against, 0 for the one packed in the bundle.
     """
 
     anomaly_map: npt.NDArray[np.float32]
     frame: Frame
     preprocess_ns: int
     inference_ns: int
+    memory_version: int = 0
 
 
 class Decision(str, Enum):
@@ -102,6 +104,8 @@ class Verdict:
         captured_at: as in the frame.
         reason: empty, or why the part was not judged.
         latency_ms: milliseconds per stage (``preprocess``, ``inference``, ``judgement``, ``total`` since capture).
+        memory_version: of the memory that judged, 0 for the one packed in the bundle; where no frame was judged, of
+            the one whose threshold is shown.
     """
 
     decision: Decision
@@ -116,6 +120,7 @@ class Verdict:
     regions: tuple[Region, ...] = ()
     reason: str = ""
     latency_ms: dict[str, float] = field(default_factory=dict)
+    memory_version: int = 0
 
 
 class EventPhase(str, Enum):
@@ -144,6 +149,7 @@ class AnomalyEvent:
         frames: frames judged since the event began, this one included.
         regions: of that frame.
         latency_ms: of that frame.
+        memory_version: of the memory that judged that frame; it may change within one event.
     """
 
     event_id: str
@@ -159,3 +165,4 @@ class AnomalyEvent:
     frames: int
     regions: tuple[Region, ...] = ()
     latency_ms: dict[str, float] = field(default_factory=dict)
+    memory_version: int = 0

@@ -10,12 +10,22 @@ import math
 import threading
 from typing import TYPE_CHECKING, Any
 
-from edge.alerts.message import BundleRef, Judge, MemoryRef, alert_from_event, encode, verdict_message
+from edge.alerts.message import (
+    BundleRef,
+    Judge,
+    MemoryRef,
+    Severity,
+    alert_from_event,
+    encode,
+    notice_message,
+    verdict_message,
+)
 from edge.alerts.outbox import Draft, Priority
 from edge.errors import MessageError, OutboxError
 from edge.frames import Decision, EventPhase
 
 if TYPE_CHECKING:
+    from edge.alerts.message import NoticeKind
     from edge.alerts.outbox import Outbox
     from edge.alerts.publisher import Publisher
     from edge.alerts.topics import Identity
@@ -27,6 +37,11 @@ _LOG = logging.getLogger(__name__)
 # What an operator misses least goes first when the outbox is full.
 _EVENT_PRIORITY = {EventPhase.NEW: Priority.HIGH, EventPhase.UPDATE: Priority.LOW, EventPhase.END: Priority.HIGH}
 _VERDICT_PRIORITY = {Decision.NOK: Priority.HIGH, Decision.NOT_JUDGED: Priority.HIGH, Decision.OK: Priority.NORMAL}
+_NOTICE_LEVEL = {
+    Severity.INFO: logging.INFO,
+    Severity.WARNING: logging.WARNING,
+    Severity.ALARM: logging.ERROR,
+}
 
 
 class Reporter:
@@ -37,8 +52,7 @@ class Reporter:
         outbox: the durable queue.
         publisher: for retained states.
         bundle: that judges.
-        memory_version: of the memory in use, 0 for the packed one.
-        metrics: counts ``alerts``, ``verdicts`` and ``messages_lost``.
+        metrics: counts ``alerts``, ``verdicts``, ``notices`` and ``messages_lost``.
     """
 
     def __init__(
@@ -48,7 +62,6 @@ class Reporter:
         outbox: Outbox,
         publisher: Publisher,
         bundle: Bundle,
-        memory_version: int,
         metrics: Metrics,
     ) -> None:
         self._identity = identity
@@ -56,7 +69,7 @@ class Reporter:
         self._publisher = publisher
         self._product = bundle.manifest.product
         self._bundle = BundleRef(id=bundle.id, method=bundle.manifest.method)
-        self._memory = MemoryRef(version=memory_version)
+        self._memories = {0: MemoryRef()}
         self._metrics = metrics
         self._lock = threading.Lock()
         self._shown: dict[str, tuple[object, ...]] = {}
@@ -67,9 +80,14 @@ class Reporter:
         """Why the last message was lost; empty when it was stored."""
         return self._error
 
+    def know_memory(self, version: int, *, fleet: int) -> None:
+        """Learn, before it judges, which version of the fleet's memory is inside a version of the box's own."""
+        with self._lock:
+            self._memories[version] = MemoryRef(version=version, fleet=fleet)
+
     def event(self, event: AnomalyEvent, *, calibration_count: int) -> None:
         """Store one phase of an event."""
-        judge = self._judge(calibration_count)
+        judge = self._judge(event.memory_version, calibration_count)
 
         def make(epoch: str, seq: int) -> bytes:
             return encode(alert_from_event(event, identity=self._identity, judge=judge, epoch=epoch, seq=seq))
@@ -78,13 +96,39 @@ class Reporter:
 
     def verdict(self, verdict: Verdict, *, calibration_count: int) -> None:
         """Store the verdict on one part."""
-        judge = self._judge(calibration_count)
+        judge = self._judge(verdict.memory_version, calibration_count)
 
         def make(epoch: str, seq: int) -> bytes:
             return encode(verdict_message(verdict, identity=self._identity, judge=judge, epoch=epoch, seq=seq))
 
         topic = self._identity.verdict(verdict.camera)
         self._store(Draft(topic, make, _VERDICT_PRIORITY[verdict.decision]), "verdicts")
+
+    def notice(self, kind: NoticeKind, severity: Severity, text: str, **detail: Any) -> None:  # noqa: ANN401 (JSON)
+        """Store what a person should know of the box itself.
+
+        Args:
+            kind: of the occasion.
+            severity: how soon it should be read.
+            text: for people.
+            detail: figures, as JSON values.
+        """
+
+        def make(epoch: str, seq: int) -> bytes:
+            return encode(
+                notice_message(
+                    identity=self._identity,
+                    epoch=epoch,
+                    seq=seq,
+                    kind=kind.value,
+                    severity=severity,
+                    text=text,
+                    detail=detail,
+                )
+            )
+
+        _LOG.log(_NOTICE_LEVEL[severity], "%s: %s", kind.value, text)
+        self._store(Draft(self._identity.notice, make, Priority.HIGH), "notices")
 
     def state(
         self,
@@ -104,10 +148,11 @@ class Reporter:
             reason: why it was not judged.
             event_id: of the event that lasts, in stream mode.
             part_id: of the part, in triggered mode.
-            verdict: whose score and threshold are shown, and whose part is a new one each time.
+            verdict: whose score, threshold and memory are shown, and whose part is a new one each time.
         """
         part = None if verdict is None or part_id is None else verdict.camera_seq
-        shown = (state, reason, event_id, part_id, part)
+        judged = verdict is not None and verdict.decision is not Decision.NOT_JUDGED
+        shown = (state, reason, event_id, part_id, part, verdict.memory_version if judged and verdict else None)
         values: dict[str, Any] = {"state": state, "reason": reason, "event_id": event_id, "part_id": part_id}
         if verdict is not None:
             values |= {
@@ -115,6 +160,7 @@ class Reporter:
                 for name, value in (("score", verdict.score), ("threshold", verdict.threshold))
                 if math.isfinite(value)
             }
+            values["memory"] = self._memory(verdict.memory_version)
         with self._lock:
             if self._shown.get(camera) == shown:
                 return
@@ -125,11 +171,15 @@ class Reporter:
             self._metrics.count("states_failed")
             _LOG.error("camera %s: its state cannot be published: %s", camera, error)
 
-    def _judge(self, calibration_count: int) -> Judge:
+    def _memory(self, version: int) -> MemoryRef:
+        with self._lock:
+            return self._memories.get(version, MemoryRef(version=version))
+
+    def _judge(self, memory_version: int, calibration_count: int) -> Judge:
         return Judge(
             product=self._product,
             bundle=self._bundle,
-            memory=self._memory,
+            memory=self._memory(memory_version),
             p_value_floor=1 / (calibration_count + 1),
         )
 

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from datetime import datetime, timezone
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
@@ -24,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from edge.alerts.topics import Address, Identity, Kind, parse_topic
+from edge.alerts.topics import ACCEPT_VERB, REPLAY_VERB, SHIP_VERB, Address, Identity, Kind, parse_topic
 from edge.errors import MessageError
 from edge.frames import Decision, EventPhase  # noqa: TC001 (pydantic needs them at run time)
 
@@ -78,9 +79,10 @@ class BundleRef(Message):
 
 
 class MemoryRef(Message):
-    """Which memory judged: the version counts changes since the bundle was packed (0)."""
+    """Which memory judged."""
 
-    version: Count = 0
+    version: Count = Field(0, description="Counts this box's switches since the bundle was packed (0).")
+    fleet: Count = Field(0, description="Version of the fleet's memory inside it; 0 for the one that was packed.")
 
 
 class RegionMessage(Message):
@@ -160,6 +162,37 @@ class Gap(_Numbered):
         return self
 
 
+class Severity(str, Enum):
+    """How soon a person should read a notice: at leisure, in this shift, now."""
+
+    INFO = "info"
+    WARNING = "warning"
+    ALARM = "alarm"
+
+
+class NoticeKind(str, Enum):
+    """What the box itself gives notice of; readers must expect kinds that they do not know."""
+
+    MEMORY_SWITCHED = "memory.switched"
+    MEMORY_REFUSED = "memory.refused"
+    MEMORY_DRIFT = "memory.drift"
+    MEMORY_DAMAGED = "memory.damaged"
+    MEMORY_FAILED = "memory.failed"
+    FEDERATION_REFUSED = "federation.refused"
+    OUTBOX_DAMAGED = "outbox.damaged"
+
+
+class Notice(_Numbered):
+    """What a person should know of the box itself, once per occasion; what lasts is in the status."""
+
+    schema_: Literal["lineward.notice/1"] = Field("lineward.notice/1", alias="schema")
+    kind: str = Field(pattern=r"^[a-z]+(\.[a-z_]+)+$", max_length=64)
+    severity: Severity
+    text: str = Field(min_length=1, max_length=1024, description="For people.")
+    detail: dict[str, JsonValue] = Field(default_factory=dict, description="The figures behind it.")
+    late: bool = Field(False, description="Sent after the connection in which it was made.")
+
+
 class OutboxStatus(Message):
     """The outbox as the status shows it."""
 
@@ -206,6 +239,7 @@ class CameraState(Message):
     part_id: str | None = None
     score: float | None = None
     threshold: float | None = None
+    memory: MemoryRef | None = Field(None, description="That judged; null before anything was judged.")
     reason: str = ""
 
 
@@ -226,8 +260,29 @@ class ReplayCommand(Message):
     id: str | None = Field(None, max_length=128, description="Comes back in the result.")
 
 
+class AcceptCommand(Message):
+    """Declares a part good: its frame feeds the memory whatever its score; published to ``cmd/accept``."""
+
+    camera: str
+    camera_seq: Count | None = None
+    part_id: str | None = Field(None, max_length=1024)
+    id: str | None = Field(None, max_length=128, description="Comes back in the result.")
+
+    @model_validator(mode="after")
+    def _names_one_frame(self) -> AcceptCommand:
+        if (self.camera_seq is None) == (self.part_id is None):
+            raise ValueError("give either camera_seq or part_id")
+        return self
+
+
+class ShipCommand(Message):
+    """Asks a box to send what its memory has learnt to the fleet now; published to ``cmd/ship``."""
+
+    id: str | None = Field(None, max_length=128, description="Comes back in the result.")
+
+
 class CommandResult(Message):
-    """The answer to a command. ``count``: messages that will be sent again; fewer than asked were kept."""
+    """The answer to a command. ``count``: messages that will be sent again, frames that fed, or rows that go out."""
 
     schema_: Literal["lineward.result/1"] = Field("lineward.result/1", alias="schema")
     site: str
@@ -240,21 +295,21 @@ class CommandResult(Message):
 
 
 _M = TypeVar("_M", bound=Message)
-Numbered: TypeAlias = Alert | VerdictMessage | Gap
-AnyMessage: TypeAlias = (
-    Alert | VerdictMessage | Gap | Status | CameraState | Availability | ReplayCommand | CommandResult
-)
+Numbered: TypeAlias = Alert | VerdictMessage | Gap | Notice
+Command: TypeAlias = ReplayCommand | AcceptCommand | ShipCommand
+AnyMessage: TypeAlias = Numbered | Status | CameraState | Availability | Command | CommandResult
 
 _MODELS: dict[Kind, type[Message]] = {
     Kind.ALERT: Alert,
     Kind.VERDICT: VerdictMessage,
     Kind.GAP: Gap,
+    Kind.NOTICE: Notice,
     Kind.STATUS: Status,
     Kind.STATE: CameraState,
     Kind.AVAILABLE: Availability,
-    Kind.COMMAND: ReplayCommand,
     Kind.RESULT: CommandResult,
 }
+COMMANDS: dict[str, type[Message]] = {REPLAY_VERB: ReplayCommand, ACCEPT_VERB: AcceptCommand, SHIP_VERB: ShipCommand}
 
 
 class Judge(Message):
@@ -311,6 +366,31 @@ def verdict_message(
         decision=verdict.decision,
         part_id=verdict.part_id,
         reason=verdict.reason[:1024],
+    )
+
+
+def notice_message(  # noqa: D417 (the others are the fields of Notice)
+    *, identity: Identity, epoch: str, seq: int, kind: str, severity: Severity, text: str, detail: dict[str, Any]
+) -> Notice:
+    """The message of one notice, made now.
+
+    Args:
+        text: cut at 1,024 characters.
+
+    Raises:
+        MessageError: a value cannot be published (names the field).
+    """
+    return build(
+        Notice,
+        epoch=epoch,
+        seq=seq,
+        ts=datetime.now(timezone.utc),
+        site=identity.site,
+        box=identity.box,
+        kind=kind,
+        severity=severity,
+        text=text[:1024],
+        detail=detail,
     )
 
 
@@ -375,7 +455,9 @@ def parse(topic: str, payload: bytes, *, prefix: str | None = None) -> AnyMessag
         raise MessageError(f"topic {topic[:200]!r} is not under {prefix!r}")
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise MessageError(f"{topic}: a payload of {len(payload)} bytes is over the limit of {MAX_PAYLOAD_BYTES}")
-    model = _MODELS[address.kind]
+    if address.kind is Kind.COMMAND and address.leaf not in COMMANDS:
+        raise MessageError(f"{topic}: unknown command; known are: {', '.join(COMMANDS)}")
+    model = COMMANDS[address.leaf] if address.kind is Kind.COMMAND else _MODELS[address.kind]
     if model is Availability:
         word = payload[:16].decode("utf-8", errors="replace") if len(payload) <= 16 else "a longer text"  # noqa: PLR2004
         return build(Availability, site=address.identity.site, box=address.identity.box, value=word)
@@ -399,12 +481,12 @@ def _check_sender(message: Message, address: Address, topic: str) -> None:
 
 def json_schemas() -> dict[str, dict[str, Any]]:
     """JSON Schema (2020-12) of every JSON payload, by file name; docs/schemas holds the same."""
+    models = {kind.value: model for kind, model in _MODELS.items() if model is not Availability}
+    models |= {f"{verb}-command": model for verb, model in COMMANDS.items()}
     files: dict[str, dict[str, Any]] = {}
-    for kind, model in _MODELS.items():
-        if model is not Availability:
-            name = "replay-command" if kind is Kind.COMMAND else kind.value
-            schema = model.model_json_schema(by_alias=True, mode="serialization")
-            files[f"{name}.json"] = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+    for name, model in models.items():
+        schema = model.model_json_schema(by_alias=True, mode="serialization")
+        files[f"{name}.json"] = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
     return files
 
 

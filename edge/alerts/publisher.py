@@ -42,10 +42,15 @@ from edge.alerts.topics import REPLAY_VERB, Identity, Kind, parse_topic, subscri
 from edge.errors import MessageError, OutboxError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
+    from typing import TypeAlias
 
+    from edge.alerts.message import AnyMessage
     from edge.alerts.outbox import Outbox
     from edge.alerts.settings import BrokerSettings
+
+    CommandHandler: TypeAlias = Callable[[AnyMessage], dict[str, Any] | None]
 
 LOG = logging.getLogger("lineward.publisher")
 # Another try for a message that the broker has refused, and for acknowledgements that the disk has refused.
@@ -65,7 +70,6 @@ class _Session:
     outstanding: dict[int, int | str] = field(default_factory=dict)
     refused: set[int | str] = field(default_factory=set)
     acknowledged: list[int] = field(default_factory=list)
-    results: deque[CommandResult] = field(default_factory=lambda: deque(maxlen=_MAX_RESULTS))
     retry_at: float | None = None
 
 
@@ -97,6 +101,8 @@ class Publisher:
         self._unsent = 0
         self._replayed = False
         self._counters = dict.fromkeys(("published", "acknowledged", "refused", "commands"), 0)
+        self._answers: deque[CommandResult] = deque(maxlen=_MAX_RESULTS)
+        self._handlers: dict[str, CommandHandler] = {REPLAY_VERB: self._replay}
         client_id = settings.client_id or f"lineward-{identity.site}-{identity.box}"
         self._reconnector = Reconnector(
             settings=settings,
@@ -132,6 +138,23 @@ class Publisher:
     def stop(self, timeout: float = _STOPPED_S) -> None:
         """Say ``stopped`` and disconnect; rows that are left stay in the outbox."""
         self._reconnector.stop(timeout)
+
+    def on_command(self, verb: str, handler: CommandHandler) -> None:
+        """Have commands of a verb answered by ``handler``; to be set before :meth:`start`.
+
+        It is called in the publisher's thread with the parsed command and must return at once: either the fields of
+        :class:`~edge.alerts.message.CommandResult`, or None where :meth:`answer` will be called later.
+        """
+        self._handlers[verb] = handler
+
+    def answer(self, verb: str, **values: Any) -> None:  # noqa: ANN401 (checked by the model)
+        """Publish the result of a command: fields of :class:`~edge.alerts.message.CommandResult`. Any thread may.
+
+        Raises:
+            MessageError: a field is unknown or has a wrong value.
+        """
+        self._answers.append(self._result(verb, **values))
+        self._reconnector.wake()
 
     def publish_status(self, values: dict[str, Any]) -> None:
         """Set the retained status: fields of :class:`~edge.alerts.message.Status`; ts, site, box, outbox are given.
@@ -221,7 +244,7 @@ class Publisher:
                     LOG.warning("the broker refuses the subscription to commands: %s", event.refusal)
                 elif isinstance(event, Incoming) and not event.retained:
                     # A retained command would run again after each reconnect; commands are for now or never.
-                    self._on_command(session, event)
+                    self._on_command(event)
                 event = inbox.get_nowait()
         except Empty:
             self._settle(session)
@@ -233,8 +256,8 @@ class Publisher:
                 return
             self._dirty.discard(topic)
             self._publish(session, topic, self._retained[topic], retain=True, what=topic)
-        while session.results and len(session.outstanding) < session.window:
-            result = session.results.popleft()
+        while self._answers and len(session.outstanding) < session.window:
+            result = self._answers.popleft()
             self._publish(session, self._identity.result(result.verb), encode(result), retain=False, what="result")
         room = session.window - len(session.outstanding)
         if room <= 0:
@@ -310,20 +333,25 @@ class Publisher:
                 return lost
         return None
 
-    def _on_command(self, session: _Session, event: Incoming) -> None:
+    def _on_command(self, event: Incoming) -> None:
         self._counters["commands"] += 1
+        verb = REPLAY_VERB
         try:
             verb = parse_topic(event.topic).leaf
-            if verb != REPLAY_VERB:
-                result = self._result(verb, ok=False, reason=f"unknown command; known are: {REPLAY_VERB}")
+            values: dict[str, Any] | None
+            if verb in self._handlers:
+                values = self._handlers[verb](parse(event.topic, event.payload, prefix=self._identity.prefix))
             else:
-                command = parse(event.topic, event.payload, prefix=self._identity.prefix)
-                assert isinstance(command, ReplayCommand)
-                count = self._outbox.requeue_range(command.epoch, command.first, command.last)
-                result = self._result(verb, ok=True, id=command.id, count=count)
+                values = {"ok": False, "reason": f"unknown command; known are: {', '.join(sorted(self._handlers))}"}
         except (MessageError, OutboxError) as error:
-            result = self._result(REPLAY_VERB, ok=False, reason=str(error)[:500])
-        session.results.append(result)
+            values = {"ok": False, "reason": str(error)[:500]}
+        if values is not None:
+            self._answers.append(self._result(verb, **values))
+
+    def _replay(self, command: AnyMessage) -> dict[str, Any]:
+        assert isinstance(command, ReplayCommand)
+        count = self._outbox.requeue_range(command.epoch, command.first, command.last)
+        return {"ok": True, "id": command.id, "count": count}
 
     def _result(self, verb: str, **values: Any) -> CommandResult:  # noqa: ANN401 (checked by the model)
         return build(CommandResult, site=self._identity.site, box=self._identity.box, verb=verb, **values)

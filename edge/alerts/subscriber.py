@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
-from edge.alerts.message import Alert, AnyMessage, Gap, VerdictMessage, parse
+from edge.alerts.message import Alert, AnyMessage, Gap, Notice, VerdictMessage, parse
 from edge.alerts.mqtt import Connected, Inbox, Incoming, Link, LinkKind, LinkState, Lost, Reconnector, Subscribed, Wake
 from edge.alerts.sequence import Deduplicator
 from edge.alerts.topics import Kind, subscriptions
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edge.alerts.settings import BrokerSettings
 
 LOG = logging.getLogger("lineward.subscriber")
-EVENTS = frozenset({Kind.ALERT, Kind.VERDICT, Kind.GAP})
+EVENTS = frozenset({Kind.ALERT, Kind.VERDICT, Kind.GAP, Kind.NOTICE})
 EVERYTHING = frozenset(Kind) - {Kind.COMMAND}
 _LOOK_S = 0.5
 
@@ -49,7 +49,7 @@ class Received:
 
 
 class Subscriber:
-    """Alerts, verdicts and gaps of boxes, each once; a context manager.
+    """Alerts, verdicts, notices and gaps of boxes, each once; a context manager.
 
     Args:
         settings: the broker.
@@ -187,7 +187,7 @@ class Subscriber:
             LOG.debug("dropped: %s", error)
             return
         with self._lock:
-            if isinstance(message, (Alert, VerdictMessage, Gap)):
+            if isinstance(message, (Alert, VerdictMessage, Gap, Notice)):
                 if not self._seen.is_new(message.site, message.box, message.epoch, message.seq):
                     self._counters["duplicates"] += 1
                     return

@@ -1,6 +1,7 @@
 """The topic tree: who publishes what where. Knows names only, neither payloads nor the broker.
 
-``<prefix>/<site>/<box>/{available,status,gap}``, ``.../<camera>/{alert,verdict,state}``, ``.../cmd/<verb>[/result]``.
+``<prefix>/<site>/<box>/{available,status,gap,notice}``, ``.../<camera>/{alert,verdict,state}`` and
+``.../cmd/<verb>[/result]``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ MAX_SEGMENT = 200
 COMMAND_SEGMENT = "cmd"
 RESULT_SEGMENT = "result"
 REPLAY_VERB = "replay"
+ACCEPT_VERB = "accept"
+SHIP_VERB = "ship"
 
 
 class Kind(str, Enum):
@@ -23,6 +26,7 @@ class Kind(str, Enum):
     AVAILABLE = "available"
     STATUS = "status"
     GAP = "gap"
+    NOTICE = "notice"
     ALERT = "alert"
     VERDICT = "verdict"
     STATE = "state"
@@ -30,7 +34,7 @@ class Kind(str, Enum):
     RESULT = "result"
 
 
-BOX_KINDS = frozenset({Kind.AVAILABLE, Kind.STATUS, Kind.GAP})
+BOX_KINDS = frozenset({Kind.AVAILABLE, Kind.STATUS, Kind.GAP, Kind.NOTICE})
 CAMERA_KINDS = frozenset({Kind.ALERT, Kind.VERDICT, Kind.STATE})
 
 
@@ -102,6 +106,11 @@ class Identity:
     def gap(self) -> str:
         """Rows that the box dropped on purpose."""
         return f"{self.root}/{Kind.GAP.value}"
+
+    @property
+    def notice(self) -> str:
+        """What a person should know of the box itself."""
+        return f"{self.root}/{Kind.NOTICE.value}"
 
     def alert(self, camera: str) -> str:
         """Phases of anomaly events of a camera."""

@@ -25,12 +25,22 @@ from edge.judgement.score import pool_score
 from edge.memory.rows import RowsPrecision, decode_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
     from edge.bundle import StateTensor
     from edge.inference.sessions import State
 
 _LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _InForce:
+    """A head and the version of the memory in it: read and replaced together, so that no map gets the other's."""
+
+    head: Head
+    memory_version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +87,7 @@ class Detector:
         with self._trunk.borrow() as trunk:
             taps = trunk.run({IMAGE: cut_tiles(blank, preprocessing)})
             self._tap_shapes = {name: tuple(taps[name].shape) for name in bundle.manifest.taps}
-        self._head = self._build_head(state)
+        self._in_force = _InForce(self._build_head(state), 0)
         # One worker: of two switches the one asked for last is in force in the end.
         self._switcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="switch-state")
         self.status = DetectorStatus(
@@ -112,7 +122,7 @@ class Detector:
             EngineError: no engine gives the golden scores; the message has the figures.
         """
         requested = _choose(bundle, engine, precision)
-        state = _stored_state(bundle)
+        state = stored_state(bundle)
         reasons: list[str] = []
         for pair in _attempts(bundle, requested):
             tolerance = bundle.manifest.golden.tolerance.get(_key(*pair), float("nan"))
@@ -150,11 +160,21 @@ class Detector:
             EngineError: the engine gives up.
         """
         start = time.monotonic_ns()
-        canvas = to_canvas(frame.image, self.bundle.manifest.preprocessing)
+        manifest = self.bundle.manifest
+        canvas = to_canvas(frame.image, manifest.preprocessing)
         ready = time.monotonic_ns()
-        anomaly_map = self.map_of_canvas(canvas)
+        # Read once: a switch in the middle of this call must not mix two heads, nor name the wrong one.
+        in_force = self._in_force
+        maps = self._run(in_force.head, canvas, ANOMALY_MAP)
+        anomaly_map = join_maps(maps, manifest.preprocessing, manifest.map_stride)
         done = time.monotonic_ns()
-        return Prediction(anomaly_map=anomaly_map, frame=frame, preprocess_ns=ready - start, inference_ns=done - ready)
+        return Prediction(
+            anomaly_map=anomaly_map,
+            frame=frame,
+            preprocess_ns=ready - start,
+            inference_ns=done - ready,
+            memory_version=in_force.memory_version,
+        )
 
     def map_of_canvas(self, canvas: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Return the raw anomaly map of a canvas; a NaN in it is left to be seen.
@@ -169,7 +189,8 @@ class Detector:
             EngineError: the canvas has another size, or the engine gives up.
         """
         manifest = self.bundle.manifest
-        return join_maps(self._run(canvas, ANOMALY_MAP), manifest.preprocessing, manifest.map_stride)
+        maps = self._run(self._in_force.head, canvas, ANOMALY_MAP)
+        return join_maps(maps, manifest.preprocessing, manifest.map_stride)
 
     def embeddings_of_canvas(self, canvas: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Return the patch rows that feed the memory; the first call compiles a graph for them.
@@ -188,24 +209,35 @@ class Detector:
                 f"{self.bundle.path}: method {self.bundle.manifest.method} gives no embeddings; use a bundle of a "
                 "memory method"
             )
-        return self._run(canvas, EMBEDDING)
+        return self._run(self._in_force.head, canvas, EMBEDDING)
 
     @property
     def has_embedding(self) -> bool:
         """Whether the head gives patch rows."""
-        return EMBEDDING in self._head.outputs
+        return EMBEDDING in self._in_force.head.outputs
 
-    def switch_state(self, tensors: State) -> Future[None]:
+    @property
+    def memory_version(self) -> int:
+        """Of the memory in force, 0 for the one packed in the bundle; the next prediction may name a newer one."""
+        return self._in_force.memory_version
+
+    def switch_state(
+        self, tensors: State, *, memory_version: int = 0, before: Callable[[], None] | None = None
+    ) -> Future[None]:
         """Build a head with another state in the background and switch to it in one step.
 
-        Calls in progress finish with the old head. The golden frames belong to the bundle's own state and are not
-        run again.
+        Calls in progress finish with the old head, and their predictions name the old version. The golden frames
+        belong to the bundle's own state and are not run again.
 
         Args:
             tensors: every state tensor of the manifest, float32, of its shape; copied before this returns.
+            memory_version: that predictions of the new head name.
+            before: called once the new head is built and nothing can fail any more, just before it is in force: to
+                store what will judge, and to have its thresholds ready. What it raises stops the switch.
 
         Returns:
-            Done when the new head is in force. Its error may be an EngineError; the old head then stays.
+            Done when the new head is in force. Its error may be an EngineError or what ``before`` raised; the old
+            head then stays.
 
         Raises:
             BundleError: names, shapes or types differ from the manifest's, or a value is not finite.
@@ -214,9 +246,19 @@ class Detector:
         copies = {name: np.array(values, order="C") for name, values in tensors.items()}
 
         def build() -> None:
-            self._head = self._build_head(copies)
+            head = self._build_head(copies)
+            # Whoever has used embeddings goes on to: their graph is compiled here, not in that call.
+            if self._in_force.head.has_lanes(EMBEDDING):
+                head.lanes(EMBEDDING)
+            if before is not None:
+                before()
+            self._in_force = _InForce(head, memory_version)
 
         return self._switcher.submit(build)
+
+    def close(self) -> None:
+        """Wait for a switch that has begun; no other is taken. Predictions go on."""
+        self._switcher.shutdown(wait=True, cancel_futures=True)
 
     def golden_error(self) -> float:
         """Run the golden frames with the head in force.
@@ -242,13 +284,12 @@ class Detector:
     def _build_head(self, state: State) -> Head:
         return Head(self.bundle, self._runtime, self._tap_shapes, state)
 
-    def _run(self, canvas: npt.NDArray[np.uint8], output: str) -> npt.NDArray[np.float32]:
-        # Read once: a switch in the middle of this call must not mix two heads.
-        lanes = self._head.lanes(output)
-        with self._trunk.borrow() as trunk, lanes.borrow() as head:
+    def _run(self, head: Head, canvas: npt.NDArray[np.uint8], output: str) -> npt.NDArray[np.float32]:
+        lanes = head.lanes(output)
+        with self._trunk.borrow() as trunk, lanes.borrow() as session:
             taps = trunk.run({IMAGE: cut_tiles(canvas, self.bundle.manifest.preprocessing)})
             # The sessions' own buffers are used again by the next call.
-            return np.array(head.run(taps)[output], dtype=np.float32)
+            return np.array(session.run(taps)[output], dtype=np.float32)
 
 
 def _choose(bundle: Bundle, engine: Engine | None, precision: Precision | None) -> tuple[Engine, Precision]:
@@ -279,7 +320,12 @@ def _attempts(bundle: Bundle, requested: tuple[Engine, Precision]) -> list[tuple
     return [requested, *(pair for pair in fallbacks if pair != requested and pair in bundle.calibrated())]
 
 
-def _stored_state(bundle: Bundle) -> State:
+def stored_state(bundle: Bundle) -> dict[str, npt.NDArray[Any]]:
+    """Return the state tensors that a bundle was packed with, float32 by name; empty where its head has none.
+
+    Raises:
+        BundleError: the file is damaged, or does not hold what the manifest says.
+    """
     if bundle.manifest.state_file is None:
         state: dict[str, npt.NDArray[Any]] = {}
         path = bundle.path

@@ -86,10 +86,18 @@ class Head:
         Raises:
             EngineError: the head has no such output.
         """
+        # Whoever needs the map must not wait while somebody compiles the graph of the embedding.
+        found = self._lanes.get(output)
+        if found is not None:
+            return found
         with self._lock:
             if output not in self._lanes:
                 self._lanes[output] = Lanes(self._open(outputs=[output]), self._streams)
             return self._lanes[output]
+
+    def has_lanes(self, output: str) -> bool:
+        """Whether the graph of an output was compiled already."""
+        return output in self._lanes
 
 
 # Bundles of one trunk share its sessions for as long as a detector holds them.

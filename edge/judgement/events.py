@@ -157,4 +157,5 @@ class EventTracker:
             frames=self._frames,
             regions=verdict.regions,
             latency_ms=verdict.latency_ms,
+            memory_version=verdict.memory_version,
         )

@@ -97,7 +97,10 @@ class ExternalThreshold(BaseModel):
         pattern=r"^[0-9a-f]{64}$", title="Bundle", description="Id of the bundle for which the value was chosen."
     )
     memory_version: int = Field(
-        0, ge=0, title="Memory version", description="Version of the memory for which the value was chosen."
+        0,
+        ge=0,
+        title="Memory version",
+        description="Version of the memory for which the value was chosen; 0 is the one packed in the bundle.",
     )
 
     def mismatch(self, *, bundle_id: str, memory_version: int) -> str:

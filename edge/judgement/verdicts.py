@@ -57,6 +57,10 @@ class Judge:
     The threshold is fitted on the bundle's calibration scores. Under a region of interest the calibration maps are
     pooled again under that same region, which depends on the size of the frames: it then happens with the first
     frame and again when the size changes.
+
+    Attributes:
+        memory_version: of the memory that its thresholds hold for.
+        notice: why a threshold from outside is not used; empty where it is, or where there is none.
     """
 
     def __init__(
@@ -85,7 +89,7 @@ class Judge:
             region_of_interest: in pixels of the camera frame.
             external: a threshold set from outside; ignored, with a notice, when it names another bundle or memory.
             bundle_id: of the bundle in use.
-            memory_version: of the memory in use, 0 for the one packed in the bundle.
+            memory_version: of the memory whose predictions are judged, 0 for the one packed in the bundle.
             max_regions: most regions in a verdict.
             clock_ns: the monotonic clock.
 
@@ -100,6 +104,9 @@ class Judge:
         self._region = region_of_interest or RegionOfInterest()
         self._max_regions = max_regions
         self._clock_ns = clock_ns
+        self._bundle_id = bundle_id
+        self._given = external
+        self.memory_version = memory_version
         self.notice = "" if external is None else external.mismatch(bundle_id=bundle_id, memory_version=memory_version)
         self._external = None if self.notice else external
         self._view: _View | None = None
@@ -121,6 +128,46 @@ class Judge:
         """Calibration scores; the p-value's floor is 1 / (this + 1)."""
         return int(self._calibration.scores.size)
 
+    @property
+    def good_scores(self) -> npt.NDArray[np.float32]:
+        """The calibration scores float32 [n] under this camera's region of interest, once a frame was seen."""
+        return self._levels.scores
+
+    @property
+    def good_groups(self) -> npt.NDArray[np.str_]:
+        """The group unicode [n] of each calibration score."""
+        return self._calibration.groups
+
+    def recalibrated(self, calibration: CalibrationScores, *, memory_version: int) -> Judge:
+        """Make the judge of the same camera for another memory, ready for frames of the size seen last.
+
+        Args:
+            calibration: what good images score against that memory.
+            memory_version: its version; a threshold from outside that names another one is not used.
+
+        Raises:
+            DataError: the calibration cannot give a threshold.
+            BundleError: its maps are of another shape than the detector's.
+        """
+        judge = Judge(
+            calibration=calibration,
+            pooling=self._pooling,
+            crop=self._crop,
+            alpha=self._alpha,
+            leave_quantile=self._leave_quantile,
+            region_of_interest=self._region,
+            external=self._given,
+            bundle_id=self._bundle_id,
+            memory_version=memory_version,
+            max_regions=self._max_regions,
+            clock_ns=self._clock_ns,
+        )
+        seen = self._view
+        if seen is not None:
+            judge._view = judge._look(seen.frame_shape, seen.map_shape)
+            judge._levels = judge._view.levels
+        return judge
+
     def judge(self, prediction: Prediction) -> Verdict:
         """Judge one prediction.
 
@@ -131,9 +178,15 @@ class Judge:
             SettingsError: the region of interest leaves nothing of the map.
             BundleError: the calibration maps are of another shape than the prediction's map.
             DataError: the calibration cannot give a threshold.
+            ValueError: the prediction is of another memory than this judge's thresholds.
         """
         started = self._clock_ns()
         frame, anomaly_map = prediction.frame, prediction.anomaly_map
+        if prediction.memory_version != self.memory_version:
+            raise ValueError(
+                f"a prediction of memory version {prediction.memory_version} cannot be judged by the thresholds of "
+                f"version {self.memory_version}"
+            )
         view = self._viewed(frame, anomaly_map.shape)
         score = pool_score(anomaly_map, self._pooling, view.mask)
         if not math.isfinite(score):
@@ -164,6 +217,7 @@ class Judge:
                 "judgement": (ended - started) / NS_PER_MS,
                 "total": (ended - frame.captured_ns) / NS_PER_MS,
             },
+            memory_version=self.memory_version,
         )
 
     def not_judged(self, frame: Frame, reason: str) -> Verdict:
@@ -200,6 +254,7 @@ class Judge:
             part_id=part_id,
             reason=reason,
             latency_ms={"total": (self._clock_ns() - captured_ns) / NS_PER_MS},
+            memory_version=self.memory_version,
         )
 
     def _viewed(self, frame: Frame, map_shape: tuple[int, ...]) -> _View:

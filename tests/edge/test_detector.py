@@ -250,6 +250,6 @@ def test_bundles_of_one_trunk_share_its_session(bundle: Bundle, tmp_path: Path) 
 def test_head_without_embedding_says_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     detector = Detector.open(bundle, threads=1)
     assert detector.has_embedding
-    monkeypatch.setattr(detector._head, "outputs", ("anomaly_map",))
+    monkeypatch.setattr(detector._in_force.head, "outputs", ("anomaly_map",))
     with pytest.raises(EngineError, match="method tiny gives no embeddings"):
         detector.embeddings_of_canvas(np.zeros((64, 64, 3), np.uint8))

@@ -50,7 +50,7 @@ def test_alert_has_the_published_keys_and_ends_with_late() -> None:
     assert payload["ts"] == "2030-01-02T03:04:05.678900Z"
     assert payload["uptime_ms"] == 5000
     assert payload["bundle"] == {"id": "ab" * 32, "method": "pbas"}
-    assert payload["memory"] == {"version": 2}
+    assert payload["memory"] == {"version": 2, "fleet": 0}
     assert payload["regions"] == [{"x": 1, "y": 2, "w": 3, "h": 4, "area": 10, "peak": 2.5}]
 
 
