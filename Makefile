@@ -13,17 +13,19 @@ DATA ?=
 OUT ?= demo-out
 
 VENV := .venv
+FLOWER := .venv-flower
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Debian puts mosquitto where only root's path looks.
 export PATH := $(PATH):/usr/sbin:/usr/local/sbin
 
-.PHONY: help install demo test lint format docs bench clean
+.PHONY: help install demo test lint format docs bench clean flower-env flower-test
 
 help:
 	@echo "make demo [DATA=DIR]  train, pack, run a box, replay a line with defects, show the alerts"
 	@echo "make test             run every test"
 	@echo "make install | lint | format | docs | bench | clean"
+	@echo "make flower-env | flower-test    the scale-out engine, in $(FLOWER) (Python >= 3.11)"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -62,6 +64,21 @@ bench: $(VENV)/.installed-dev
 	@for name in throughput box resolution; do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 	@echo "accuracy needs images: $(BIN)/python benchmarks/accuracy.py --data FOLDER [FOLDER ...]"
 
+# Flower's pins do not fit beside the other extras, so it has an environment of its own.
+$(FLOWER)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Flower needs Python 3.11 or newer; name one with PYTHON=..."; exit 1; }
+	@test -x $(FLOWER)/bin/python || $(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/python -m pip --disable-pip-version-check install -e '.[flower]' 'pytest>=8' 'pytest-timeout>=2.3'
+	@touch $@
+
+flower-env: $(FLOWER)/.installed
+
+# The apps on messages inside one process, then a SuperLink and its nodes as processes.
+flower-test: $(FLOWER)/.installed $(VENV)/.installed-dev
+	$(FLOWER)/bin/python -m pytest --noconftest tests/deploy/test_flower_app.py
+	$(BIN)/python -m pytest tests/deploy/test_flower_fleet.py
+
 clean:
-	rm -rf $(VENV) demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf $(VENV) $(FLOWER) demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
