@@ -6,7 +6,10 @@ Every command turns a :class:`LinewardError` into its ``exit_code`` and one line
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from edge.federation.refusals import Refusal
 
 
 class LinewardError(Exception):
@@ -61,3 +64,20 @@ class GateError(LinewardError):
 
 class MessageError(LinewardError):
     """A topic or payload is not one of the published messages, or a value cannot be put into one."""
+
+
+class FederationError(LinewardError):
+    """A message between box and aggregator is refused, by either side.
+
+    Args:
+        code: why, from a closed list that both sides know.
+        message: which field, what was found and what to do.
+    """
+
+    def __init__(self, code: Refusal, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class StoreError(LinewardError):
+    """The aggregator's store cannot be opened or written (a full or read-only disk, a damaged file)."""
