@@ -5,7 +5,6 @@ Runs in the environment of the extra ``flower``: ``make flower-test``.
 
 from __future__ import annotations
 
-import hashlib
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +21,7 @@ from deploy.flower.grid import GridFleet  # noqa: E402
 from deploy.flower.quiet import QUIET  # noqa: E402
 from deploy.flower.records import Told  # noqa: E402
 from deploy.flower.rounds import Answered, Failed, Kept  # noqa: E402
-from edge.errors import DataError, FederationError, SettingsError  # noqa: E402
+from edge.errors import DataError, FederationError  # noqa: E402
 from edge.federation.refusals import Refusal  # noqa: E402
 from edge.federation.wire import encode_bank, encode_update  # noqa: E402
 from tests.edge.federation_values import bank, update  # noqa: E402
