@@ -97,7 +97,7 @@ def test_a_look_that_went_out_of_use_makes_room_for_a_new_one() -> None:
 
 
 def test_no_more_rows_than_allowed_are_given_away_and_only_for_what_covers_more() -> None:
-    rows = np.array([[0.0], [1.0], [1.1], [1.2], [100.0]], np.float32)
+    rows = np.array([[100.0], [0.0], [1.0], [1.1], [1.2]], np.float32)
     frame = np.array([[0.0], [10.0], [20.0], [30.0]], np.float32)
     for allowed in (0, 1, 2, 4):
         memory = DynamicMemory.begin(rows, DynamicSettings(patience=1, reseeds=allowed, beta=0.999))
@@ -118,6 +118,17 @@ def test_a_row_given_to_a_new_look_starts_from_one_frame() -> None:
     memory.feed(np.array([[0.0], [50.0]], np.float32))
     row = int(np.argmin(np.abs(memory.bank.rows[:, 0] - 50)))
     assert memory.bank.support[row] == memory.bank.frames[row] == 1
+
+
+def test_a_new_look_has_its_row_for_as_long_as_any_other() -> None:
+    rows = np.array([[0.0], [1.0], [1.1], [1.2]], np.float32)
+    memory = DynamicMemory.begin(rows, DynamicSettings(patience=3, reseeds=1, beta=0.999))
+    while not np.isclose(memory.bank.rows, 50).any():
+        memory.feed(np.array([[0.0], [1.1], [1.2], [50.0]], np.float32))
+    assert memory.feeds == 3
+    for _ in range(2):
+        memory.feed(np.array([[0.0], [1.1], [1.2], [-500.0]], np.float32))
+        assert np.isclose(memory.bank.rows, 50).any()
 
 
 @settings(max_examples=30, deadline=None)
