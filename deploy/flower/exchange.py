@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from edge.errors import DataError, FederationError
@@ -27,12 +27,13 @@ class Invitation:
 
     Attributes:
         fleet: name of the fleet.
-        round: number of the open round, >= 1.
+        rounds: number of the open round by pool (``<embedding_id>`` or ``<embedding_id>/<product>``); empty before
+            the first update of all.
         max_update_bytes: what it takes.
     """
 
     fleet: str
-    round: int
+    rounds: Mapping[str, int]
     max_update_bytes: int
 
 
@@ -70,7 +71,7 @@ class FolderExchange:
     """A folder that the box's service and the Flower client share.
 
     The box writes ``update.bin`` (into a scratch file first, then renamed) and reads the rest: ``invitation.json``
-    with the open round, ``outcome.json`` with what became of the update, ``bank.bin`` with the newest fleet memory.
+    with the open rounds, ``outcome.json`` with what became of the update, ``bank.bin`` with the newest fleet memory.
 
     Args:
         folder: exists; on a file system with atomic rename.
@@ -93,8 +94,7 @@ class FolderExchange:
             FederationError: ``too_large``; nothing is read.
             DataError: the folder cannot be read or written.
         """
-        text = {"fleet": invitation.fleet, "round": invitation.round, "max_update_bytes": invitation.max_update_bytes}
-        self._write(INVITATION, _json(text))
+        self._write(INVITATION, _json({**asdict(invitation), "rounds": dict(invitation.rounds)}))
         path = self._folder / UPDATE
         try:
             with path.open("rb") as file:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from deploy.flower.exchange import Invitation, Outcome
 
-log = logging.getLogger(__name__)
+LOG = logging.getLogger("lineward.flower")
 
 _TICKET_BYTES = 16
 
@@ -78,18 +78,18 @@ class GridFleet:
                     self._nodes[node.name] = node.node_id
             elif (key := f"node {node.node_id}: {problem}") not in self._left_alone:
                 self._left_alone.add(key)
-                log.warning("%s", key)
+                LOG.warning("%s", key)
         return list(self._nodes)
 
     def ask(self, box: str, invitation: Invitation) -> None:
         """Ask one box for its update."""
         ticket = secrets.token_hex(_TICKET_BYTES)
-        self._send(box, records.ASK, ticket, records.ask(invitation, ticket=ticket), invitation.round)
+        self._send(box, records.ASK, ticket, records.ask(invitation, ticket=ticket))
 
     def tell(self, box: str, outcome: Outcome | None, bank: bytes | None) -> None:
         """Tell one box what became of its update, and give it the bank."""
         ticket = secrets.token_hex(_TICKET_BYTES)
-        self._send(box, records.TELL, ticket, records.tell(Told(outcome, bank), ticket=ticket), 0)
+        self._send(box, records.TELL, ticket, records.tell(Told(outcome, bank), ticket=ticket))
 
     def poll(self) -> Sequence[Answered | Kept | Failed]:
         """Replies that have arrived since the last call."""
@@ -102,12 +102,12 @@ class GridFleet:
                     events.append(_read(sent, reply))
         return events
 
-    def _send(self, box: str, kind: str, ticket: str, content: RecordDict, group: int) -> None:
+    def _send(self, box: str, kind: str, ticket: str, content: RecordDict) -> None:
         node = self._nodes.get(box)
         if node is None:
             self._failed.append(Failed(box, "went offline", told=kind == records.TELL))
             return
-        message = Message(content, dst_node_id=node, message_type=kind, ttl=self._ttl_s, group_id=str(group))
+        message = Message(content, dst_node_id=node, message_type=kind, ttl=self._ttl_s)
         # SuperLink answers with None in the place of a message that it did not take.
         for identity in self._grid.push_messages([message]):
             if identity:

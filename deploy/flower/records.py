@@ -19,6 +19,7 @@ ASK = "query.update"
 TELL = "query.bank"
 """Message type that carries what became of the update, and the fleet's memory."""
 _RECORD = "lineward"
+_ROUNDS = "rounds"
 _MAX_REASON = 500  # characters
 _V = TypeVar("_V", str, int, bytes)
 
@@ -44,9 +45,9 @@ def ask(invitation: Invitation, *, ticket: str) -> RecordDict:
         ticket: a random text that only the box that is asked can repeat. Flower 1.41 binds a reply to the node that
             was asked, not to the node that sends it; that is enough only while the message cannot be guessed.
     """
-    return _wrap(
-        fleet=invitation.fleet, round=invitation.round, max_update_bytes=invitation.max_update_bytes, ticket=ticket
-    )
+    record = _wrap(fleet=invitation.fleet, max_update_bytes=invitation.max_update_bytes, ticket=ticket)
+    record[_ROUNDS] = ConfigRecord(dict(invitation.rounds))
+    return record
 
 
 def read_ask(content: RecordDict) -> Invitation:
@@ -55,10 +56,10 @@ def read_ask(content: RecordDict) -> Invitation:
     Raises:
         FederationError: ``malformed``.
     """
-    record = _unwrap(content)
+    record, rounds = _unwrap(content), _unwrap(content, _ROUNDS)
     return Invitation(
         fleet=_field(record, "fleet", str),
-        round=_field(record, "round", int),
+        rounds={pool: _field(rounds, pool, int) for pool in rounds},
         max_update_bytes=_field(record, "max_update_bytes", int),
     )
 
@@ -137,10 +138,10 @@ def _wrap(**fields: str | int | bytes) -> RecordDict:
     return RecordDict({_RECORD: ConfigRecord(dict(fields))})
 
 
-def _unwrap(content: RecordDict) -> ConfigRecord:
-    record = content.get(_RECORD)
+def _unwrap(content: RecordDict, name: str = _RECORD) -> ConfigRecord:
+    record = content.get(name)
     if not isinstance(record, ConfigRecord):
-        raise FederationError(Refusal.MALFORMED, f"{_RECORD}: no such record; update the older of the two sides")
+        raise FederationError(Refusal.MALFORMED, f"{name}: no such record; update the older of the two sides")
     return record
 
 

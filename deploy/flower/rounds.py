@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from deploy.flower.exchange import Invitation, Outcome
 
-log = logging.getLogger(__name__)
+LOG = logging.getLogger("lineward.flower")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +72,14 @@ class Fleet(Protocol):
 class Book(Protocol):
     """Rounds that survive the end of this process."""
 
-    def invitation(self) -> Invitation:
-        """The open round."""
+    def begin(self) -> Invitation:
+        """The rounds that are open now, which the boxes are asked for."""
 
     def take(self, box: str, update: bytes) -> Outcome:
         """Check and store an update; when this returns, what it says is on disk. The same update may come twice."""
 
-    def due(self) -> bool:
-        """Whether the open round is to be closed: enough boxes, or its time is over."""
-
-    def close(self) -> None:
-        """Merge the open round's updates and open the next."""
+    def tick(self) -> bool:
+        """Close what is due; True once every round that the last :meth:`begin` saw has ended."""
 
     def bank_for(self, box: str) -> bytes | None:
         """The newest bank of the pool that this box belongs to; None where there is none, or the box is unknown."""
@@ -93,14 +90,14 @@ class RoundReport:
     """What one round was.
 
     Attributes:
-        round: its number.
+        rounds: its number, by pool.
         asked: boxes that were asked.
         outcomes: by box, of the updates that arrived while it ran, late ones of earlier rounds too.
         kept: by box, the version of the bank that it has stored.
         unreached: boxes that were sent the bank and have not said that they stored it; they get the newest next time.
     """
 
-    round: int
+    rounds: Mapping[str, int]
     asked: set[str] = field(default_factory=set)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
@@ -129,20 +126,19 @@ class Conductor:
         self._untold: dict[str, Outcome] = {}
 
     def run(self) -> RoundReport:
-        """Bring the open round to its end and its bank to the boxes.
+        """Bring the open rounds to their end and their banks to the boxes.
 
-        A box that comes online while the round is open is asked too. A round that a killed process left open goes on
-        with what is stored: boxes are asked again, and the book knows what it has.
+        A box that comes online while they are open is asked too. Rounds that a killed process left open go on with
+        what is stored: boxes are asked again, and the book knows what it has.
         """
-        invitation = self._book.invitation()
-        report = RoundReport(invitation.round)
-        while not self._book.due():
+        invitation = self._book.begin()
+        report = RoundReport(invitation.rounds)
+        while not self._book.tick():
             for box in sorted(set(self._fleet.online()) - report.asked):
                 report.asked.add(box)
                 self._fleet.ask(box, invitation)
             if not self._take(report):
                 self._wait()
-        self._book.close()
         self._tell(report)
         return report
 
@@ -159,7 +155,7 @@ class Conductor:
                 self._wait()
         for box in sorted(left):
             report.unreached.add(box)
-            log.warning("round %d: %s has not said that it stored the bank", report.round, box)
+            LOG.warning("%s has not said that it stored the bank", box)
 
     def _take(self, report: RoundReport) -> bool:
         """Take what has arrived; says whether anything had."""
@@ -170,13 +166,12 @@ class Conductor:
             elif isinstance(event, Failed):
                 if event.told:
                     report.unreached.add(event.box)
-                log.warning("round %d: %s: %s", report.round, event.box, event.reason)
+                LOG.warning("%s: %s", event.box, event.reason)
             elif event.update is None:
-                log.info("round %d: %s has no update to share", report.round, event.box)
+                LOG.info("%s has no update to share", event.box)
             else:
                 outcome = self._book.take(event.box, event.update)
                 report.outcomes[event.box] = self._untold[event.box] = outcome
                 if outcome.refused is not None:
-                    code = outcome.refused.value
-                    log.warning("round %d: %s refused (%s): %s", report.round, event.box, code, outcome.reason)
+                    LOG.warning("%s refused (%s): %s", event.box, outcome.refused.value, outcome.reason)
         return bool(events)

@@ -27,8 +27,9 @@ class FakeBook:
         self.taken: dict[int, dict[str, bytes]] = {1: {}}
         self.closed: list[list[str]] = []
 
-    def invitation(self):
-        return Invitation("plant", self.round, 1000)
+    def begin(self):
+        self.begun = self.round
+        return Invitation("plant", {"pool": self.round}, 1000)
 
     def take(self, box, data):
         digest = hashlib.sha256(data).hexdigest()
@@ -37,13 +38,12 @@ class FakeBook:
         self.taken[self.round][box] = data
         return Outcome(digest, counted_in_round=self.round)
 
-    def due(self):
-        return self.late or len(self.taken[self.round]) >= self.enough
-
-    def close(self):
-        self.closed.append(sorted(self.taken[self.round]))
-        self.round, self.late = self.round + 1, False
-        self.taken[self.round] = {}
+    def tick(self):
+        if self.round == self.begun and (self.late or len(self.taken[self.round]) >= self.enough):
+            self.closed.append(sorted(self.taken[self.round]))
+            self.round, self.late = self.round + 1, False
+            self.taken[self.round] = {}
+        return self.round != self.begun
 
     def bank_for(self, box):
         return b"bank of round %d" % (self.round - 1) if box != "north/stranger" else None
@@ -62,7 +62,7 @@ class FakeFleet:
         return self.here
 
     def ask(self, box, invitation):
-        self.asked.append((invitation.round, box))
+        self.asked.append((invitation.rounds["pool"], box))
         if self.answers[box]:
             item = self.answers[box].popleft()
             self.events.append(item if isinstance(item, Failed) else Answered(box, item))
@@ -88,7 +88,7 @@ def test_round_closes_when_enough_boxes_answered_and_every_box_is_told():
     report = conductor(fleet, book).run()
 
     assert book.closed == [["north/a", "north/b"]]
-    assert report.round == 1
+    assert report.rounds == {"pool": 1}
     assert report.kept == {"north/a": 1, "north/b": 1, "north/c": 1}
     assert {box: data for box, _, data in fleet.told} == dict.fromkeys(fleet.here, b"bank of round 1")
 
@@ -131,7 +131,7 @@ def test_answer_after_the_close_is_taken_for_the_next_round_and_told_then():
 
     assert first.unreached == {"north/a"}
     assert first.outcomes["north/b"].counted_in_round == 2
-    assert (second.round, book.closed) == (2, [["north/a"], ["north/b"]])
+    assert (second.rounds, book.closed) == ({"pool": 2}, [["north/a"], ["north/b"]])
     assert [(box, outcome.counted_in_round) for box, outcome, _ in fleet.told][-1] == ("north/b", 2)
 
 
@@ -153,21 +153,21 @@ def test_box_without_bank_and_outcome_is_left_alone():
 
 
 def test_exchange_gives_the_update_and_says_what_is_asked(tmp_path):
-    exchange, invitation = FolderExchange(tmp_path), Invitation("plant", 7, 10_000)
+    exchange, invitation = FolderExchange(tmp_path), Invitation("plant", {"ab" * 32: 7}, 10_000)
     assert exchange.update(invitation) is None
 
     data = encode_update(update())
     (tmp_path / UPDATE).write_bytes(data)
 
     assert exchange.update(invitation) == data
-    assert '"round": 7' in (tmp_path / INVITATION).read_text()
+    assert ": 7}" in (tmp_path / INVITATION).read_text()
 
 
 def test_exchange_reads_no_update_that_is_too_large(tmp_path):
     (tmp_path / UPDATE).write_bytes(bytes(11))
 
     with pytest.raises(FederationError, match="11 bytes, the aggregator takes 10") as caught:
-        FolderExchange(tmp_path).update(Invitation("plant", 1, 10))
+        FolderExchange(tmp_path).update(Invitation("plant", {}, 10))
 
     assert caught.value.code is Refusal.TOO_LARGE
 
