@@ -20,6 +20,7 @@ import torch
 from benchmarks._setting import quiet
 from edge.bundle import Preprocessing
 from trainer.backbones.efficientnet_lite import lite0_trunk
+from trainer.backbones.registry import trunk_id
 from trainer.data.conveyor import write_default
 from trainer.data.folder import load_mask, read_folder
 from trainer.data.images import load_image
@@ -185,6 +186,7 @@ def fit_context(
         seed=seed,
         device=CPU,
         progress=quiet,
+        trunk_id=trunk_id(category.trunk),
     )
 
 

@@ -75,7 +75,8 @@ class BundleRequest:
 
     Attributes:
         trunk: the shared trunk, in eval mode, on the CPU; see :func:`deploy.export.export_trunk`.
-        head: the method's head, in eval mode, on the CPU; see :func:`deploy.export.export_head`.
+        head: the method's head, in eval mode, on the CPU; see :func:`deploy.export.export_head`. One whose banks a
+            box may replace has an attribute ``memory_layout``, an :class:`edge.bundle.MemoryLayout`.
         method: its name.
         product: name of the product.
         preprocessing: from frame to network inputs.
@@ -85,6 +86,8 @@ class BundleRequest:
         make_defects: see :data:`deploy.parity.MakeDefects`.
         commissioning: uint8 [m, ...] canvases of images declared good; their embeddings go into the bundle. m may
             be 0; a head without embeddings ignores them.
+        commissioning_groups: one name per commissioning image; images of one group are not independent. Without any,
+            each image is a group of its own.
         pooling: from map to score.
         trunk_files: built before; None builds them from ``generic`` in the cache.
         generic: uint8 [k, H, W, 3], the fixed generic set; needed where ``trunk_files`` is None.
@@ -110,6 +113,7 @@ class BundleRequest:
     groups: Sequence[str]
     make_defects: MakeDefects
     commissioning: Canvases = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
+    commissioning_groups: Sequence[str] = ()
     pooling: Pooling = field(default_factory=Pooling)
     trunk_files: TrunkFiles | None = None
     generic: Canvases | None = None
@@ -316,14 +320,15 @@ class _Packer:
         return Golden(file=GOLDEN, count=len(canvases), tolerance=tolerance)
 
     def _write_commissioning(self, kept: Sequence[Pair]) -> str | None:
-        """Embeddings of images declared good, float16 [m, tiles, L, D], one array per precision."""
+        """Embeddings of images declared good, float16 [m, tiles, L, D], one array per precision; and their groups."""
         arrays: dict[str, npt.NDArray[Any]] = {}
         for precision in dict.fromkeys(precision for _, precision in kept):
             runner = self._open(next(pair for pair in kept if pair[1] is precision))
             if not runner.has_embedding or not len(self.request.commissioning):
                 return None
             arrays[f"embedding_{precision.value}"] = runner.embeddings(self.request.commissioning)
-        self._save(COMMISSIONING, **arrays)
+        names = self.request.commissioning_groups or [str(index) for index in range(len(self.request.commissioning))]
+        self._save(COMMISSIONING, groups=np.array(names, np.str_), **arrays)
         return COMMISSIONING
 
     def _save(self, name: str, **arrays: npt.NDArray[Any]) -> None:
@@ -365,6 +370,7 @@ class _Packer:
             embedding_id=ids,
             calibration=tuple(calibrations),
             commissioning_file=commissioning,
+            memory=getattr(request.head, "memory_layout", None),
             golden=golden,
             parity=report.model_dump(mode="json"),
             metrics=dict(request.metrics),
@@ -398,6 +404,11 @@ def _check(request: BundleRequest) -> None:
             raise DataError(f"{what} canvases are {canvases.dtype} {canvases.shape}, expected uint8 [n, {expected}]")
     if len(request.groups) != len(request.holdout):
         raise DataError(f"{len(request.groups)} groups for {len(request.holdout)} held-out images; give one each")
+    if request.commissioning_groups and len(request.commissioning_groups) != len(request.commissioning):
+        raise DataError(
+            f"{len(request.commissioning_groups)} groups for {len(request.commissioning)} commissioning images; give "
+            "one each, or none"
+        )
     for name in request.attachments:
         if name in (MANIFEST, TRUNK, TRUNK_INT8, HEAD, HEAD_INT8, STATE, COMMISSIONING, GOLDEN) or ".." in name:
             raise UsageError(f"attachment {name!r}: that name belongs to the bundle; choose another")

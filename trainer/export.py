@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from deploy.pack import BundleRequest, pack
 from deploy.parity import ParityRules
 from edge.bundle import Precision, Provenance
@@ -15,7 +17,6 @@ from trainer.synthesis.image2d import make_defects
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy as np
     import numpy.typing as npt
 
     from deploy.progress import Progress
@@ -29,7 +30,8 @@ PRECISIONS = {
 }
 """What ``--precision`` packs, and which of it may be left out."""
 
-_COMMISSIONING_IMAGES = 16
+# A box whose memory changes sets its threshold again from these alone, so it needs as many as the bytes allow.
+_COMMISSIONING_IMAGES, _MEMORY_COMMISSIONING_IMAGES = 16, 64
 # The gate lowers the contrast until float32 finds 80 to 95 % of the pairs: at full contrast they must be plain on any
 # product, so they are large and several.
 _GATE_SIZE, _GATE_DEFECTS, _GATE_IMAGES = (0.15, 0.4), 3, 200
@@ -60,6 +62,7 @@ def export_run(
     wanted, optional = PRECISIONS[precision]
     run = Run.load(path)
     record = run.record
+    commissioned = _commissioned(run)
     repeats = -(-_GATE_IMAGES // len(run.holdout))
 
     def defects(contrast: float) -> npt.NDArray[np.uint8]:
@@ -90,7 +93,8 @@ def export_run(
         holdout=run.holdout,
         groups=tuple(run.holdout_groups.tolist()),
         make_defects=defects,
-        commissioning=run.holdout[:_COMMISSIONING_IMAGES],
+        commissioning=run.holdout[commissioned],
+        commissioning_groups=tuple(run.holdout_groups[commissioned].tolist()),
         generic=generic_canvases(),
         precisions=wanted,
         optional=optional,
@@ -100,6 +104,13 @@ def export_run(
         progress=progress,
     )
     return pack(request, out)
+
+
+def _commissioned(run: Run) -> npt.NDArray[np.intp]:
+    """Return the held-out images that a box recalibrates with, evenly drawn where there are more than it may carry."""
+    memory = getattr(run.head, "memory_layout", None) is not None
+    most = min(_MEMORY_COMMISSIONING_IMAGES if memory else _COMMISSIONING_IMAGES, len(run.holdout))
+    return np.unique(np.linspace(0, len(run.holdout) - 1, most).round().astype(np.intp)) if memory else np.arange(most)
 
 
 def refused(bundle: Bundle) -> list[str]:

@@ -23,7 +23,7 @@ from edge.bundle import Crop, Pooling, Preprocessing, Resize, Tiles
 from edge.errors import DataError, UsageError
 from edge.inference.preprocessing import join_maps
 from edge.judgement.score import pool_score
-from trainer.backbones.registry import DEFAULT_TRUNK, TrunkSpec, build_trunk
+from trainer.backbones.registry import DEFAULT_TRUNK, TrunkSpec, build_trunk, trunk_id
 from trainer.data.folder import content_hash, read_folder, split_holdout
 from trainer.features import extract, extract_tiles, load_canvases, tiles_of
 from trainer.methods.base import Features, FitContext, Head, Validation
@@ -216,6 +216,7 @@ def train(
         seed=seed,
         device=torch_device,
         progress=progress,
+        trunk_id=trunk_id(network),
     )
     head = chosen.fit(context, config)
     pooling, validation = choose_pooling(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from edge.errors import DataError, UsageError
@@ -67,3 +69,13 @@ def build_trunk(spec: TrunkSpec | str = DEFAULT_TRUNK, weights: Mapping[str, tor
         except RuntimeError as error:
             raise DataError(f"these weights are not of a {spec.name} trunk of {len(trunk.blocks)} blocks") from error
     return trunk
+
+
+def trunk_id(trunk: Trunk) -> str:
+    """Return the sha256 of a trunk's layers and weights, 64 hex digits."""
+    # The text of a module names its layers in order, with strides and paddings that no weight carries.
+    digest = hashlib.sha256(f"{trunk.tap_names}{trunk}".encode())
+    for name, tensor in trunk.state_dict().items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
+    return digest.hexdigest()

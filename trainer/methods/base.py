@@ -119,6 +119,7 @@ class FitContext:
         seed: every random choice derives from it.
         device: where to train.
         progress: to be called now and then.
+        trunk_id: sha256 of the trunk's weights; what a method keeps between runs is kept under it. Empty: nothing is.
     """
 
     features: Features
@@ -128,6 +129,7 @@ class FitContext:
     seed: int
     device: torch.device
     progress: Progress
+    trunk_id: str = ""
 
     def generator(self) -> torch.Generator:
         """Return a CPU generator seeded for this run."""

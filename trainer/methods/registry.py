@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from edge.errors import UsageError
 from trainer.distill.student import Student
 from trainer.methods.fader.fit import FaderMethod
+from trainer.methods.feddymem.fit import FedDyMemMethod
 from trainer.methods.hetnet.fit import HetNetMethod
 from trainer.methods.memory.fit import MemoryMethod
 from trainer.methods.pbas.fit import PbasMethod
@@ -31,7 +32,7 @@ class Builder(Protocol):
 
 def methods() -> dict[str, type[Method]]:
     """Return every method by name."""
-    return {method.name: method for method in (PbasMethod, MemoryMethod, FaderMethod, HetNetMethod)}
+    return {method.name: method for method in (PbasMethod, MemoryMethod, FaderMethod, HetNetMethod, FedDyMemMethod)}
 
 
 def get(name: str) -> type[Method]:

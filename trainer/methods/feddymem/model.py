@@ -1,0 +1,167 @@
+"""The fleet memory's head: a generator of patch rows, and the distance to the nearest row of two banks.
+
+A pure module; it does not know how the generator was trained nor what the banks were reduced from.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils import skip_init
+
+from edge.bundle import MemoryLayout
+from trainer.methods.base import Head
+from trainer.methods.patches import enlarge, patch_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LEVELS = ("s4", "s8", "s16")
+"""The taps that rows are made of, finest first."""
+STRIDES = (4, 8, 16)
+MAP_STRIDE = 8
+BANKS = ("bank_local", "bank_fleet")
+
+
+class Generator(nn.Module):
+    """From taps to rows of one embedding space: each level's patch at unit length, joined, one 1x1 convolution.
+
+    ``z = P concat_l(w_l u_l) + b`` with ``u_l = (p_l - c_l) / sqrt(|p_l - c_l|^2 + f_l^2)``; p_l is the 3x3 mean of
+    tap l on the stride-8 grid (the finest tap: 2x2 means, unblurred), c_l, f_l and w_l are constants of the generator.
+    Nothing in it belongs to a product. Source: CFA's descriptor (Lee et al., 2022), one 1x1 convolution; unit length
+    is our own (measured: see the README).
+
+    Args:
+        channels: of each level.
+        width: D, the channels of a row.
+    """
+
+    centre: torch.Tensor
+    floors: torch.Tensor
+    weights: torch.Tensor
+
+    def __init__(self, channels: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.channels, self.width = tuple(channels), width
+        self.register_buffer("centre", torch.zeros(sum(channels)))
+        self.register_buffer("floors", torch.ones(len(self.channels)))
+        self.register_buffer("weights", torch.ones(len(self.channels)))
+        # skip_init: the global generator is not ours to advance.
+        self.project = skip_init(nn.Conv2d, sum(channels), width, 1)
+
+    def joined(self, *taps: torch.Tensor) -> torch.Tensor:
+        """Return what the convolution reads, float32 [N, sum(channels), h, w] on the stride-8 grid."""
+        levels = []
+        centres = self.centre.split(self.channels)
+        for index, (tap, stride) in enumerate(zip(taps, STRIDES, strict=True)):
+            patches = on_grid(tap, stride) - centres[index][:, None, None]
+            length = ((patches * patches).sum(1, keepdim=True) + self.floors[index] * self.floors[index]).sqrt()
+            levels.append(patches * (self.weights[index] / length))
+        return torch.cat(levels, 1)
+
+    def forward(self, *taps: torch.Tensor) -> torch.Tensor:
+        """Return rows float32 [N, D, h, w] of taps float32 [N, C, h', w'] in the order of ``LEVELS``."""
+        rows: torch.Tensor = self.project(self.joined(*taps))
+        return rows
+
+
+def on_grid(tap: torch.Tensor, stride: int) -> torch.Tensor:
+    """Return a tap's patches on the stride-8 grid, float32 [N, C, h, w]."""
+    if stride < MAP_STRIDE:
+        return functional.avg_pool2d(tap, MAP_STRIDE // stride)
+    return enlarge(patch_mean(tap), stride // MAP_STRIDE)
+
+
+class NearestRow(nn.Module):
+    """Squared distance of every query to the nearest row of a bank, less the query's own squared length."""
+
+    def forward(self, rows: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
+        """Return float32 [N, L] of rows [N, L, D] and a bank [R, D]: one matrix product, then a minimum."""
+        return ((bank * bank).sum(1) - 2.0 * (rows @ bank.t())).amin(2)
+
+
+class FedDyMemHead(Head):
+    """Distance to the nearest row of the box's own bank and of its fleet's, on the stride-8 grid.
+
+    What is computed is what :class:`edge.bundle.MemoryLayout` says; ``memory_layout`` is this head's. State:
+    ``bank_local`` float32 [R, D] and ``bank_fleet`` [R', D]; either may repeat rows, which changes no distance. The
+    embedding is float32 [N, h * w, D], row-major, and depends on the generator alone.
+
+    Source: FedDyMem (memory banks shared instead of weights), PatchCore (Roth et al., 2022) for the search.
+    """
+
+    tap_names = LEVELS
+    map_stride = MAP_STRIDE
+    state_names = BANKS
+    # A new state would meet ranges that another was measured with; and rows are rounded nowhere before they leave.
+    float_ops = ("generator", "search")
+
+    bank_local: torch.Tensor
+    bank_fleet: torch.Tensor
+    grid: torch.Tensor
+    channels: torch.Tensor
+
+    def __init__(
+        self,
+        generator: Generator,
+        *,
+        rows: int,
+        fleet_rows: int,
+        grid: tuple[int, int],
+        smoothing: int,
+        background: float,
+    ) -> None:
+        super().__init__()
+        self.generator, self.search = generator, NearestRow()
+        self.smoothing, self.background = smoothing, background
+        self.register_buffer("bank_local", torch.zeros(rows, generator.width))
+        self.register_buffer("bank_fleet", torch.zeros(fleet_rows, generator.width))
+        # What rebuilding needs; the graph has no use for them.
+        self.register_buffer("grid", torch.tensor(grid))
+        self.register_buffer("channels", torch.tensor(generator.channels))
+
+    @property
+    def memory_layout(self) -> MemoryLayout:
+        """What a box must know to compute this head's map from an embedding and two banks."""
+        return MemoryLayout(
+            local=BANKS[0],
+            fleet=BANKS[1],
+            grid=(int(self.grid[0]), int(self.grid[1])),
+            smoothing=self.smoothing,
+            background=self.background,
+        )
+
+    @torch.no_grad()
+    def set_banks(self, local: torch.Tensor, fleet: torch.Tensor | None = None) -> None:
+        """Take over banks float32 [n, D], n at most the room for them; None repeats the local rows for the fleet."""
+        self.bank_local.copy_(repeated(local, len(self.bank_local)))
+        self.bank_fleet.copy_(repeated(local if fleet is None else fleet, len(self.bank_fleet)))
+
+    def embed(self, *taps: torch.Tensor) -> torch.Tensor:
+        """Return the embedding float32 [N, h * w, D] of taps."""
+        rows: torch.Tensor = self.generator(*taps)
+        return rows.flatten(2).transpose(1, 2)
+
+    def forward(self, *taps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the map float32 [N, H / 8, W / 8] and the embedding float32 [N, H / 8 * W / 8, D]."""
+        rows = self.embed(*taps)
+        nearest = torch.minimum(self.search(rows, self.bank_local), self.search(rows, self.bank_fleet))
+        distance = (nearest + (rows * rows).sum(2)).clamp_min(0.0).sqrt().unflatten(1, taps[1].shape[2:])[:, None]
+        for _ in range(self.smoothing):
+            distance = patch_mean(distance)
+        anomaly_map = distance - self.background * distance.mean((1, 2, 3), keepdim=True)
+        return anomaly_map[:, 0], rows
+
+
+def repeated(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Return rows [size, D]: those given, again and again.
+
+    Raises:
+        ValueError: there are more rows than fit, or none.
+    """
+    if not 1 <= len(rows) <= size:
+        raise ValueError(f"{len(rows)} rows do not fit a bank of {size}")
+    return rows[torch.arange(size, device=rows.device) % len(rows)]
