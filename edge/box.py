@@ -15,25 +15,32 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from edge.alerts.message import gap_maker
+from edge.alerts.message import NoticeKind, Severity, gap_maker
 from edge.alerts.mqtt import LinkKind
 from edge.alerts.outbox import Outbox
 from edge.alerts.publisher import Publisher
 from edge.alerts.topics import Identity
 from edge.bundle import Bundle
 from edge.camera import CameraWorker
-from edge.errors import CaptureError, MessageError, OutboxError
+from edge.errors import CaptureError, LinewardError, MessageError, OutboxError
 from edge.health.metrics import Metrics
 from edge.health.watchdog import Watchdog, clock_synchronised, notify_systemd
 from edge.inference.detector import Detector
 from edge.judgement.verdicts import Judge
+from edge.memory.assembly import make_keeper, open_link
+from edge.memory.opening import open_memory
 from edge.reporter import Reporter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
+    from edge.bundle import CalibrationScores
     from edge.camera import OnVerdict
+    from edge.federation.link import FleetLink
+    from edge.frames import Frame, Verdict
+    from edge.memory.keeper import MemoryKeeper
+    from edge.memory.opening import OpenedMemory
     from edge.settings import BoxSettings, CameraSettings
 
 _LOG = logging.getLogger(__name__)
@@ -44,8 +51,8 @@ WORKERS_STOP_S = 1.2
 LAST_WORDS_S = 0.6
 PUBLISHER_STOP_S = 1.0
 WATCHDOG_LIMIT_S = 30.0
-# The memory that was packed in the bundle.
-PACKED_MEMORY = 0
+KEEPER_STOP_S = 0.2
+MEMORY_FOLDER = "memory"
 
 
 class Box:
@@ -54,9 +61,12 @@ class Box:
     Args:
         settings: what the YAML file says.
         on_verdict: called with a frame's name and its verdict, in the thread of its camera.
+        link: to the fleet, in place of the one that the settings describe.
     """
 
-    def __init__(self, settings: BoxSettings, *, on_verdict: OnVerdict | None = None) -> None:
+    def __init__(
+        self, settings: BoxSettings, *, on_verdict: OnVerdict | None = None, link: FleetLink | None = None
+    ) -> None:
         self.settings = settings
         self.metrics = Metrics()
         self._on_verdict = on_verdict
@@ -67,6 +77,9 @@ class Box:
         self._workers: list[CameraWorker] = []
         self._detector: Detector | None = None
         self._reporter: Reporter | None = None
+        self._link = link
+        self._keeper: MemoryKeeper | None = None
+        self._told_damage: str | None = None
         self._status_key: object = None
         self._status_due_ns = 0
         self._versions: dict[str, str] = {}
@@ -97,6 +110,7 @@ class Box:
             EngineError: no engine runs it.
             OutboxError: the outbox cannot be opened.
             CaptureError: none of the files and folders that are the sources can be opened.
+            SettingsError: the bundle has no memory that could change, or a key of the fleet cannot be read.
         """
         settings = self.settings
         bundle = Bundle.open(settings.bundle)
@@ -108,14 +122,21 @@ class Box:
             # One camera wants the lowest latency; several share the cores side by side.
             streams=min(len(settings.cameras), len(os.sched_getaffinity(0))),
         )
-        judges = [self._judge(camera, bundle, detector) for camera in settings.cameras]
+        memory = None
+        if settings.memory is not None:
+            memory = open_memory(settings.memory, detector, settings.state_dir / MEMORY_FOLDER)
+        judges = self._judges(bundle, detector, memory)
         self._detector = detector
         self._versions = _versions(detector.status.engine.value)
         if self.fallback_reason:
             _LOG.warning("fallback: %s", self.fallback_reason)
         try:
             self._open_outbox()
-            self._start_workers(bundle, detector, judges)
+            self._make_workers(bundle, detector, judges)
+            if memory is not None:
+                self._link = self._link or open_link(settings, bundle, detector.status.precision)
+                self._make_keeper(memory)
+            self._start_workers()
         except BaseException:
             self.stop()
             raise
@@ -129,8 +150,9 @@ class Box:
         status = self.status()
         key = (
             status["engine"], status["precision"], status["warnings"], self._link_kind(),
-            tuple((name, camera["state"]) for name, camera in status["cameras"].items()),
+            tuple((name, camera["state"]) for name, camera in status["cameras"].items()), status["memory"],
         )  # fmt: skip
+        self._tell_outbox_damage()
         now = time.monotonic_ns()
         if key != self._status_key or now >= self._status_due_ns:
             self._status_key = key
@@ -176,9 +198,15 @@ class Box:
         deadline = time.monotonic() + WORKERS_STOP_S
         self._stop.set()
         notify_systemd("STOPPING=1")
+        if self._keeper is not None:
+            self._keeper.request_stop()
         for worker in self._workers:
             if not worker.join(max(0.0, deadline - time.monotonic())):
                 _LOG.warning("camera %s does not stop; left behind", worker.name)
+        if self._keeper is not None and not self._keeper.join(max(KEEPER_STOP_S, deadline - time.monotonic())):
+            _LOG.warning("the memory does not stop; left behind")
+        if self._link is not None:
+            self._link.stop(KEEPER_STOP_S)
         if self.publisher is not None:
             self._publish(self.status())
             if self.publisher.state.kind is LinkKind.CONNECTED:
@@ -199,7 +227,7 @@ class Box:
             "bundle": None
             if detector is None or manifest is None
             else {"id": detector.bundle.id, "method": manifest.method},
-            "memory": {"version": PACKED_MEMORY},
+            "memory": self._memory_ref(),
             "engine": None if detector is None else detector.status.engine.value,
             "precision": None if detector is None else detector.status.precision.value,
             "cameras": {worker.name: worker.status() for worker in self._workers},
@@ -207,12 +235,33 @@ class Box:
             "latency_ms": self.metrics.percentiles(),
             "clock_synced": clock_synchronised(),
             "warnings": tuple(self._warnings()),
+            "detail": {} if self._keeper is None else {"memory": self._keeper.status()},
         }
 
-    def _judge(self, camera: CameraSettings, bundle: Bundle, detector: Detector) -> Judge:
+    def _memory_ref(self) -> dict[str, int]:
+        return {"version": 0, "fleet": 0} if self._keeper is None else self._keeper.memory_ref()
+
+    def _judges(self, bundle: Bundle, detector: Detector, memory: OpenedMemory | None) -> list[Judge]:
+        """A judge per camera, of the memory that judged last; of the packed one where that cannot be used."""
+        cameras = self.settings.cameras
+        if memory is not None and memory.in_force is not None:
+            kept = memory.in_force
+            try:
+                judges = [self._judge(camera, bundle, kept.calibration, kept.version) for camera in cameras]
+                memory.put_in_force()
+            except LinewardError as error:
+                memory.reject(str(error))
+            else:
+                return judges
+        packed = bundle.calibration(detector.status.engine, detector.status.precision)
+        return [self._judge(camera, bundle, packed, 0) for camera in cameras]
+
+    def _judge(
+        self, camera: CameraSettings, bundle: Bundle, calibration: CalibrationScores, memory_version: int
+    ) -> Judge:
         manifest = bundle.manifest
         judge = Judge(
-            calibration=bundle.calibration(detector.status.engine, detector.status.precision),
+            calibration=calibration,
             pooling=manifest.pooling,
             crop=manifest.preprocessing.crop,
             alpha=camera.alpha,
@@ -220,7 +269,7 @@ class Box:
             region_of_interest=camera.region_of_interest,
             external=camera.threshold,
             bundle_id=bundle.id,
-            memory_version=PACKED_MEMORY,
+            memory_version=memory_version,
         )
         threshold = judge.threshold
         _LOG.info(
@@ -248,7 +297,7 @@ class Box:
         self.publisher = Publisher(settings=settings.broker, identity=self._identity, outbox=self.outbox)
         self.publisher.start()
 
-    def _start_workers(self, bundle: Bundle, detector: Detector, judges: list[Judge]) -> None:
+    def _make_workers(self, bundle: Bundle, detector: Detector, judges: list[Judge]) -> None:
         assert self.outbox is not None
         assert self.publisher is not None
         self._reporter = Reporter(
@@ -258,7 +307,7 @@ class Box:
             bundle=bundle,
             metrics=self.metrics,
         )
-        refused: list[CaptureError] = []
+        self._tell_outbox_damage()
         for camera, judge in zip(self.settings.cameras, judges, strict=True):
             worker = CameraWorker(
                 settings=camera,
@@ -269,17 +318,54 @@ class Box:
                 watchdog=self._watchdog,
                 stop=self._stop,
                 on_verdict=self._on_verdict,
+                on_judged=None if self.settings.memory is None else self._judged,
             )
             self._workers.append(worker)
+
+    def _make_keeper(self, memory: OpenedMemory) -> None:
+        assert self._reporter is not None
+        assert self.publisher is not None
+        for text in memory.damage:
+            self._reporter.notice(NoticeKind.MEMORY_DAMAGED, Severity.ALARM, text)
+        if memory.in_force is not None:
+            self._reporter.know_memory(memory.in_force.version, fleet=memory.in_force.fleet_version)
+        self._keeper = make_keeper(
+            self.settings,
+            memory,
+            cameras=self._workers,
+            link=self._link,
+            reporter=self._reporter,
+            publisher=self.publisher,
+            metrics=self.metrics,
+        )
+
+    def _judged(self, frame: Frame, verdict: Verdict, alarmed: bool) -> None:  # noqa: FBT001 (the cameras' callback)
+        if self._keeper is not None:
+            self._keeper.offer(frame, verdict, alarmed)
+
+    def _start_workers(self) -> None:
+        if self._link is not None:
+            self._link.start()
+        if self._keeper is not None:
+            self._keeper.start()
+        refused: list[CaptureError] = []
+        for worker in self._workers:
             try:
                 worker.start()
-            except CaptureError as error:
+            except CaptureError as error:  # noqa: PERF203 (one per camera, once)
                 # One source that is not there must not blind the others; without any there is nothing to do.
-                _LOG.error("camera %s: %s", camera.name, error)
+                _LOG.error("camera %s: %s", worker.name, error)
                 self.metrics.count("captures_refused")
                 refused.append(error)
         if len(refused) == len(self._workers):
             raise refused[0]
+
+    def _tell_outbox_damage(self) -> None:
+        """Raise a notice once for each damage of the outbox, found at its opening or while it is used."""
+        damage = None if self.outbox is None else self.outbox.damage
+        if self._reporter is not None and damage is not None and damage != self._told_damage:
+            self._told_damage = damage
+            self._reporter.notice(NoticeKind.OUTBOX_DAMAGED, Severity.ALARM, damage)
 
     def _drain(self, seconds: float) -> bool:
         """Wait for the broker to acknowledge everything, unless a signal came."""
@@ -303,6 +389,8 @@ class Box:
             found.append(f"messages are being lost: {self._reporter.error}")
         if self.outbox is not None and self.outbox.damage:
             found.append(f"the outbox was damaged and put aside: {self.outbox.damage}")
+        if self._keeper is not None:
+            found += self._keeper.warnings()
         found += [f"{name}: stuck for more than {WATCHDOG_LIMIT_S:g} s" for name in self._watchdog.stuck()]
         return found
 

@@ -134,11 +134,12 @@ class CameraWorker:
     def install_judge(self, judge: Judge) -> None:
         """Have a judge ready for the memory that will be in force next; until then frames meet the present one.
 
-        May be called from another thread. The judge of the memory before the present one is forgotten.
+        May be called from another thread. Judges of memories before the present one are forgotten.
         """
         with self._judges_lock:
             present = self._judge.memory_version
-            self._judges = {present: self._judges[present], judge.memory_version: judge}
+            kept = {version: one for version, one in self._judges.items() if version >= present}
+            self._judges = kept | {judge.memory_version: judge}
 
     def end(self) -> None:
         """Treat the source as ended: the frame in hand is finished, those in the queue are reported as dropped."""

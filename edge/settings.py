@@ -20,9 +20,11 @@ from edge.alerts.topics import check_camera, check_segment
 from edge.bundle import Engine, Precision  # noqa: TC001 (pydantic needs them at run time)
 from edge.capture.settings import SourceSettings  # noqa: TC001 (pydantic needs it at run time)
 from edge.errors import MessageError, SettingsError
+from edge.federation.settings import FederationSettings  # noqa: TC001 (pydantic needs it at run time)
 from edge.judgement.events import EventSettings
 from edge.judgement.region_of_interest import RegionOfInterest
 from edge.judgement.threshold import Budget, ExternalThreshold
+from edge.memory.settings import MemorySettings  # noqa: TC001 (pydantic needs it at run time)
 
 DEFAULT_FRAME_RATE = 25.0
 
@@ -113,6 +115,12 @@ class BoxSettings(BaseModel):
     status_every_s: float = Field(
         10.0, ge=0.1, le=3600, title="Status interval [s]", description="Status is published on change and this often."
     )
+    memory: MemorySettings | None = Field(
+        None, title="Memory", description="Lets the memory of a bundle that has one follow the line; off where absent."
+    )
+    federation: FederationSettings | None = Field(
+        None, title="Federation", description="Shares the memory with a fleet; off where absent, needs memory."
+    )
     cameras: tuple[CameraSettings, ...] = Field(min_length=1, title="Cameras", description="One entry per camera.")
 
     @field_validator("site", "box")
@@ -129,6 +137,12 @@ class BoxSettings(BaseModel):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two cameras are named {twice[0]!r}; give each its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _federation_has_a_memory(self) -> BoxSettings:
+        if self.federation is not None and self.memory is None:
+            raise ValueError("federation needs a memory section; add one, `memory: {}` has the defaults")
         return self
 
 
@@ -238,11 +252,19 @@ def _resolved(settings: BoxSettings, folder: Path) -> BoxSettings:
         )
         for camera in settings.cameras
     )
+    memory, federation = settings.memory, settings.federation
+    if memory is not None and memory.commissioning is not None:
+        memory = memory.model_copy(update={"commissioning": absolute(memory.commissioning)})
+    if federation is not None:
+        keys = {name: absolute(getattr(federation, name)) for name in ("key_file", "aggregator_key_file")}
+        federation = federation.model_copy(update=keys)
     return settings.model_copy(
         update={
             "state_dir": absolute(settings.state_dir),
             "bundle": absolute(settings.bundle),
             "broker": broker.model_copy(update=files),
+            "memory": memory,
+            "federation": federation,
             "cameras": cameras,
         }
     )

@@ -140,7 +140,7 @@ class Publisher:
         self._reconnector.stop(timeout)
 
     def on_command(self, verb: str, handler: CommandHandler) -> None:
-        """Have commands of a verb answered by ``handler``; to be set before :meth:`start`.
+        """Have commands of a verb answered by ``handler`` from now on.
 
         It is called in the publisher's thread with the parsed command and must return at once: either the fields of
         :class:`~edge.alerts.message.CommandResult`, or None where :meth:`answer` will be called later.

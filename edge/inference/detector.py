@@ -256,10 +256,6 @@ class Detector:
 
         return self._switcher.submit(build)
 
-    def close(self) -> None:
-        """Wait for a switch that has begun; no other is taken. Predictions go on."""
-        self._switcher.shutdown(wait=True, cancel_futures=True)
-
     def golden_error(self) -> float:
         """Run the golden frames with the head in force.
 

@@ -134,9 +134,9 @@ class Judge:
         return self._levels.scores
 
     @property
-    def good_groups(self) -> npt.NDArray[np.str_]:
-        """The group unicode [n] of each calibration score."""
-        return self._calibration.groups
+    def calibration(self) -> CalibrationScores:
+        """What its thresholds are made from."""
+        return self._calibration
 
     def recalibrated(self, calibration: CalibrationScores, *, memory_version: int) -> Judge:
         """Make the judge of the same camera for another memory, ready for frames of the size seen last.

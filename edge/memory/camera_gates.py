@@ -1,0 +1,53 @@
+"""CameraGates: which frames of a camera may teach the memory, under the memory in force. It must not know frames."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edge.errors import DataError
+from edge.memory.gate import FrameGate, GateSettings, Learn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from edge.memory.changeover import JudgedCamera
+
+
+class CameraGates:
+    """A gate for each camera, made anew for each memory.
+
+    Args:
+        cameras: by name; a camera's own region of interest holds for its gate too.
+        settings: of the gates.
+
+    Attributes:
+        trouble: why nothing is learned by score; empty where it is, or is not meant to be.
+    """
+
+    def __init__(self, cameras: Mapping[str, JudgedCamera], settings: GateSettings) -> None:
+        self._cameras = cameras
+        self._settings = GateSettings(learn=settings.learn, quantile=settings.quantile)
+        self._gates: dict[str, tuple[int, FrameGate | None]] = {}
+        self.trouble = ""
+
+    def by_score(self, camera: str, *, memory_version: int) -> FrameGate | None:
+        """Return the gate of a camera; None where it cannot be made, or while a switch is on its way to the camera."""
+        version, gate = self._gates.get(camera, (-1, None))
+        if version == memory_version:
+            return gate
+        judge = self._cameras[camera].judge
+        if judge.memory_version != memory_version:
+            return None
+        try:
+            gate = FrameGate(judge.good_scores, judge.calibration.groups, self._settings)
+            self.trouble = ""
+        except DataError as error:
+            self.trouble, gate = str(error), None
+        self._gates[camera] = (memory_version, gate)
+        return gate
+
+    def declared(self, camera: str) -> FrameGate:
+        """Return a gate for a frame that somebody declared good: it needs no calibration."""
+        learn = Learn.OFF if self._settings.learn is Learn.OFF else Learn.DECLARED
+        judge = self._cameras[camera].judge
+        return FrameGate(judge.good_scores, None, self._settings.model_copy(update={"learn": learn}))
