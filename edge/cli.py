@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from edge.errors import BrokerError, LinewardError, MissingExtraError, OutboxError, UsageError
+from edge.errors import BrokerError, CommandError, LinewardError, MissingExtraError, OutboxError, UsageError
 
 if TYPE_CHECKING:
     from edge.alerts.settings import BrokerSettings
@@ -231,6 +231,39 @@ def key(
 
 
 @app.command()
+def command(
+    verb: Annotated[str, typer.Argument(help="accept, replay or ship.")],
+    site: Annotated[str, typer.Option(help="Site of the box.", show_default=False)],
+    box: Annotated[str, typer.Option(help="Name of the box.", show_default=False)],
+    fields: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE of the command; may be repeated.", show_default=False)
+    ] = None,
+    broker: BrokerOption = DEFAULT_BROKER,
+    *,
+    password_file: PasswordOption = None,
+    ca_file: CaOption = None,
+    prefix: PrefixOption = "lineward",
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the broker, then for the box.")] = 10.0,
+) -> None:
+    """Ask a running box to do something, and print its answer."""
+    from edge.alerts.commander import Commander
+
+    given: dict[str, Any] = {}
+    for field in fields or ():
+        name, equals, value = field.partition("=")
+        if not name or not equals:
+            raise UsageError(f"--set {field}: write it as NAME=VALUE")
+        given[name] = value
+    settings = _broker(broker, password_file=password_file, ca_file=ca_file, prefix=prefix)
+    _log_to_stderr(verbose=False, level=logging.ERROR)
+    with Commander(settings, site=site, box=box) as commander:
+        result = commander.ask(verb, given, timeout=timeout)
+    if not result.ok:
+        raise CommandError(f"{site}/{box} refuses {verb}: {result.reason}")
+    typer.echo(f"{site}/{box}: {verb} done, count {result.count}")
+
+
+@app.command()
 def watch(
     broker: BrokerOption = DEFAULT_BROKER,
     *,
@@ -275,7 +308,7 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def _load_verb(entry: importlib.metadata.EntryPoint) -> Any:  # noqa: ANN401 (a typer command)
-    """Import a verb of another room.
+    """Import a verb of another room: a function, or a typer app whose commands are verbs of the verb.
 
     Raises:
         MissingExtraError: its room, or something that the room needs, is not installed.
@@ -284,9 +317,19 @@ def _load_verb(entry: importlib.metadata.EntryPoint) -> Any:  # noqa: ANN401 (a 
     extra = EXTRAS.get(entry.name, room)
     missing = f"{entry.name} is not part of this installation ({{}} is missing): pip install 'lineward[{extra}]'"
     try:
-        function = entry.load()
+        verb = entry.load()
     except ModuleNotFoundError as error:
         raise MissingExtraError(missing.format(error.name)) from error
+    if isinstance(verb, typer.Typer):
+        _guard_app(verb, missing)
+        return typer.main.get_command(verb)
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(entry.name)(_guarded(verb, missing))
+    return typer.main.get_command(single)
+
+
+def _guarded(function: Any, missing: str) -> Any:  # noqa: ANN401 (any signature)
+    """Turn a module that a verb misses when it is called into a MissingExtraError."""
 
     @functools.wraps(function)
     def call(*args: Any, **values: Any) -> None:  # noqa: ANN401 (typer's)
@@ -298,9 +341,16 @@ def _load_verb(entry: importlib.metadata.EntryPoint) -> Any:  # noqa: ANN401 (a 
                 raise
             raise MissingExtraError(missing.format(error.name)) from error
 
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(entry.name)(call)
-    return typer.main.get_command(single)
+    return call
+
+
+def _guard_app(verbs: typer.Typer, missing: str) -> None:
+    for command in verbs.registered_commands:
+        if not hasattr(command.callback, "__wrapped__"):
+            command.callback = _guarded(command.callback, missing)
+    for group in verbs.registered_groups:
+        if group.typer_instance is not None:
+            _guard_app(group.typer_instance, missing)
 
 
 def _broker(url: str, *, password_file: Path | None, ca_file: Path | None, prefix: str) -> BrokerSettings:

@@ -66,6 +66,10 @@ class MessageError(LinewardError):
     """A topic or payload is not one of the published messages, or a value cannot be put into one."""
 
 
+class CommandError(LinewardError):
+    """A box refuses a command; the message has its reason."""
+
+
 class FederationError(LinewardError):
     """A message between box and aggregator is refused, by either side.
 

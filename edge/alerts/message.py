@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 # An alert is about 1 kB. The limit bounds what a reader has to hold, whatever a broker passes on.
 MAX_PAYLOAD_BYTES = 262_144
 MAX_REGIONS = 64
+MAX_ID = 128
 # Every durable message ends so: flagging one late is a change of its last bytes, without parsing it.
 _ON_TIME = b'"late":false}'
 _LATE = b'"late":true}'
@@ -257,7 +258,7 @@ class ReplayCommand(Message):
     epoch: Epoch
     first: Seq = Field(alias="from")
     last: Seq = Field(alias="to")
-    id: str | None = Field(None, max_length=128, description="Comes back in the result.")
+    id: str | None = Field(None, max_length=MAX_ID, description="Comes back in the result.")
 
 
 class AcceptCommand(Message):
@@ -266,7 +267,7 @@ class AcceptCommand(Message):
     camera: str
     camera_seq: Count | None = None
     part_id: str | None = Field(None, max_length=1024)
-    id: str | None = Field(None, max_length=128, description="Comes back in the result.")
+    id: str | None = Field(None, max_length=MAX_ID, description="Comes back in the result.")
 
     @model_validator(mode="after")
     def _names_one_frame(self) -> AcceptCommand:
@@ -278,7 +279,7 @@ class AcceptCommand(Message):
 class ShipCommand(Message):
     """Asks a box to send what its memory has learnt to the fleet now; published to ``cmd/ship``."""
 
-    id: str | None = Field(None, max_length=128, description="Comes back in the result.")
+    id: str | None = Field(None, max_length=MAX_ID, description="Comes back in the result.")
 
 
 class CommandResult(Message):

@@ -5,6 +5,7 @@ Nothing is sent that is not on disk first; the caller never waits for the networ
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import deque
@@ -14,6 +15,8 @@ from queue import Empty
 from typing import TYPE_CHECKING, Any
 
 from edge.alerts.message import (
+    MAX_ID,
+    MAX_PAYLOAD_BYTES,
     Availability,
     CameraState,
     CommandResult,
@@ -342,9 +345,10 @@ class Publisher:
             if verb in self._handlers:
                 values = self._handlers[verb](parse(event.topic, event.payload, prefix=self._identity.prefix))
             else:
-                values = {"ok": False, "reason": f"unknown command; known are: {', '.join(sorted(self._handlers))}"}
+                known = ", ".join(sorted(self._handlers))
+                values = {"ok": False, "id": _id_of(event.payload), "reason": f"unknown command; known are: {known}"}
         except (MessageError, OutboxError) as error:
-            values = {"ok": False, "reason": str(error)[:500]}
+            values = {"ok": False, "id": _id_of(event.payload), "reason": str(error)[:500]}
         if values is not None:
             self._answers.append(self._result(verb, **values))
 
@@ -355,3 +359,12 @@ class Publisher:
 
     def _result(self, verb: str, **values: Any) -> CommandResult:  # noqa: ANN401 (checked by the model)
         return build(CommandResult, site=self._identity.site, box=self._identity.box, verb=verb, **values)
+
+
+def _id_of(payload: bytes) -> str | None:
+    """The id of a command that is refused, so that whoever sent it knows the answer for its own."""
+    try:
+        found = json.loads(payload).get("id") if len(payload) <= MAX_PAYLOAD_BYTES else None
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return found if isinstance(found, str) and len(found) <= MAX_ID else None

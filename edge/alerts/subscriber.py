@@ -5,6 +5,7 @@ Messages come in the order of their arrival; the order of the box is that of the
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import threading
@@ -74,6 +75,7 @@ class Subscriber:
         self._filters = subscriptions(settings.prefix, site=site, box=box, kinds=kinds)
         self._prefix = settings.prefix
         self._received: SimpleQueue[Received] = SimpleQueue()
+        self._outgoing: SimpleQueue[tuple[str, bytes]] = SimpleQueue()
         self._seen = Deduplicator(holes=holes)
         self._lock = threading.Lock()
         self._ready = False
@@ -140,6 +142,11 @@ class Subscriber:
         if not done or not self._ready:
             raise BrokerError(f"broker: {self.state}")
 
+    def send(self, topic: str, payload: bytes) -> None:
+        """Publish something, such as a command, once there is a connection; lost where this process ends first."""
+        self._outgoing.put((topic, payload))
+        self._reconnector.wake()
+
     def receive(self, timeout: float | None = None) -> Received | None:
         """The next message that is not a duplicate; None when none came within ``timeout`` seconds.
 
@@ -169,13 +176,22 @@ class Subscriber:
                     if event.refusal:
                         return Lost(f"subscription refused: {event.refusal}; let this user read it", refused=True)
                     self._ready = True
+                    self._send_all(link)
                     self._reconnector.notify()
                 elif isinstance(event, Incoming):
                     self._take(event)
-                elif isinstance(event, Wake) and self._reconnector.stopping.is_set():
-                    return None
+                elif isinstance(event, Wake):
+                    if self._reconnector.stopping.is_set():
+                        return None
+                    if self._ready:  # not before an answer to it would be seen
+                        self._send_all(link)
         finally:
             self._ready = False
+
+    def _send_all(self, link: Link) -> None:
+        with contextlib.suppress(Empty):
+            while True:
+                link.publish(*self._outgoing.get_nowait())
 
     def _take(self, event: Incoming) -> None:
         now = time.monotonic_ns()
