@@ -66,6 +66,18 @@ class Fleet:
         return bank
 
 
+def fleet_bank(bundle: Bundle, version: int, seeds: range = range(700, 704)) -> FleetBank:
+    """A bank of 60 rows of good frames, as the aggregator would send it."""
+    rows = np.concatenate([embedding_of(bundle.path, good_frame(seed)) for seed in seeds])
+    rows = rows[np.random.default_rng(version).choice(len(rows), 60, replace=False)]
+    return FleetBank(
+        fleet="fleet", pool="pool", embedding_id=bundle.manifest.embedding_id[PRECISION], version=version,
+        round=version, rows=rows.astype(np.float16).astype(np.float32), mass=np.full(60, 1 / 60, np.float32),
+        boxes=np.full(60, 2, np.uint16), members=("plant/a", "plant/b"),
+        created=datetime(2030, 1, 1, tzinfo=timezone.utc),
+    )  # fmt: skip
+
+
 class Bench:
     """Opens the memory of a bundle in a folder, as a box does."""
 
@@ -143,17 +155,8 @@ class Bench:
         self.keeper.start()
         assert self.keeper.join(10)
 
-    def fleet_bank(self, version: int = 1, seeds: range = range(700, 704), **changes: Any) -> FleetBank:
-        """A bank of 60 rows of good frames, as the aggregator would send it."""
-        rows = np.concatenate([embedding_of(self.bundle.path, good_frame(seed)) for seed in seeds])
-        rows = rows[np.random.default_rng(version).choice(len(rows), 60, replace=False)]
-        bank = FleetBank(
-            fleet="fleet", pool="pool", embedding_id=self.bundle.manifest.embedding_id[PRECISION], version=version,
-            round=version, rows=rows.astype(np.float16).astype(np.float32),
-            mass=np.full(60, 1 / 60, np.float32), boxes=np.full(60, 2, np.uint16), members=("plant/a", "plant/b"),
-            created=datetime(2030, 1, 1, tzinfo=timezone.utc),
-        )  # fmt: skip
-        return dataclasses.replace(bank, **changes)
+    def fleet_bank(self, version: int = 1, **changes: Any) -> FleetBank:
+        return dataclasses.replace(fleet_bank(self.bundle, version), **changes)
 
     def _notify(self, kind: Any, severity: Any, text: str, **detail: Any) -> None:
         self.notices.append((kind.value, severity.value, text, detail))

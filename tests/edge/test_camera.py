@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 import time
@@ -72,10 +73,13 @@ class Brightness:
         return Prediction(np.full((4, 4), score, np.float32), frame, 1, 1)
 
 
+def calibration(highest: float) -> CalibrationScores:
+    scores = np.linspace(0, highest, 50, dtype=np.float32)
+    return CalibrationScores(scores, np.zeros((50, 4, 4), np.float16), np.arange(50).astype(np.str_))
+
+
 def judge(alpha: float) -> Judge:
-    scores = np.linspace(0, 10, 50, dtype=np.float32)
-    calibration = CalibrationScores(scores, np.zeros((50, 4, 4), np.float16), np.arange(50).astype(np.str_))
-    return Judge(calibration=calibration, pooling=Pooling(), crop=None, alpha=alpha)
+    return Judge(calibration=calibration(10), pooling=Pooling(), crop=None, alpha=alpha)
 
 
 def folder_of(path: Path, values: list[int | None]) -> Path:
@@ -90,7 +94,13 @@ def folder_of(path: Path, values: list[int | None]) -> Path:
 
 
 def work(
-    folder: Path, *, detector: Any = None, stop: threading.Event | None = None, alpha: float = 0.05, **settings: Any
+    folder: Path,
+    *,
+    detector: Any = None,
+    stop: threading.Event | None = None,
+    alpha: float = 0.05,
+    on_judged: Any = None,
+    **settings: Any,
 ) -> tuple[CameraWorker, Recorder, Metrics]:
     recorder, metrics = Recorder(), Metrics()
     worker = CameraWorker(
@@ -103,6 +113,7 @@ def work(
         metrics=metrics,
         watchdog=Watchdog(limit_s=SOON),
         stop=stop or threading.Event(),
+        on_judged=on_judged,
     )
     return worker, recorder, metrics
 
@@ -293,6 +304,53 @@ def test_defect_of_the_worker_is_seen(tmp_path: Path, monkeypatch: pytest.Monkey
     assert metrics.value("workers_failed") == 1
     assert "its worker failed" in worker.failure
     assert recorder.states[-1] == ("not_judged", "its worker failed, see the log")
+
+
+class Switching(Brightness):
+    """A detector whose memory changes before the third frame and again before the sixth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames = 0
+
+    def predict(self, frame: Frame) -> Prediction:
+        self.frames += 1
+        version = (self.frames > 2) + (self.frames > 5)
+        return dataclasses.replace(super().predict(frame), memory_version=int(version))
+
+
+def test_frames_meet_the_thresholds_of_the_memory_that_scored_them(tmp_path: Path) -> None:
+    worker, recorder, _ = work(folder_of(tmp_path / "in", [20] * 8), detector=Switching())
+    # Both are there before the first frame: having a judge must not mean using it.
+    for version, highest in ((1, 100), (2, 10)):
+        worker.install_judge(worker.judge.recalibrated(calibration(highest), memory_version=version))
+
+    finish(worker)
+
+    found = [(verdict.memory_version, verdict.decision.value) for verdict in recorder.verdicts]
+    assert found == [(0, "NOK")] * 2 + [(1, "OK")] * 3 + [(2, "NOK")] * 3
+
+
+def test_memory_without_thresholds_judges_nothing(tmp_path: Path) -> None:
+    worker, recorder, _ = work(folder_of(tmp_path / "in", [20] * 4), detector=Switching())
+
+    finish(worker)
+
+    assert [verdict.decision.value for verdict in recorder.verdicts] == ["NOK", "NOK", "NOT_JUDGED", "NOT_JUDGED"]
+    assert "memory version 1 judges, but no thresholds were made" in recorder.verdicts[2].reason
+
+
+def test_judged_frames_are_handed_on_with_whether_they_are_part_of_an_alert(tmp_path: Path) -> None:
+    events = {"enter_hits": 1, "enter_window": 1, "leave_calm": 2}
+    handed: list[tuple[int, bool]] = []
+    worker, _, _ = work(
+        folder_of(tmp_path / "in", [CALM, HOT, CALM, CALM, 7]), mode="stream", events=events,
+        detector=Brightness(fail_on=7), on_judged=lambda frame, _, alarmed: handed.append((frame.camera_seq, alarmed)),
+    )  # fmt: skip
+
+    finish(worker)
+
+    assert handed == [(0, False), (1, True), (2, True), (3, False)]
 
 
 class BreakingCapture:

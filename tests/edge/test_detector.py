@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from edge.bundle import Bundle, Engine, Precision, Tiles, load_arrays
 from edge.errors import BundleError, CaptureError, EngineError, MissingExtraError
-from edge.frames import Frame
+from edge.frames import Frame, Prediction
 from edge.inference import detector as module
 from edge.inference import sessions
 from edge.inference.detector import Detector
@@ -210,6 +210,49 @@ def test_switch_state_under_load_never_mixes_heads(bundle: Bundle, engine: Engin
     near = [[np.allclose(one, known, atol=1e-3) for known in expected] for one in found]
     assert all(sum(row) == 1 for row in near)
     assert np.allclose(detector.predict(frame).anomaly_map, expected[2], atol=1e-3)
+
+
+def test_predictions_name_the_memory_whose_head_made_them(bundle: Bundle) -> None:
+    detector = Detector.open(bundle, engine=Engine.ONNXRUNTIME, precision=Precision.FLOAT32, threads=2, streams=2)
+    frame = frame_of(good_frame(3))
+    states = {1: far_state(5.0), 2: far_state(9.0)}
+    expected = {}
+    for version, state in states.items():
+        detector.switch_state(state, memory_version=version).result()
+        expected[version] = detector.predict(frame).anomaly_map
+    stop = threading.Event()
+    found: list[Prediction] = []
+
+    def work() -> None:
+        while not stop.is_set():
+            found.append(detector.predict(frame))
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for turn in range(8):
+        detector.switch_state(states[1 + turn % 2], memory_version=1 + turn % 2).result()
+    stop.set()
+    for worker in workers:
+        worker.join()
+    assert {one.memory_version for one in found} == {1, 2}
+    assert all(np.allclose(one.anomaly_map, expected[one.memory_version], atol=1e-3) for one in found)
+
+
+def test_what_is_done_before_a_switch_can_stop_it(bundle: Bundle) -> None:
+    detector = Detector.open(bundle, engine=Engine.ONNXRUNTIME, precision=Precision.FLOAT32, threads=1)
+    seen: list[int] = []
+
+    def look() -> None:
+        seen.append(detector.memory_version)
+
+    def refuse() -> None:
+        raise OSError("the disk is full")
+
+    detector.switch_state(far_state(5.0), memory_version=3, before=look).result()
+    assert isinstance(detector.switch_state(far_state(9.0), memory_version=4, before=refuse).exception(), OSError)
+    assert seen == [0]
+    assert detector.predict(frame_of(good_frame(3))).memory_version == 3
 
 
 def test_switch_state_last_asked_wins_and_copies_its_input(bundle: Bundle) -> None:

@@ -12,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.alerts.message import (
+    AcceptCommand,
     Alert,
     Gap,
     ReplayCommand,
+    Severity,
+    ShipCommand,
     VerdictMessage,
     alert_from_event,
     build,
@@ -23,6 +26,7 @@ from edge.alerts.message import (
     gap_maker,
     json_schemas,
     mark_late,
+    notice_message,
     parse,
     verdict_message,
 )
@@ -208,6 +212,7 @@ def test_topics_come_apart_as_they_were_put_together(site: str, box: str, camera
         (identity.alert(camera), Kind.ALERT, camera),
         (identity.state(camera), Kind.STATE, camera),
         (identity.status, Kind.STATUS, ""),
+        (identity.notice, Kind.NOTICE, ""),
         (identity.gap, Kind.GAP, ""),
         (identity.command("replay"), Kind.COMMAND, "replay"),
         (identity.result("replay"), Kind.RESULT, "replay"),
@@ -227,6 +232,33 @@ def test_subscriptions_cover_the_kinds_asked_for() -> None:
 def test_replay_command_reads_from_and_to() -> None:
     command = parse(IDENTITY.command("replay"), json.dumps({"epoch": EPOCH, "from": 1, "to": 5}).encode())
     assert command == build(ReplayCommand, epoch=EPOCH, first=1, last=5)
+
+
+def test_commands_are_read_by_their_verb() -> None:
+    accept = parse(IDENTITY.command("accept"), b'{"camera": "cam", "part_id": "p-1", "id": "x"}')
+    ship = parse(IDENTITY.command("ship"), b"{}")
+    assert accept == build(AcceptCommand, camera="cam", part_id="p-1", id="x")
+    assert ship == build(ShipCommand)
+    for payload in (b'{"camera": "cam"}', b'{"camera": "cam", "part_id": "p", "camera_seq": 1}', b'{"part_id": "p"}'):
+        with pytest.raises(MessageError):
+            parse(IDENTITY.command("accept"), payload)
+    with pytest.raises(MessageError, match="unknown command"):
+        parse(IDENTITY.command("dance"), b"{}")
+
+
+def test_notice_is_read_back_and_a_kind_that_is_not_known_too() -> None:
+    notice = notice_message(
+        identity=IDENTITY, epoch=EPOCH, seq=4, kind="memory.drift", severity=Severity.ALARM, text="far" * 1000,
+        detail={"drift": 2.5},
+    )  # fmt: skip
+    payload = encode(notice)
+    assert parse(IDENTITY.notice, payload) == notice
+    assert len(notice.text) == 1024
+    assert mark_late(payload).endswith(b'"late":true}')
+    newer = payload.replace(b"memory.drift", b"weather.storm")
+    assert parse(IDENTITY.notice, newer).kind == "weather.storm"  # type: ignore[union-attr]
+    with pytest.raises(MessageError, match="kind"):
+        parse(IDENTITY.notice, payload.replace(b"memory.drift", b"no kind"))
 
 
 def test_schema_files_are_current() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from datetime import datetime, timezone
 
@@ -159,6 +160,35 @@ def test_external_threshold_holds_for_its_bundle() -> None:
     assert matching.threshold.method == "external"
     assert other.judge(prediction(anomaly_map)).decision is Decision.NOK
     assert "ignored" in other.notice
+
+
+def test_prediction_of_another_memory_is_not_judged_by_these_thresholds() -> None:
+    other = dataclasses.replace(prediction(np.zeros((H, W))), memory_version=1)
+
+    with pytest.raises(ValueError, match="memory version 1 cannot be judged by the thresholds of version 0"):
+        judge().judge(other)
+
+
+def test_recalibrated_judge_is_of_the_same_camera_and_ready() -> None:
+    region = RegionOfInterest(include=(Rectangle(x=0, y=0, w=50, h=80),))
+    external = ExternalThreshold(value=50, bundle_id="a" * 64, memory_version=0)
+    first = judge(region_of_interest=region, external=external, bundle_id="a" * 64)
+    first.judge(prediction(np.zeros((H, W))))
+
+    second = first.recalibrated(calibration(seed=1), memory_version=1)
+
+    wanted = judge(calibration=calibration(seed=1), region_of_interest=region)
+    wanted.judge(prediction(np.zeros((H, W))))
+    assert second.threshold == wanted.threshold
+    assert second.good_scores.tolist() == wanted.good_scores.tolist()
+    assert "set for memory version 0, not 1" in second.notice
+    verdict = second.judge(dataclasses.replace(prediction(np.zeros((H, W))), memory_version=1))
+    assert verdict.memory_version == 1
+    with pytest.raises(BundleError, match="calibration maps are"):
+        flat = CalibrationScores(
+            np.ones(19, np.float32), np.ones((19, 2, 2), np.float16), np.arange(19).astype(np.str_)
+        )
+        first.recalibrated(flat, memory_version=2)
 
 
 def test_missing_part_is_not_judged() -> None:
