@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from deploy.aggregator.closing import own_limits
 from deploy.aggregator.records import EventKind, UploadState
 from edge.errors import UsageError
 from edge.federation.fields import format_time

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,12 +27,19 @@ from tests.deploy.round_values import POOL, PRODUCT, SETTINGS, Examination, Flee
 from tests.edge.federation_values import EMBEDDING, update
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
     from edge.federation.update import MemoryUpdate
 
 BOXES = ("north/one", "north/two", "south/three", "south/four", "south/five")
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """In memory where that is a file system: these tests are about decisions, and a sync takes milliseconds on disk."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture
