@@ -40,7 +40,7 @@ VERB_HELP = {
     "train": "Learn what good parts look like.",
     "verify": "Check a bundle and the figures that it promises.",
 }
-EXTRAS = {"demo": "demo"}
+EXTRAS = {"aggregate": "aggregator", "demo": "demo"}
 _ROOMS = frozenset({"edge", "deploy", "trainer"})
 LINE_FIELDS = (
     "value", "kind", "severity", "decision", "phase", "state", "part_id", "event_id", "score", "threshold", "p_value",

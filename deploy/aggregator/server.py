@@ -183,6 +183,11 @@ class Server:
         """Connections of unknown or revoked keys since the start."""
         return self._doorkeeper.turned_away
 
+    @property
+    def admits(self) -> bool:
+        """Whether the thread that looks at keys is alive; without it nobody new gets in."""
+        return bool(self._doorkeeper.is_alive())
+
     def close(self) -> None:
         """Stop listening and cut every connection."""
         self._socket.close(0)
@@ -225,12 +230,7 @@ class Server:
         if isinstance(request, Hello) and request.box != box:
             self._alarm(Refusal.STOLEN_NAME, box, f"claims to be {request.box!r}")
             raise FederationError(Refusal.STOLEN_NAME, f"box: {request.box!r} is not the name of the key that speaks")
-        try:
-            return self._handler.handle(box, request, body)
-        except FederationError as error:
-            if error.code is Refusal.STOLEN_NAME:
-                self._alarm(Refusal.STOLEN_NAME, box, str(error))
-            raise
+        return self._handler.handle(box, request, body)
 
     def _ration(self, box: str, size: int) -> None:
         if box not in self._allowances:

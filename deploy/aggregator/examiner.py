@@ -1,0 +1,126 @@
+"""Gives the gates what they compare an update with: canaries from a folder, references from bundles. No decisions."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deploy.aggregator.canaries import read_canaries
+from deploy.aggregator.gates import examine
+from edge.bundle import Bundle
+from edge.errors import DataError
+from edge.inference.detector import stored_state
+from edge.memory.bank import MemoryBank
+from edge.memory.banks import packed_banks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from deploy.aggregator.canaries import Canaries
+    from deploy.aggregator.gates import Examination, GateLimits
+    from edge.federation.update import MemoryUpdate
+
+LOG = logging.getLogger("lineward.aggregator")
+
+
+class CanaryFolder:
+    """Canary files of a folder, read again when they change.
+
+    A file that is damaged while the service runs leaves its former content in force: an aggregator without canaries
+    would take what they are there to stop.
+
+    Args:
+        folder: of ``*.npz`` files; None for none.
+
+    Raises:
+        DataError: the folder or a file in it cannot be read, or two files are for one product.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._read: dict[Path, tuple[int, Canaries]] = {}
+        self._found: dict[tuple[str, str], Canaries] = {}
+        self.trouble = ""
+        self._refresh()
+
+    def find(self, embedding_id: str, product: str) -> Canaries | None:
+        """Return the canaries of a product, else others of its embedding: those without a product first."""
+        try:
+            self._refresh()
+        except DataError as error:
+            if str(error) != self.trouble:
+                LOG.warning("%s; the former canaries stay in force", error)
+            self.trouble = str(error)
+        else:
+            self.trouble = ""
+        known = sorted(other for space, other in self._found if space == embedding_id)
+        return self._found.get((embedding_id, product)) or (self._found[embedding_id, known[0]] if known else None)
+
+    def _refresh(self) -> None:
+        if self._folder is None:
+            return
+        try:
+            stamps = {path: path.stat().st_mtime_ns for path in sorted(self._folder.glob("*.npz"))}
+            if not self._folder.is_dir():
+                raise DataError(f"{self._folder}: no such folder; name the folder of the canary files, or none")
+        except OSError as error:
+            raise DataError(f"{self._folder}: cannot be read ({error.strerror}); correct its permissions") from error
+        if {path: stamp for path, (stamp, _) in self._read.items()} == stamps:
+            return
+        read = {
+            path: self._read[path] if self._read.get(path, (0,))[0] == stamp else (stamp, read_canaries(path))
+            for path, stamp in stamps.items()
+        }
+        found: dict[tuple[str, str], Canaries] = {}
+        for path, (_, canaries) in read.items():
+            if (canaries.embedding_id, canaries.product) in found:
+                raise DataError(f"{path}: is the second file for {canaries.product!r}; keep one for each product")
+            found[canaries.embedding_id, canaries.product] = canaries
+        self._read, self._found = read, found
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """The gate that a merge calls, see :class:`deploy.aggregator.closing.Gate`.
+
+    Attributes:
+        limits: of the gates.
+        canaries: where canaries come from.
+    """
+
+    limits: GateLimits
+    canaries: CanaryFolder = field(default_factory=lambda: CanaryFolder(None))
+
+    def __call__(
+        self, update: MemoryUpdate, *, reference: MemoryBank | None, peers: Sequence[MemoryUpdate]
+    ) -> Examination:
+        """Compare an update with the canaries, with what the fleet knew, and with the round's others."""
+        canaries = self.canaries.find(update.embedding_id, update.product)
+        return examine(update, reference=reference, canaries=canaries, peers=peers, limits=self.limits)
+
+
+def read_references(bundles: Sequence[Path]) -> dict[str, MemoryBank]:
+    """Return the memory that each bundle was packed with, by embedding id.
+
+    Args:
+        bundles: their folders.
+
+    Raises:
+        BundleError: one is damaged.
+        DataError: the memory of one cannot change, so no box has anything to send.
+    """
+    found: dict[str, MemoryBank] = {}
+    for path in bundles:
+        bundle = Bundle.open(path)
+        layout = bundle.manifest.memory
+        if layout is None:
+            raise DataError(f"references: {path}: its memory cannot change; name a bundle of the method feddymem")
+        rows = np.concatenate(packed_banks(stored_state(bundle), layout).rows)
+        share = np.full(len(rows), 1 / len(rows), np.float32)
+        for embedding_id in bundle.manifest.embedding_id.values():
+            found[embedding_id] = MemoryBank(rows, share, share)
+    return found
