@@ -19,6 +19,7 @@ from deploy.aggregator.lloyd import single_threaded_blas
 from deploy.progress import no_progress
 from edge.federation.update import FleetBank
 from edge.federation.wire import Limits, decode_bank, decode_update, encode_bank, encode_update
+from edge.memory.bank import MemoryBank
 from trainer.evaluation.fleet_box import FLEET, BoxSettings, SimulatedBox
 from trainer.evaluation.fleet_judge import Exam, Judgement
 from trainer.evaluation.fleet_poison import Poison, poisoned
@@ -26,6 +27,7 @@ from trainer.evaluation.fleet_poison import Poison, poisoned
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from deploy.aggregator.closing import Gate
     from deploy.progress import Progress
     from edge.federation.update import MemoryUpdate
     from trainer.evaluation.fleet_box import BoxData
@@ -97,7 +99,7 @@ class Simulation:
     Attributes:
         boxes: all of them, poisoners first.
         honest: data of the honest ones.
-        tests: their test images.
+        exam: their test images.
         bank: the fleet memory of the last round, None before the first.
     """
 
@@ -109,6 +111,7 @@ class Simulation:
         *,
         embedding_id: str,
         seed: int,
+        gate: Gate | None = None,
         progress: Progress = no_progress,
     ) -> None:
         """Start the boxes.
@@ -119,6 +122,7 @@ class Simulation:
             judge: how they judge.
             embedding_id: 64 hex digits.
             seed: of lateness, poison and clustering.
+            gate: examines every update; None lets all in.
             progress: called after each round.
 
         Raises:
@@ -128,12 +132,13 @@ class Simulation:
             raise ValueError("give more boxes than poisoners, and say what poisoners send")
         self.settings, self.judge = settings, judge
         self._embedding_id, self._seed, self._progress = embedding_id, seed, progress
+        self._gate = gate
         self.boxes = [
             SimulatedBox(box, settings.box, embedding_id=embedding_id, rounds=settings.rounds, seed=seed)
             for box in boxes
         ]
         self.honest = boxes[settings.poisoners :]
-        self.tests = Exam.of(self.honest)
+        self.exam = Exam.of(self.honest)
         self.bank: FleetBank | None = None
         self._held: list[FleetBank | None] = [None] * len(boxes)  # what each box has
         self._waiting: list[bytes] = []  # updates that came after their round had closed
@@ -149,8 +154,8 @@ class Simulation:
         on_time, self._waiting, cut_off = self._send(number)
         started = time.perf_counter()
         arrived = [decode_update(message, Limits()) for message in (*late, *on_time)]
-        accepted, refused = self._examine(arrived)
-        examined = time.perf_counter()
+        accepted, refused = examined(arrived, self._gate, self.bank)
+        ready = time.perf_counter()
         if accepted:
             self._merge(accepted, number)
         merged = time.perf_counter()
@@ -168,8 +173,8 @@ class Simulation:
             bytes_up=sum(map(len, late)) + sum(map(len, on_time)),
             bytes_down=down,
             rows=0 if self.bank is None else len(self.bank.rows),
-            aggregate_s=merged - examined,
-            examine_s=examined - started,
+            aggregate_s=merged - ready,
+            examine_s=ready - started,
             judged=judged,
         )
 
@@ -180,7 +185,8 @@ class Simulation:
             rng = np.random.default_rng((self._seed, number, index))
             box.live(number)
             held = self._held[index]
-            update = box.update(number, base_version=0 if held is None else held.version, rng=rng)
+            version = 0 if held is None else held.version
+            update = box.update(number, base_version=version, seed=int(rng.integers(2**63)))
             if index < self.settings.poisoners:
                 assert self.settings.poison is not None
                 update = poisoned(update, self.settings.poison, defects=box.data.defects, rng=rng)
@@ -189,9 +195,6 @@ class Simulation:
                 cut_off.add(index)
             (late if chance < self.settings.cut_off + self.settings.late else on_time).append(encode_update(update))
         return on_time, late, cut_off
-
-    def _examine(self, updates: Sequence[MemoryUpdate]) -> tuple[list[MemoryUpdate], list[tuple[str, str]]]:
-        return list(updates), []
 
     def _merge(self, accepted: Sequence[MemoryUpdate], number: int) -> None:
         merged = aggregate(accepted, settings=self.settings.aggregate, seed=self._seed)
@@ -228,4 +231,30 @@ class Simulation:
     def judgement(self) -> Judgement:
         """Return how the honest boxes judge with their memories as they are now."""
         honest = self.boxes[self.settings.poisoners :]
-        return Judgement(self.judge, self.tests, self.honest, [box.rows for box in honest])
+        return Judgement(self.judge, self.exam, self.honest, [box.rows for box in honest])
+
+
+def examined(
+    updates: Sequence[MemoryUpdate], gate: Gate | None, bank: FleetBank | None
+) -> tuple[list[MemoryUpdate], list[tuple[str, str]]]:
+    """Examine updates as a closing round does.
+
+    Args:
+        updates: of one round.
+        gate: None lets all in.
+        bank: the fleet memory in force, which they are compared with; None for none.
+
+    Returns:
+        The accepted ones, and box and reason of each other.
+    """
+    if gate is None:
+        return list(updates), []
+    reference = None if bank is None else MemoryBank(bank.rows, bank.mass, bank.mass)
+    accepted, refused = [], []
+    for update in updates:
+        found = gate(update, reference=reference, peers=[other for other in updates if other is not update])
+        if found.accepted:
+            accepted.append(update)
+        else:
+            refused.append((update.box, "; ".join(found.reasons)))
+    return accepted, refused

@@ -71,14 +71,20 @@ class BoxData:
     defects: Single
 
 
-def first_bank(frames: Half, size: int, *, seed: int) -> Single:
-    """Reduce raw frames [N, L, D] to the rows float32 [<= size, D] that a bundle brings."""
+def sampled_rows(frames: Half, *, seed: int) -> Single:
+    """Return at most 40,000 raw rows float32 [n, D] of frames [N, L, D], in their order."""
     rows = frames.reshape(-1, frames.shape[-1])
     if len(rows) > _RAW_ROWS:
         chosen = np.random.default_rng(seed).choice(len(rows), _RAW_ROWS, replace=False)
         rows = rows[np.sort(chosen)]
+    return rows.astype(np.float32)
+
+
+def first_bank(frames: Half, size: int, *, seed: int) -> Single:
+    """Reduce raw frames [N, L, D] to the rows float32 [<= size, D] that a bundle brings."""
+    rows = sampled_rows(frames, seed=seed)
     ones = np.ones(len(rows), np.float32)
-    return reduce_anchor(MemoryBank(rows.astype(np.float32), ones, ones), size, min_frames=1, seed=seed).rows
+    return reduce_anchor(MemoryBank(rows, ones, ones), size, min_frames=1, seed=seed).rows
 
 
 class SimulatedBox:
@@ -117,14 +123,24 @@ class SimulatedBox:
         """See the frames that come before the end of a round, counted from 1."""
         self._see(self._coming[round_number - 1])
 
-    def update(self, round_number: int, *, base_version: int, rng: np.random.Generator) -> MemoryUpdate:
+    def update(
+        self, round_number: int, *, base_version: int, seed: int, rows: int | None = None, wire: WireRows | None = None
+    ) -> MemoryUpdate:
         """Reduce the memory and make it what travels.
+
+        Args:
+            round_number: that it is for.
+            base_version: of the fleet memory that the box has.
+            seed: of the nonce.
+            rows: most rows; None for those of the settings.
+            wire: numbers that they travel in; None for those of the settings.
 
         Raises:
             DataError: too few frames stand behind every row.
         """
-        settings = self.settings
-        bank = reduce_anchor(self.memory.bank, settings.update_rows, min_frames=settings.min_frames, seed=self._seed)
+        settings, wire = self.settings, wire or self.settings.wire
+        size = rows or settings.update_rows
+        bank = reduce_anchor(self.memory.bank, size, min_frames=settings.min_frames, seed=self._seed)
         return MemoryUpdate(
             fleet=FLEET,
             box=self.data.name,
@@ -133,7 +149,7 @@ class SimulatedBox:
             embedding_id=self._embedding_id,
             round=round_number,
             order=Order.ANCHOR,
-            rows=on_wire(bank.rows, settings.wire),
+            rows=on_wire(bank.rows, wire),
             support=bank.support,
             frames=bank.frames,
             n_frames=self.memory.feeds,
@@ -141,8 +157,8 @@ class SimulatedBox:
             std=self.memory.std,
             base_version=base_version,
             created=datetime(2026, 1, 1, tzinfo=timezone.utc),
-            nonce=rng.bytes(16).hex(),
-            wire=settings.wire,
+            nonce=np.random.default_rng((seed, round_number)).bytes(16).hex(),
+            wire=wire,
         )
 
     def _see(self, frames: Half) -> None:

@@ -137,28 +137,28 @@ class Judgement:
     """Boxes with their own memories, ready to judge with any fleet memory beside them.
 
     Attributes:
-        tests: what they judge.
+        exam: what they judge.
         local: float64 [K, M], scores with their own memories alone.
     """
 
-    def __init__(self, judge: Judge, tests: Exam, boxes: Sequence[BoxData], banks: Sequence[Single]) -> None:
+    def __init__(self, judge: Judge, exam: Exam, boxes: Sequence[BoxData], banks: Sequence[Single]) -> None:
         """Measure all distances to the boxes' own memories, once.
 
         Args:
             judge: the rules.
-            tests: what they judge.
+            exam: what they judge.
             boxes: K boxes, for their commissioning images.
             banks: float32 [R, D] each, their own memories.
         """
-        self.judge, self.tests = judge, tests
+        self.judge, self.exam = judge, exam
         self._boxes = boxes
-        self._own = [squared_distances(tests.images, bank) for bank in banks]
+        self._own = [squared_distances(exam.images, bank) for bank in banks]
         self._calibration = [squared_distances(box.commissioning, bank) for box, bank in zip(boxes, banks, strict=True)]
         self.local = np.array([judge.scores(own) for own in self._own])
 
     def beside(self, bank: Single) -> Scores:
         """Return the scores float64 [K, M] of boxes that all have one fleet memory beside their own."""
-        squared = squared_distances(self.tests.images, bank)
+        squared = squared_distances(self.exam.images, bank)
         return np.array([self.judge.scores(np.minimum(own, squared)) for own in self._own])
 
     def judged(self, held: Sequence[Single | None], *, alpha: float) -> Judged:
@@ -168,7 +168,7 @@ class Judgement:
             held: K banks; boxes that hold the same one share the array.
             alpha: false-alarm probability that the thresholds are set for.
         """
-        found = {id(bank): squared_distances(self.tests.images, bank) for bank in held if bank is not None}
+        found = {id(bank): squared_distances(self.exam.images, bank) for bank in held if bank is not None}
         scores, alarms = [], []
         for index, bank in enumerate(held):
             squared, calibration = self._own[index], self._calibration[index]
@@ -176,7 +176,7 @@ class Judgement:
                 squared = np.minimum(squared, found[id(bank)])
                 calibration = np.minimum(calibration, squared_distances(self._boxes[index].commissioning, bank))
             scores.append(self.judge.scores(squared))
-            good = scores[-1][(self.tests.box == index) & ~self.tests.labels]
+            good = scores[-1][(self.exam.box == index) & ~self.exam.labels]
             alarms.append(_false_alarms(good, self.judge.scores(calibration), alpha))
         return Judged(self.local, np.array(scores), np.array(alarms))
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from trainer.data.camera import SEEN, Light, Pose, illuminate, look, look_at_mask, sensor_noise
-from trainer.data.conveyor import stamp
 from trainer.data.textures import TEXTURES, TextureWeb
-from trainer.synthesis.image2d import FAMILIES
+from trainer.synthesis.image2d import FAMILIES, Defect, synthesise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,6 +34,11 @@ KNOWN_DEFECTS = tuple(FAMILIES)[::2]
 UNKNOWN_DEFECTS = tuple(FAMILIES)[1::2]
 """Families that a poisoner teaches; none is among the canaries'."""
 
+DEFECT_SIZE = (0.06, 0.2)
+"""Extent of defects as a share of the diagonal of the surface in view; plainly visible, so that what a figure lacks is
+the memory's doing."""
+
+_MARGIN = 0.1  # of a view: defects inside it stay in the picture at every pose
 _BOX_RUN = 2**20  # rows of a web that belong to one box: no two boxes ever see one place
 _SPLITS = ("learn", "commissioning", "good", "defective", "taught", "canary_good", "canary_defective")
 _SPLIT_RUN = _BOX_RUN // len(_SPLITS)
@@ -116,7 +120,7 @@ class Site:
         masks = np.zeros((count, SIDE, SIDE), np.bool_)
         for index in range(count):
             view = web.view(start + index * side, side)
-            defect = stamp(view, rng, family=families[index % len(families)]) if families else None
+            defect = _scarred(view, rng, families[index % len(families)]) if families else None
             pose = Pose.draw(rng)
             picture = self._lit(look(view if defect is None else defect.image, pose, SIDE), rng)
             if defect is not None:
@@ -135,6 +139,16 @@ class Site:
         )
         noisy = sensor_noise(illuminate(picture, light), rng, read=1.2 * own.noise, shot=0.18 * own.noise)
         return np.asarray(noisy, dtype=np.uint8)
+
+
+def _scarred(view: npt.NDArray[np.uint8], rng: np.random.Generator, family: str) -> Defect:
+    """Put a defect on a view, far enough inside to stay in the picture."""
+    margin = int(np.ceil(_MARGIN * len(view)))
+    inner = slice(margin, len(view) - margin)
+    made = synthesise(np.ascontiguousarray(view[inner, inner]), rng=rng, family=family, size=DEFECT_SIZE)
+    image, mask = view.copy(), np.zeros(view.shape[:2], np.bool_)
+    image[inner, inner], mask[inner, inner] = made.image, made.mask
+    return Defect(image, mask, made.family, made.contrast)
 
 
 def make_sites(boxes: int, *, seed: int, products: int = PRODUCTS) -> tuple[Site, ...]:
