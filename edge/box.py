@@ -22,13 +22,12 @@ from edge.alerts.publisher import Publisher
 from edge.alerts.topics import Identity
 from edge.bundle import Bundle
 from edge.camera import CameraWorker
-from edge.errors import CaptureError, LinewardError, MessageError, OutboxError
+from edge.errors import CaptureError, MessageError, OutboxError
 from edge.health.metrics import Metrics
 from edge.health.watchdog import Watchdog, clock_synchronised, notify_systemd
 from edge.inference.detector import Detector
 from edge.judgement.verdicts import Judge
-from edge.memory.assembly import make_keeper, open_link
-from edge.memory.opening import open_memory
+from edge.memory.box_memory import BoxMemory
 from edge.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -38,9 +37,6 @@ if TYPE_CHECKING:
     from edge.bundle import CalibrationScores
     from edge.camera import OnVerdict
     from edge.federation.link import FleetLink
-    from edge.frames import Frame, Verdict
-    from edge.memory.keeper import MemoryKeeper
-    from edge.memory.opening import OpenedMemory
     from edge.settings import BoxSettings, CameraSettings
 
 _LOG = logging.getLogger(__name__)
@@ -51,8 +47,7 @@ WORKERS_STOP_S = 1.2
 LAST_WORDS_S = 0.6
 PUBLISHER_STOP_S = 1.0
 WATCHDOG_LIMIT_S = 30.0
-KEEPER_STOP_S = 0.2
-MEMORY_FOLDER = "memory"
+MEMORY_STOP_S = 0.2
 
 
 class Box:
@@ -78,7 +73,7 @@ class Box:
         self._detector: Detector | None = None
         self._reporter: Reporter | None = None
         self._link = link
-        self._keeper: MemoryKeeper | None = None
+        self._memory: BoxMemory | None = None
         self._told_damage: str | None = None
         self._status_key: object = None
         self._status_due_ns = 0
@@ -122,10 +117,9 @@ class Box:
             # One camera wants the lowest latency; several share the cores side by side.
             streams=min(len(settings.cameras), len(os.sched_getaffinity(0))),
         )
-        memory = None
         if settings.memory is not None:
-            memory = open_memory(settings.memory, detector, settings.state_dir / MEMORY_FOLDER)
-        judges = self._judges(bundle, detector, memory)
+            self._memory = BoxMemory(settings, detector, link=self._link)
+        judges = self._judges(bundle, detector)
         self._detector = detector
         self._versions = _versions(detector.status.engine.value)
         if self.fallback_reason:
@@ -133,9 +127,6 @@ class Box:
         try:
             self._open_outbox()
             self._make_workers(bundle, detector, judges)
-            if memory is not None:
-                self._link = self._link or open_link(settings, bundle, detector.status.precision)
-                self._make_keeper(memory)
             self._start_workers()
         except BaseException:
             self.stop()
@@ -198,15 +189,13 @@ class Box:
         deadline = time.monotonic() + WORKERS_STOP_S
         self._stop.set()
         notify_systemd("STOPPING=1")
-        if self._keeper is not None:
-            self._keeper.request_stop()
+        if self._memory is not None:
+            self._memory.request_stop()
         for worker in self._workers:
             if not worker.join(max(0.0, deadline - time.monotonic())):
                 _LOG.warning("camera %s does not stop; left behind", worker.name)
-        if self._keeper is not None and not self._keeper.join(max(KEEPER_STOP_S, deadline - time.monotonic())):
+        if self._memory is not None and not self._memory.stop(max(MEMORY_STOP_S, deadline - time.monotonic())):
             _LOG.warning("the memory does not stop; left behind")
-        if self._link is not None:
-            self._link.stop(KEEPER_STOP_S)
         if self.publisher is not None:
             self._publish(self.status())
             if self.publisher.state.kind is LinkKind.CONNECTED:
@@ -227,7 +216,7 @@ class Box:
             "bundle": None
             if detector is None or manifest is None
             else {"id": detector.bundle.id, "method": manifest.method},
-            "memory": self._memory_ref(),
+            "memory": {"version": 0, "fleet": 0} if self._memory is None else self._memory.ref(),
             "engine": None if detector is None else detector.status.engine.value,
             "precision": None if detector is None else detector.status.precision.value,
             "cameras": {worker.name: worker.status() for worker in self._workers},
@@ -235,26 +224,19 @@ class Box:
             "latency_ms": self.metrics.percentiles(),
             "clock_synced": clock_synchronised(),
             "warnings": tuple(self._warnings()),
-            "detail": {} if self._keeper is None else {"memory": self._keeper.status()},
+            "detail": {} if self._memory is None else {"memory": self._memory.status()},
         }
 
-    def _memory_ref(self) -> dict[str, int]:
-        return {"version": 0, "fleet": 0} if self._keeper is None else self._keeper.memory_ref()
-
-    def _judges(self, bundle: Bundle, detector: Detector, memory: OpenedMemory | None) -> list[Judge]:
+    def _judges(self, bundle: Bundle, detector: Detector) -> list[Judge]:
         """A judge per camera, of the memory that judged last; of the packed one where that cannot be used."""
-        cameras = self.settings.cameras
-        if memory is not None and memory.in_force is not None:
-            kept = memory.in_force
-            try:
-                judges = [self._judge(camera, bundle, kept.calibration, kept.version) for camera in cameras]
-                memory.put_in_force()
-            except LinewardError as error:
-                memory.reject(str(error))
-            else:
-                return judges
-        packed = bundle.calibration(detector.status.engine, detector.status.precision)
-        return [self._judge(camera, bundle, packed, 0) for camera in cameras]
+
+        def make(calibration: CalibrationScores, memory_version: int) -> list[Judge]:
+            return [self._judge(camera, bundle, calibration, memory_version) for camera in self.settings.cameras]
+
+        restored = None if self._memory is None else self._memory.restore(make)
+        if restored is not None:
+            return restored
+        return make(bundle.calibration(detector.status.engine, detector.status.precision), 0)
 
     def _judge(
         self, camera: CameraSettings, bundle: Bundle, calibration: CalibrationScores, memory_version: int
@@ -318,36 +300,17 @@ class Box:
                 watchdog=self._watchdog,
                 stop=self._stop,
                 on_verdict=self._on_verdict,
-                on_judged=None if self.settings.memory is None else self._judged,
+                on_judged=None if self._memory is None else self._memory.offer,
             )
             self._workers.append(worker)
-
-    def _make_keeper(self, memory: OpenedMemory) -> None:
-        assert self._reporter is not None
-        assert self.publisher is not None
-        for text in memory.damage:
-            self._reporter.notice(NoticeKind.MEMORY_DAMAGED, Severity.ALARM, text)
-        if memory.in_force is not None:
-            self._reporter.know_memory(memory.in_force.version, fleet=memory.in_force.fleet_version)
-        self._keeper = make_keeper(
-            self.settings,
-            memory,
-            cameras=self._workers,
-            link=self._link,
-            reporter=self._reporter,
-            publisher=self.publisher,
-            metrics=self.metrics,
-        )
-
-    def _judged(self, frame: Frame, verdict: Verdict, alarmed: bool) -> None:  # noqa: FBT001 (the cameras' callback)
-        if self._keeper is not None:
-            self._keeper.offer(frame, verdict, alarmed)
+        if self._memory is not None:
+            self._memory.attach(
+                cameras=self._workers, reporter=self._reporter, publisher=self.publisher, metrics=self.metrics
+            )
 
     def _start_workers(self) -> None:
-        if self._link is not None:
-            self._link.start()
-        if self._keeper is not None:
-            self._keeper.start()
+        if self._memory is not None:
+            self._memory.start()
         refused: list[CaptureError] = []
         for worker in self._workers:
             try:
@@ -389,8 +352,8 @@ class Box:
             found.append(f"messages are being lost: {self._reporter.error}")
         if self.outbox is not None and self.outbox.damage:
             found.append(f"the outbox was damaged and put aside: {self.outbox.damage}")
-        if self._keeper is not None:
-            found += self._keeper.warnings()
+        if self._memory is not None:
+            found += self._memory.warnings()
         found += [f"{name}: stuck for more than {WATCHDOG_LIMIT_S:g} s" for name in self._watchdog.stuck()]
         return found
 

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 
 from deploy.embedded_broker import EmbeddedBroker
 from tests.edge.tiny_bundle import defective_frame, good_frame, make_tiny_bundle
+from tests.edge.tiny_memory import make_memory_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("edge", "deploy", "trainer")
@@ -245,6 +246,27 @@ def test_box_judges_a_folder_alone(edge_alone: Path, tmp_path: Path) -> None:
     decisions = {frame["name"]: frame["decision"] for frame in summary["results"]}
     assert {name for name, decision in decisions.items() if decision == "NOK"} == {"2.png", "3.png", "4.png"}
     assert (summary["published"], summary["unsent"], summary["lost"]) == (6, 0, 0)
+
+
+def test_box_learns_and_changes_its_memory_alone(edge_alone: Path, tmp_path: Path) -> None:
+    make_memory_bundle(tmp_path / "bundle")
+    images = tmp_path / "images"
+    images.mkdir()
+    for index in range(80):
+        cv2.imwrite(str(images / f"{index}.png"), good_frame(index))
+    settings = {
+        "site": "plant", "box": "box1", "state_dir": "state", "bundle": "bundle", "engine": "onnxruntime",
+        "memory": {"every_s": 0.01, "ship_every_s": 1, "shadow_frames": 3, "shadow_s": 0, "drift_per_week": 1000},
+        "cameras": [{"name": "cam", "source": {"kind": "folder", "path": "images", "fps": 20, "policy": "wait"}}],
+    }  # fmt: skip
+
+    with EmbeddedBroker() as broker:
+        (tmp_path / "box.yaml").write_text(json.dumps(settings | {"broker": {"url": broker.url}}), encoding="utf-8")
+        result = run_in(edge_alone, "lineward", "run", "--config", "box.yaml", cwd=tmp_path)
+
+    assert result.returncode == 0, result.stderr
+    assert "memory.switched: memory version 1 judges" in result.stderr
+    assert list((tmp_path / "state" / "memory").rglob("in_force-float32.npz"))
 
 
 # --- what a Jetson's Python can install -------------------------------------------------------------------------

@@ -462,6 +462,21 @@ def test_another_bundle_begins_afresh_and_the_old_file_stays(
     assert Bench(bundle, tmp_path).show(good_frame(1)).memory_version == 1
 
 
+def test_memory_of_another_bundle_in_its_place_is_refused(
+    bundle: Bundle, without_commissioning: Bundle, tmp_path: Path
+) -> None:
+    first = Bench(bundle, tmp_path, link=Fleet())
+    bring_fleet(first)
+    first.stop()
+    (folder,) = (tmp_path).iterdir()
+    folder.rename(tmp_path / without_commissioning.id[:16])
+
+    other = Bench(without_commissioning, tmp_path)
+
+    assert other.show(good_frame(1)).memory_version == 0
+    assert [text.split(": ")[1].split(";")[0] for text in other.opened.damage] == ["is of another bundle"] * 2
+
+
 def test_time_since_the_last_ship_outlives_a_restart(bundle: Bundle, tmp_path: Path) -> None:
     first = Bench(bundle, tmp_path)
     first.wait(70)

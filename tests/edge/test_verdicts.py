@@ -184,11 +184,9 @@ def test_recalibrated_judge_is_of_the_same_camera_and_ready() -> None:
     assert "set for memory version 0, not 1" in second.notice
     verdict = second.judge(dataclasses.replace(prediction(np.zeros((H, W))), memory_version=1))
     assert verdict.memory_version == 1
+    small = dataclasses.replace(calibration(), maps=np.ones((19, 2, 2), np.float16))
     with pytest.raises(BundleError, match="calibration maps are"):
-        flat = CalibrationScores(
-            np.ones(19, np.float32), np.ones((19, 2, 2), np.float16), np.arange(19).astype(np.str_)
-        )
-        first.recalibrated(flat, memory_version=2)
+        first.recalibrated(small, memory_version=2)
 
 
 def test_missing_part_is_not_judged() -> None:

@@ -21,6 +21,8 @@ from edge.alerts.message import Availability, CameraState, CommandResult, Notice
 from edge.alerts.settings import BrokerSettings
 from edge.alerts.subscriber import EVERYTHING, Subscriber
 from edge.box import Box
+from edge.errors import SettingsError
+from edge.federation.keys import make_keys, write_keys
 from edge.settings import load_settings
 from tests.edge.memory_bench import Fleet, fleet_bank
 from tests.edge.tiny_bundle import defective_frame, good_frame
@@ -238,6 +240,19 @@ def test_part_is_declared_good_over_mqtt(mosquitto: Mosquitto, configure: Callab
     assert "in no fleet" in answers[3].reason
     assert "known are: accept, replay, ship" in answers[4].reason
     assert status.detail["memory"]["learn"] == "declared"
+
+
+def test_key_that_others_can_read_is_refused(
+    mosquitto: Mosquitto, configure: Callable[..., Path], tmp_path: Path
+) -> None:
+    public, secret = write_keys(tmp_path, make_keys(), name="box1")
+    secret.chmod(0o644)
+    federation = {"fleet": "f", "aggregator": "tcp://127.0.0.1:1", "key_file": secret.name,
+                  "aggregator_key_file": public.name}  # fmt: skip
+    config = configure(mosquitto.url, federation=federation)
+
+    with pytest.raises(SettingsError, match="chmod 600"):
+        Box(load_settings(config)).start()
 
 
 def test_watch_shows_notices(mosquitto: Mosquitto, configure: Callable[..., Path]) -> None:
