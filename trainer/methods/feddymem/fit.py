@@ -15,7 +15,13 @@ from edge.errors import DataError, UsageError
 from trainer.methods.base import FitContext, Method, MethodConfig
 from trainer.methods.feddymem.generator import Recipe
 from trainer.methods.feddymem.model import BANKS, LEVELS, FedDyMemHead
-from trainer.methods.feddymem.sources import generator_from, generator_of, generic_generator, own_generator
+from trainer.methods.feddymem.sources import (
+    channels_of,
+    generator_from,
+    generator_of,
+    generic_generator,
+    own_generator,
+)
 from trainer.methods.memory.reduce import greedy_coreset, weighted_average_reduce
 
 if TYPE_CHECKING:
@@ -35,10 +41,8 @@ class FedDyMemConfig(MethodConfig):
     background: float = Field(0.3, ge=0, le=1, description="Share of its own mean that is taken off a map.")
     smoothing: int = Field(0, ge=0, le=4, description="3x3 means of the distances.")
     generator: str = Field("generic", description="generic, own, or the run folder whose generator is taken.")
-    width: int = Field(128, ge=2, le=152, description="Channels of a row; of a run's generator, its own.")
-    whitening: float = Field(0.0, ge=0, le=1, description="0: axes turned only, 1: equal deviation in all directions.")
-    fine_weight: float = Field(1.5, gt=0, description="Weight of the finest level; the others have 1.")
-    steps: int = Field(0, ge=0, description="Steps of the metric loss; 0 leaves the statistics as they are.")
+    width: int = Field(96, ge=2, le=152, description="Channels of a row; of a run's generator, its own.")
+    metric_steps: int = Field(0, ge=0, description="Steps of the metric loss; 0 leaves the statistics as they are.")
     pull: float = Field(0.0, ge=0, description="Weight of the pull to one memory of all products, in the metric loss.")
 
 
@@ -113,24 +117,17 @@ def _empty(generator: Generator, config: FedDyMemConfig, grid: tuple[int, int]) 
 
 def recipe_of(config: FedDyMemConfig) -> Recipe:
     """Return how a generator with these settings is made."""
-    return Recipe(
-        width=config.width,
-        weights=(config.fine_weight, *[1.0] * (len(LEVELS) - 1)),
-        whitening=config.whitening,
-        steps=config.steps,
-        pull=config.pull,
-    )
+    return Recipe(width=config.width, steps=config.metric_steps, pull=config.pull)
 
 
 def _generator(context: FitContext, config: FedDyMemConfig) -> Generator:
-    channels = tuple(int(context.features.taps[name].shape[1]) for name in LEVELS)
     if config.generator == "generic":
         return generic_generator(
             context.extract, recipe_of(config), trunk_id=context.trunk_id, progress=context.progress
         ).generator
     if config.generator == "own":
         return own_generator(context, recipe_of(config)).generator
-    return generator_of(Path(config.generator), channels)
+    return generator_of(Path(config.generator), channels_of(context.features))
 
 
 def _bank(context: FitContext, config: FedDyMemConfig, head: FedDyMemHead) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from deploy.metrics import image_auroc
 from edge.errors import DataError
 from trainer.methods.feddymem.metric import effective_rank, metric_loss
-from trainer.methods.feddymem.model import LEVELS, STRIDES, Generator, on_grid
+from trainer.methods.feddymem.model import LEVELS, Generator, level_patches
 from trainer.methods.memory.reduce import greedy_coreset, nearest, weighted_average_reduce
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ LEAST_RANK = 0.5
 
 _BATCH = 16
 _FLOOR = 0.1  # of a level's mean length: shorter patches are noise and are not stretched to full length
-_SHRINKAGE = 0.3  # of the mean eigenvalue, as the memory method measured
 _ANCHORS = 256  # rows of a product's bank while the generator is trained
 _POOL = 6000  # patches that they are chosen from
 _QUERIES = 512  # patches of one product in a step
@@ -74,16 +73,12 @@ class Recipe:
 
     Attributes:
         width: D.
-        weights: of the levels, finest first.
-        whitening: exponent: 0 turns the axes only, 1 gives every direction about the same deviation.
         steps: of the metric loss; 0 leaves the statistics as they are.
         pull: weight of the pull to the memory of all products.
         rate: of AdamW.
     """
 
     width: int
-    weights: tuple[float, ...]
-    whitening: float
     steps: int
     pull: float = 0.0
     rate: float = 1e-3
@@ -95,8 +90,9 @@ class Trained:
 
     Attributes:
         generator: frozen, in eval mode, on the CPU.
-        figures: ``rank_before``, ``rank_after``, ``score_before``, ``score_after`` (mean I-AUROC and patch AUROC on
-            the validation products), ``epoch`` (kept), ``collapsed`` (0 or 1).
+        figures: ``rank_before``, ``rank_after``, ``epoch`` (kept; 0 is before the metric loss), ``collapsed`` (0 or
+            1); where there was a metric loss ``score_before`` and ``score_after``, means of I-AUROC and patch AUROC on
+            the validation products.
     """
 
     generator: Generator
@@ -105,11 +101,8 @@ class Trained:
 
 def raw_patches(features: Features) -> torch.Tensor:
     """Return every patch of every level on the stride-8 grid, float32 [n * L, C0]."""
-    found = []
-    for taps in features.batches(LEVELS, _BATCH, device=torch.device("cpu")):
-        grids = [on_grid(tap, stride) for tap, stride in zip(taps, STRIDES, strict=True)]
-        found.append(torch.cat(grids, 1).permute(0, 2, 3, 1).flatten(0, 2))
-    rows = torch.cat(found)
+    batches = features.batches(LEVELS, _BATCH, device=torch.device("cpu"))
+    rows = torch.cat([torch.cat(level_patches(*taps), 1).permute(0, 2, 3, 1).flatten(0, 2) for taps in batches])
     if not torch.isfinite(rows).all():
         raise DataError("features are not finite; check the training images")
     return rows
@@ -146,6 +139,9 @@ def train_generator(
         raise DataError(f"a generator of {recipe.width} of {sum(channels)} channels from {len(products)} products")
     random = torch.Generator().manual_seed(seed)
     generator = initial_generator([part for p in products for part in (p.remembered, p.seen)], channels, recipe)
+    if not recipe.steps:
+        rank = _rank(generator, _sample([joined(generator, p.seen) for p in products], random))
+        return Trained(generator, {"rank_before": rank, "rank_after": rank, "epoch": 0.0, "collapsed": 0.0})
     training = _Training(generator, products, judged, recipe=recipe, random=random, loss=loss)
     return training.run(seed, progress)
 
@@ -161,10 +157,7 @@ def initial_generator(rows: Sequence[torch.Tensor], channels: Sequence[int], rec
             centre = generator.centre.split(list(channels))[index]
             length = sum(float((level - centre).norm(dim=1).sum()) for level in part) / count
             generator.floors[index] = max(_FLOOR * length, 1e-6)
-            generator.weights[index] = recipe.weights[index]
-        mean, directions, values = _principal((joined(generator, part) for part in rows), recipe.width)
-        values = (values + _SHRINKAGE * values.mean()) ** (-0.5 * recipe.whitening)
-        matrix = directions * values
+        mean, matrix = _principal((joined(generator, part) for part in rows), recipe.width)
         generator.project.weight.copy_(matrix.T[:, :, None, None])
         generator.project.bias.copy_(-(mean @ matrix))
     return generator.eval().requires_grad_(requires_grad=False)
@@ -177,7 +170,7 @@ def joined(generator: Generator, raw: torch.Tensor) -> torch.Tensor:
     for index, (patches, centre) in enumerate(parts):
         away = patches - centre
         length = (away.square().sum(1, keepdim=True) + generator.floors[index].square()).sqrt()
-        levels.append(away * (generator.weights[index] / length))
+        levels.append(away / length)
     return torch.cat(levels, 1)
 
 
@@ -187,8 +180,8 @@ def project(generator: Generator, flat: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def _principal(batches: Iterable[torch.Tensor], width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return mean [C0], the leading directions [C0, width] and their variances [width], largest first."""
+def _principal(batches: Iterable[torch.Tensor], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean [C0] and the leading principal directions [C0, width], largest variance first."""
     count, first, second = 0, None, None
     for rows in batches:
         wide = rows.double()
@@ -198,11 +191,21 @@ def _principal(batches: Iterable[torch.Tensor], width: int) -> tuple[torch.Tenso
     assert first is not None
     assert second is not None
     mean = first / count
-    values, vectors = torch.linalg.eigh(second / count - torch.outer(mean, mean))
-    values, vectors = values.flip(0)[:width].clamp_min(0.0), vectors.flip(1)[:, :width]
+    vectors = torch.linalg.eigh(second / count - torch.outer(mean, mean))[1].flip(1)[:, :width]
     # An eigenvector's sign is arbitrary; fix it so that the same data give the same rows.
     signs = torch.sign(vectors.gather(0, vectors.abs().argmax(0, keepdim=True)))
-    return mean.float(), (vectors * signs).float(), values.float()
+    return mean.float(), (vectors * signs).float()
+
+
+def _sample(parts: Sequence[torch.Tensor], random: torch.Generator) -> torch.Tensor:
+    probe = torch.cat(list(parts))
+    return probe[torch.randperm(len(probe), generator=random)[:_RANK_ROWS]]
+
+
+@torch.no_grad()
+def _rank(generator: Generator, probe: torch.Tensor) -> float:
+    rows = project(generator, probe)
+    return effective_rank(rows) if torch.isfinite(rows).all() else float("nan")
 
 
 @dataclass
@@ -227,8 +230,7 @@ class _Training:
         self.generator, self.recipe, self.random, self.loss = generator, recipe, random, loss
         self.banks = [_Bank(self._anchors(p.remembered), joined(generator, p.seen)) for p in products]
         self.judged = [(self._anchors(one.remembered), joined(generator, one.images), one) for one in judged]
-        probe = torch.cat([bank.queries for bank in self.banks])
-        self.probe = probe[torch.randperm(len(probe), generator=random)[:_RANK_ROWS]]
+        self.probe = _sample([bank.queries for bank in self.banks], random)
 
     def _anchors(self, raw: torch.Tensor) -> torch.Tensor:
         """Return joined anchors [R, C0] as weighted averages of their cells in the space at the beginning."""
@@ -238,7 +240,7 @@ class _Training:
 
     def run(self, seed: int, progress: Callable[[str, int, int], None]) -> Trained:
         layer = self.generator.project
-        before, score = self._rank(), self._score()
+        before, score = _rank(self.generator, self.probe), self._score()
         kept = {name: value.clone() for name, value in layer.state_dict().items()}
         figures = {"rank_before": before, "rank_after": before, "score_before": score, "score_after": score}
         figures |= {"epoch": 0.0, "collapsed": 0.0}
@@ -252,7 +254,7 @@ class _Training:
         for epoch in range(epochs):
             steps = min(_STEPS_PER_EPOCH, self.recipe.steps - epoch * _STEPS_PER_EPOCH)
             self._epoch(optimiser, radius, order, steps)
-            rank = self._rank()
+            rank = _rank(self.generator, self.probe)
             if not rank >= LEAST_RANK * before:  # NaN too
                 figures["collapsed"] = 1.0
                 break
@@ -283,11 +285,6 @@ class _Training:
     def _memory(self, rows: torch.Tensor) -> torch.Tensor:
         anchors = rows[greedy_coreset(rows, _MEMORY, self.random)]
         return weighted_average_reduce([rows], anchors)[0]
-
-    @torch.no_grad()
-    def _rank(self) -> float:
-        rows = project(self.generator, self.probe)
-        return effective_rank(rows) if torch.isfinite(rows).all() else float("nan")
 
     @torch.no_grad()
     def _score(self) -> float:

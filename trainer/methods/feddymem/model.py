@@ -29,37 +29,35 @@ BANKS = ("bank_local", "bank_fleet")
 class Generator(nn.Module):
     """From taps to rows of one embedding space: each level's patch at unit length, joined, one 1x1 convolution.
 
-    ``z = P concat_l(w_l u_l) + b`` with ``u_l = (p_l - c_l) / sqrt(|p_l - c_l|^2 + f_l^2)``; p_l is the 3x3 mean of
-    tap l on the stride-8 grid (the finest tap: 2x2 means, unblurred), c_l, f_l and w_l are constants of the generator.
-    Nothing in it belongs to a product. Source: CFA's descriptor (Lee et al., 2022), one 1x1 convolution; unit length
-    is our own (measured: see the README).
+    ``z = P concat_l(u_l) + b`` with ``u_l = (p_l - c_l) / sqrt(|p_l - c_l|^2 + f_l^2)``; p_l is what
+    :func:`level_patches` gives, c_l and f_l are constants of the generator. Nothing in it belongs to a product.
+
+    Source: CFA's descriptor (Lee et al., 2022) for the convolution; extremes and unit length are our own (measured:
+    see the README).
 
     Args:
-        channels: of each level.
+        channels: of each level's patches, see :func:`level_channels`.
         width: D, the channels of a row.
     """
 
     centre: torch.Tensor
     floors: torch.Tensor
-    weights: torch.Tensor
 
     def __init__(self, channels: Sequence[int], width: int) -> None:
         super().__init__()
         self.channels, self.width = tuple(channels), width
         self.register_buffer("centre", torch.zeros(sum(channels)))
         self.register_buffer("floors", torch.ones(len(self.channels)))
-        self.register_buffer("weights", torch.ones(len(self.channels)))
         # skip_init: the global generator is not ours to advance.
         self.project = skip_init(nn.Conv2d, sum(channels), width, 1)
 
     def joined(self, *taps: torch.Tensor) -> torch.Tensor:
         """Return what the convolution reads, float32 [N, sum(channels), h, w] on the stride-8 grid."""
-        levels = []
         centres = self.centre.split(self.channels)
-        for index, (tap, stride) in enumerate(zip(taps, STRIDES, strict=True)):
-            patches = on_grid(tap, stride) - centres[index][:, None, None]
-            length = ((patches * patches).sum(1, keepdim=True) + self.floors[index] * self.floors[index]).sqrt()
-            levels.append(patches * (self.weights[index] / length))
+        levels = []
+        for patches, centre, floor in zip(level_patches(*taps), centres, self.floors, strict=True):
+            away = patches - centre[:, None, None]
+            levels.append(away / ((away * away).sum(1, keepdim=True) + floor * floor).sqrt())
         return torch.cat(levels, 1)
 
     def forward(self, *taps: torch.Tensor) -> torch.Tensor:
@@ -68,11 +66,25 @@ class Generator(nn.Module):
         return rows
 
 
-def on_grid(tap: torch.Tensor, stride: int) -> torch.Tensor:
-    """Return a tap's patches on the stride-8 grid, float32 [N, C, h, w]."""
-    if stride < MAP_STRIDE:
-        return functional.avg_pool2d(tap, MAP_STRIDE // stride)
-    return enlarge(patch_mean(tap), stride // MAP_STRIDE)
+def level_patches(fine: torch.Tensor, middle: torch.Tensor, coarse: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return what rows are made of, level by level on the stride-8 grid, float32 [N, C, h, w] each.
+
+    The finest tap gives the largest and the smallest value of each channel in a cell (twice its channels): a mean
+    would hide what is smaller than the cell. The middle one is taken as it is, the coarsest is a 3x3 mean, enlarged.
+
+    Args:
+        fine: float32 [N, C, 2 h, 2 w].
+        middle: float32 [N, C, h, w].
+        coarse: float32 [N, C, h / 2, w / 2].
+    """
+    factor = MAP_STRIDE // STRIDES[0]
+    largest, smallest = functional.max_pool2d(fine, factor), -functional.max_pool2d(-fine, factor)
+    return torch.cat((largest, smallest), 1), middle, enlarge(patch_mean(coarse), STRIDES[2] // MAP_STRIDE)
+
+
+def level_channels(taps: Sequence[int]) -> tuple[int, ...]:
+    """Return the channels of each level's patches for taps of these channels, finest first."""
+    return (2 * taps[0], *taps[1:])
 
 
 class NearestRow(nn.Module):

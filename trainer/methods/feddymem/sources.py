@@ -24,7 +24,7 @@ from deploy.trunks import CACHE_VARIABLE, default_cache
 from edge.errors import DataError
 from trainer.methods.feddymem.generator import Judged, Patches, Trained, raw_patches, train_generator
 from trainer.methods.feddymem.generic import GENERIC_VERSION, generic_products
-from trainer.methods.feddymem.model import LEVELS, MAP_STRIDE, Generator
+from trainer.methods.feddymem.model import LEVELS, MAP_STRIDE, Generator, level_channels
 from trainer.synthesis.image2d import make_defects
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ GENERATOR_VERSION = 1
 """Raised when equal recipes give other generators: it is part of every cache key."""
 
 _SEED = 0  # of every generic generator: no run's own, or two products would lie in two spaces
-_REMEMBERED, _SEEN, _HELD_OUT_SEEN, _DEFECTS_EACH = 6, 4, 8, 3
+_REMEMBERED, _SEEN, _HELD_OUT_SEEN, _DEFECTS_EACH = 4, 2, 8, 3
 _DEFECT_SEED = 77
 _LEAST_COVER = 0.5
 _OWN_IMAGES = 60
@@ -70,7 +70,8 @@ def generic_generator(extract: Extract, recipe: Recipe, *, trunk_id: str, progre
         path = default_cache() / "generators" / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
         if (found := _read(path)) is not None:
             return found
-    products, judged, channels = _generic_patches(extract, progress)
+    products, channels = _generic_products(extract, progress)
+    judged = _generic_judged(extract, progress) if recipe.steps else []  # statistics alone leave nothing to choose
     trained = train_generator(products, judged, channels, recipe, seed=_SEED, progress=progress)
     _say(trained)
     if path is not None:
@@ -93,7 +94,7 @@ def own_generator(context: FitContext, recipe: Recipe) -> Trained:
         raise DataError("a generator of the product's own images needs at least 2 of them; add good parts")
     half = len(drawn) // 2
     remembered, seen = (raw_patches(_images(features, part)) for part in (drawn[:half], drawn[half:]))
-    channels = _channels(features)
+    channels = channels_of(features)
     trained = train_generator([Patches(remembered, seen)], [], channels, recipe, seed=context.seed)
     _say(trained)
     return trained
@@ -131,27 +132,33 @@ def generator_from(tensors: dict[str, torch.Tensor], channels: tuple[int, ...], 
     return generator.eval().requires_grad_(requires_grad=False)
 
 
-def _generic_patches(extract: Extract, progress: Progress) -> tuple[list[Patches], list[Judged], tuple[int, ...]]:
-    products, judged = [], []
+def _generic_products(extract: Extract, progress: Progress) -> tuple[list[Patches], tuple[int, ...]]:
+    products = []
     channels: tuple[int, ...] = ()
-    for number, product in enumerate(generic_products(held_out=False, remembered=_REMEMBERED, seen=_SEEN)):
+    for product in generic_products(held_out=False, remembered=_REMEMBERED, seen=_SEEN):
         features = extract(product.remembered)
-        channels = _channels(features)
+        channels = channels_of(features)
         products.append(Patches(raw_patches(features), raw_patches(extract(product.seen))))
-        progress("generic set", number, 0)
+        progress("generic products", len(products), 0)
+    return products, channels
+
+
+def _generic_judged(extract: Extract, progress: Progress) -> list[Judged]:
+    judged = []
     for product in generic_products(held_out=True, remembered=_REMEMBERED, seen=_HELD_OUT_SEEN):
         defective, masks = make_defects(product.seen, seed=_DEFECT_SEED, repeats=_DEFECTS_EACH)
-        images = torch.cat([raw_patches(extract(part)) for part in (product.seen, defective)])
         good = len(product.seen)
+        unmarked = np.zeros(good * masks[0].size // MAP_STRIDE**2, np.bool_)
         judged.append(
             Judged(
                 remembered=raw_patches(extract(product.remembered)),
-                images=images,
+                images=torch.cat([raw_patches(extract(part)) for part in (product.seen, defective)]),
                 labels=np.arange(good + len(defective)) >= good,
-                inside=np.concatenate([np.zeros(good * masks[0].size // MAP_STRIDE**2, np.bool_), covered(masks)]),
+                inside=np.concatenate([unmarked, covered(masks)]),
             )
         )
-    return products, judged, channels
+        progress("generic defects", len(judged), 0)
+    return judged
 
 
 def covered(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -176,8 +183,9 @@ def _images(features: Features, images: torch.Tensor) -> Features:
     )
 
 
-def _channels(features: Features) -> tuple[int, ...]:
-    return tuple(int(features.taps[name].shape[1]) for name in LEVELS)
+def channels_of(features: Features) -> tuple[int, ...]:
+    """Return the channels of each level's patches."""
+    return level_channels([int(features.taps[name].shape[1]) for name in LEVELS])
 
 
 def _say(trained: Trained) -> None:
