@@ -330,10 +330,12 @@ class Store:
             self._run(query, _utc_now(), kind.value, pool, box, code, text[:MAX_EVENT_TEXT])
             self._run("DELETE FROM events WHERE id <= (SELECT max(id) FROM events) - ?", MAX_EVENTS)
 
-    def events(self, *, after: int = 0, limit: int = 100) -> list[Event]:
-        """The newest events with a number above ``after``, oldest first."""
-        query = "SELECT id, ts, kind, pool, box, code, text FROM events WHERE id > ? ORDER BY id DESC LIMIT ?"
-        return [Event(r[0], r[1], EventKind(r[2]), *r[3:]) for r in reversed(self._rows(query, after, limit))]
+    def events(self, *, after: int | None = None, limit: int = 100) -> list[Event]:
+        """Events, oldest first: the newest ones, or those that come next after a number."""
+        newest = "SELECT id, ts, kind, pool, box, code, text FROM events ORDER BY id DESC LIMIT ?"
+        following = "SELECT id, ts, kind, pool, box, code, text FROM events WHERE id > ? ORDER BY id LIMIT ?"
+        rows = self._rows(newest, limit)[::-1] if after is None else self._rows(following, after, limit)
+        return [Event(r[0], r[1], EventKind(r[2]), *r[3:]) for r in rows]
 
     def _first_upload(self, where: str, *values: object) -> Upload | None:
         rows = self._rows(f"SELECT {_UPLOAD} FROM uploads WHERE {where}", *values)  # noqa: S608 (own column names)

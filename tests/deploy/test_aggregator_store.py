@@ -266,6 +266,8 @@ def test_events_are_bounded_and_the_oldest_go(tmp_path: Path) -> None:
                 store.add_event(EventKind.ROUND, f"{number} {'x' * 2000}")
         assert store._rows("SELECT count(*) FROM events") == [(MAX_EVENTS,)]
         last = store.events(limit=1)[0]
+        following = store.events(after=last.id - 5, limit=3)
+        assert [event.id - last.id for event in following] == [-4, -3, -2], "whoever follows misses none"
         assert (last.text[:6], len(last.text)) == ("10019 ", 1000)
 
 
