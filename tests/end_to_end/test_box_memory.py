@@ -17,6 +17,9 @@ import paho.mqtt.publish as mqtt_publish
 import pytest
 import yaml
 
+from deploy.aggregator.identity import enrol
+from deploy.aggregator.service import Service
+from deploy.aggregator.settings import load_settings as load_aggregator_settings
 from edge.alerts.message import Availability, CameraState, CommandResult, Notice, Status, VerdictMessage
 from edge.alerts.settings import BrokerSettings
 from edge.alerts.subscriber import EVERYTHING, Subscriber
@@ -253,6 +256,55 @@ def test_key_that_others_can_read_is_refused(
 
     with pytest.raises(SettingsError, match="chmod 600"):
         Box(load_settings(config)).start()
+
+
+@pytest.fixture
+def aggregator(tmp_path: Path) -> Iterator[Service]:
+    """A real one, which makes a bank of two boxes' updates at once."""
+    folder = tmp_path / "aggregator"
+    write_keys(folder, make_keys(), name="aggregator")
+    for box in ("box1", "box2"):
+        keys = make_keys()
+        write_keys(tmp_path, keys, name=box)
+        enrol(folder / "boxes", f"plant/{box}", keys.public)
+    settings = {
+        "listen": "tcp://127.0.0.1:0", "key_file": "aggregator.key_secret", "boxes": "boxes", "state_dir": "state",
+        "rounds": {"fleet": "f", "close_at": 2, "min_boxes": 2, "min_frames": 1}, "merge": {"rows": 48},
+    }  # fmt: skip
+    (folder / "aggregator.yaml").write_text(yaml.safe_dump(settings))
+    service = Service(load_aggregator_settings(folder / "aggregator.yaml"))
+    thread = threading.Thread(target=service.run)
+    thread.start()
+    try:
+        assert service.started.wait(SOON)
+        yield service
+    finally:
+        service.request_stop()
+        thread.join(SOON)
+
+
+def test_two_boxes_come_to_share_a_memory(
+    mosquitto: Mosquitto, configure: Callable[..., Path], aggregator: Service
+) -> None:
+    memory = {"quantile": 0.9, "update": {"beta": 0.5}, "min_frames": 1.5}
+    boxes = []
+    for name in ("box1", "box2"):
+        federation = {"fleet": "f", "aggregator": aggregator.endpoint, "key_file": f"{name}.key_secret",
+                      "aggregator_key_file": "aggregator/aggregator.key"}  # fmt: skip
+        config = configure(
+            mosquitto.url, memory=memory, federation=federation, box=name, state_dir=f"state-{name}", fps=30
+        )
+        boxes.append(Box(load_settings(config)))
+    shared: set[str] = set()
+    with listening(mosquitto.url) as subscriber, box_in_a_thread(boxes[0]), box_in_a_thread(boxes[1]):
+        while shared != {"box1", "box2"}:
+            verdict = collect(subscriber, lambda m: isinstance(m, VerdictMessage) and m.memory.fleet >= 1)[-1]
+            shared.add(verdict.box)
+        links = [box.status()["detail"]["memory"]["link"] for box in boxes]
+
+    assert {link["state"] for link in links} == {"connected"}
+    assert all(link["receipts"] >= 1 and link["bank_version"] >= 1 for link in links)
+    assert all(box.metrics.value("memory_failed") == box.metrics.value("frames_failed") == 0 for box in boxes)
 
 
 def test_watch_shows_notices(mosquitto: Mosquitto, configure: Callable[..., Path]) -> None:
