@@ -16,7 +16,7 @@ from edge.memory.dynamic import DynamicMemory, DynamicSettings
 from edge.memory.reduce import reduce_anchor
 from edge.memory.search import nearest
 
-STILL = DynamicSettings(half_life=1e9, reseeds=0)
+STILL = DynamicSettings(beta=0.9, half_life=1e9, reseeds=0)
 
 
 def some(seed: int, *shape: int) -> np.ndarray:
@@ -57,7 +57,7 @@ def test_counts_are_what_they_claim(seed, rows, feeds, width) -> None:
     bank = memory.bank
     assert len(bank) == rows
     assert (bank.frames <= bank.support).all()
-    assert bank.frames.max() <= min(feeds, 10) + 1e-5
+    assert bank.frames.max() <= min(feeds, 20) + 1e-5
     assert bank.support.sum() <= sum(map(len, frames)) + rows * feeds
     assert (memory.feeds, memory.patches) == (feeds, sum(map(len, frames)))
     if frames:
@@ -68,7 +68,7 @@ def test_counts_are_what_they_claim(seed, rows, feeds, width) -> None:
 
 def test_the_memory_follows_a_slow_change() -> None:
     rows = some(0, 20, 8)
-    memory = DynamicMemory.begin(rows)
+    memory = DynamicMemory.begin(rows, DynamicSettings(beta=0.9))
     for step in range(60):
         memory.feed(rows + np.float32(0.02 * step) + 0.01 * some(step, 20, 8))
     moved = rows + np.float32(0.02 * 59)
