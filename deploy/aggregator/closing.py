@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from deploy.aggregator.aggregate import aggregate
 from deploy.aggregator.records import UploadState
@@ -47,6 +47,16 @@ class Gate(Protocol):
         """Compare an update with what the fleet knew (``reference``) and with the round's others (``peers``)."""
 
 
+@runtime_checkable
+class GateOfAll(Protocol):
+    """A gate that examines a round's updates together, in time that grows with their number and not its square."""
+
+    def examine_all(
+        self, updates: Sequence[MemoryUpdate], *, reference: MemoryBank | None, first: int
+    ) -> Sequence[Examination]:
+        """Examine the ``first`` updates, each beside all others; one examination for each of them, in order."""
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What becomes of an upload, by its number; ``state`` is accepted, quarantined or refused."""
@@ -82,7 +92,7 @@ class Merger:
     """How rounds are closed.
 
     Attributes:
-        gate: examines updates.
+        gate: examines updates; all of a round at once where it is a :class:`GateOfAll`.
         settings: of the merging.
         min_boxes: fewest boxes that a bank is made of.
         limits: of payloads.
@@ -108,18 +118,18 @@ class Merger:
         """
         reference = self.reference(store, pool)
         loaded, decisions = self._load(store, pool, round_, None if reference is None else reference.width)
-        updates = [update for _, update in loaded]
-        counted: list[tuple[Upload, MemoryUpdate]] = []
-        for upload, update in loaded:
-            found = None
-            if not upload.released:
-                peers = [other for other in updates if other is not update]
-                found = self.gate(update, reference=reference, peers=peers)
-            if found is None or found.accepted:
+        # Released ones are peers of the others and are not examined themselves.
+        loaded.sort(key=lambda pair: pair[0].released)
+        first = sum(not upload.released for upload, _ in loaded)
+        found = self._examine([update for _, update in loaded], reference, first)
+        counted = loaded[first:]
+        decisions += [Decision(upload.id, UploadState.ACCEPTED) for upload, _ in counted]
+        for (upload, update), examination in zip(loaded, found, strict=False):
+            if examination.accepted:
                 counted.append((upload, update))
                 decisions.append(Decision(upload.id, UploadState.ACCEPTED))
             else:
-                decisions.append(Decision(upload.id, UploadState.QUARANTINED, tuple(found.reasons)))
+                decisions.append(Decision(upload.id, UploadState.QUARANTINED, tuple(examination.reasons)))
         members = tuple(sorted({upload.box for upload, _ in counted}))
         merged = None
         if len(members) >= self.min_boxes:
@@ -128,6 +138,23 @@ class Merger:
             )
         inputs = tuple(sorted(upload.sha256 for upload, _ in counted))
         return Closing(pool, round_, tuple(decisions), merged, members, inputs)
+
+    def _examine(
+        self, updates: Sequence[MemoryUpdate], reference: MemoryBank | None, first: int
+    ) -> Sequence[Examination]:
+        if not first:
+            return []
+        if isinstance(self.gate, GateOfAll):
+            return self.gate.examine_all(updates, reference=reference, first=first)
+        return [
+            self.gate(update, reference=reference, peers=[other for other in updates if other is not update])
+            for update in updates[:first]
+        ]
+
+    def columns(self, pool: str) -> int:
+        """Columns of the reference of a pool, 0 where it has none."""
+        found = self.references.get(pool) or self.references.get(pool.partition("/")[0])
+        return 0 if found is None else found.width
 
     def reference(self, store: Store, pool: str) -> MemoryBank | None:
         """The pool's newest bank, else the trainer's reference; ``support`` and ``frames`` are shares of the fleet."""

@@ -15,7 +15,7 @@ from edge.federation.refusals import Refusal
 from edge.federation.wire import decode_update
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable
 
     from deploy.aggregator.records import Partial, Round
     from deploy.aggregator.round_settings import Clock, RoundSettings
@@ -46,10 +46,10 @@ class Intake:
         store: where updates and banks are.
         settings: what is taken.
         clock: where time comes from.
-        columns: of rows, by pool or embedding id, for pools that have no bank yet.
+        columns: of a pool's rows, for pools that have no bank yet; 0 where nobody knows.
     """
 
-    def __init__(self, store: Store, *, settings: RoundSettings, clock: Clock, columns: Mapping[str, int]) -> None:
+    def __init__(self, store: Store, *, settings: RoundSettings, clock: Clock, columns: Callable[[str], int]) -> None:
         self._store = store
         self._settings = settings
         self._clock = clock
@@ -218,9 +218,7 @@ class Intake:
     def _width(self, pool: str) -> int:
         """Columns of the pool's rows, 0 where neither a bank nor a reference tells them yet."""
         bank = self._store.bank(pool)
-        if bank is not None:
-            return bank.columns
-        return self._columns.get(pool) or self._columns.get(pool.partition("/")[0], 0)
+        return self._columns(pool) if bank is None else bank.columns
 
 
 def _check_round(named: int, current: int) -> None:

@@ -6,7 +6,7 @@ It must not know sockets or keys: who asks is settled before.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from deploy.aggregator.intake import Intake, open_round
 from deploy.aggregator.records import EventKind, RoundState, UploadState
@@ -20,7 +20,7 @@ from edge.federation.update import FleetBank
 from edge.federation.wire import encode_bank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     from deploy.aggregator.closing import Closing, Decision
@@ -39,6 +39,16 @@ _SECURITY = frozenset({Refusal.STOLEN_NAME, Refusal.REPLAYED_NONCE, Refusal.REVO
 _QUIET = frozenset({Refusal.BUSY, Refusal.NO_SPACE})
 
 
+class Merge(Protocol):
+    """What closing a round computes."""
+
+    def __call__(self, store: Store, pool: str, round_: int) -> Closing:
+        """Examine and merge a round's updates."""
+
+    def columns(self, pool: str) -> int:
+        """Columns of a pool's rows as the trainer's reference has them, 0 where there is none."""
+
+
 class Rounds:
     """Rounds of all pools of one fleet. All calls come from one thread; merging runs where ``submit`` puts it.
 
@@ -48,10 +58,9 @@ class Rounds:
     Args:
         store: what survives; the engine itself remembers nothing that matters.
         settings: when a round closes, and what is taken.
-        merge: ``merge(store, pool, round)``, what closing a round computes; see :class:`.closing.Merger`.
+        merge: what closing a round computes, see :class:`.closing.Merger`.
         submit: runs a function elsewhere, as an executor's method of this name does.
         clock: where time comes from.
-        columns: of rows, by pool or embedding id, as the trainer's references have them.
     """
 
     def __init__(
@@ -59,10 +68,9 @@ class Rounds:
         store: Store,
         *,
         settings: RoundSettings,
-        merge: Callable[[Store, str, int], Closing],
+        merge: Merge,
         submit: Callable[[Callable[[], Closing]], Future[Closing]],
         clock: Clock | None = None,
-        columns: Mapping[str, int] | None = None,
     ) -> None:
         self.trouble = ""
         self._store = store
@@ -70,7 +78,7 @@ class Rounds:
         self._merge = merge
         self._submit = submit
         self._clock = clock or Clock()
-        self._intake = Intake(store, settings=settings, clock=self._clock, columns=columns or {})
+        self._intake = Intake(store, settings=settings, clock=self._clock, columns=merge.columns)
         self._job: tuple[Round, Future[Closing]] | None = None
         self._not_before = 0
         self._saved = self._clock.now_ns()

@@ -96,7 +96,6 @@ class Fleet:
             merge=merge,
             submit=self.submit,
             clock=self.clock.clock(),
-            columns={name: bank.width for name, bank in self.references.items()},
         )
 
     def restart(self) -> None:

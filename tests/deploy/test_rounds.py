@@ -490,6 +490,36 @@ def test_gate_sees_the_last_bank_or_the_trainer_s_reference_and_the_others(tmp_p
     assert reference.rows.tobytes() == first.rows.tobytes()
 
 
+class Together:
+    """A gate that is asked once for a round."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[str], int]] = []
+
+    def __call__(self, *_: Any, **__: Any) -> Examination:
+        raise AssertionError("a round's updates are examined together")
+
+    def examine_all(self, updates: Any, *, first: int, **_: Any) -> list[Examination]:
+        self.asked.append(([item.box for item in updates], first))
+        return [Examination(item.box != BOXES[1], ("no",)) for item in updates[:first]]
+
+
+def test_gate_that_can_is_asked_once_for_a_round_and_released_updates_are_only_peers(tmp_path: Path) -> None:
+    gate = Together()
+    fleet = Fleet(tmp_path / "rounds.db", gate=gate)
+    close_one_round(fleet)
+    (held,) = fleet.store.uploads(state=UploadState.QUARANTINED)
+    assert held.box == BOXES[1]
+    operators.release(fleet.store, held.id)
+    for box in (BOXES[0], BOXES[2]):
+        fleet.send(made(box, round_=2))
+    fleet.settle()
+    assert gate.asked == [(list(BOXES[:3]), 3), ([BOXES[0], BOXES[2], BOXES[1]], 2)]
+    bank = fleet.fetch()
+    assert bank is not None
+    assert bank.members == BOXES[:3]
+
+
 def test_rows_of_another_width_are_held_back_where_no_bank_tells_it_yet(fleet: Fleet) -> None:
     fleet.send(made(BOXES[0], columns=9))
     fleet.send(made(BOXES[1]))
