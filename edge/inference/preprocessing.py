@@ -5,7 +5,7 @@ The trainer and the box use these same functions, so that a model sees in produc
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -70,9 +70,30 @@ def cut_tiles(canvas: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> np
     )
 
 
-def join_maps(
-    maps: npt.NDArray[np.float32], preprocessing: Preprocessing, map_stride: int
-) -> npt.NDArray[np.float32]:
+def cut_map(cells: npt.NDArray[Any], preprocessing: Preprocessing, map_stride: int) -> npt.NDArray[Any]:
+    """Cut what belongs to the cells of a frame's map into tiles, as :func:`cut_tiles` cuts the canvas.
+
+    Args:
+        cells: [canvas_height / map_stride, canvas_width / map_stride].
+        preprocessing: the manifest's.
+        map_stride: canvas pixels per map cell.
+
+    Returns:
+        [rows * cols, height / map_stride, width / map_stride].
+    """
+    tiles = preprocessing.tiles
+    height, width = preprocessing.height // map_stride, preprocessing.width // map_stride
+    step_y, step_x = height - tiles.overlap // map_stride, width - tiles.overlap // map_stride
+    return np.stack(
+        [
+            cells[r * step_y : r * step_y + height, c * step_x : c * step_x + width]
+            for r in range(tiles.rows)
+            for c in range(tiles.cols)
+        ]
+    )
+
+
+def join_maps(maps: npt.NDArray[np.float32], preprocessing: Preprocessing, map_stride: int) -> npt.NDArray[np.float32]:
     """Join the maps of one frame's tiles; cells that several tiles cover get their mean.
 
     Args:

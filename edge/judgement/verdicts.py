@@ -134,6 +134,11 @@ class Judge:
         return self._levels.scores
 
     @property
+    def mask(self) -> npt.NDArray[np.bool_] | None:
+        """Map cells bool [h, w] that count for frames of the size seen last; None where all do."""
+        return None if self._view is None else self._view.mask
+
+    @property
     def calibration(self) -> CalibrationScores:
         """What its thresholds are made from."""
         return self._calibration

@@ -11,22 +11,26 @@ import os
 import queue
 import threading
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from edge.alerts.message import AcceptCommand, NoticeKind, Severity, ShipCommand
 from edge.alerts.topics import ACCEPT_VERB, SHIP_VERB
 from edge.capture.sources import read_image
 from edge.errors import DataError, LinewardError
-from edge.inference.preprocessing import to_canvas
+from edge.inference.preprocessing import cut_map, to_canvas
 from edge.memory.banks import Banks
 from edge.memory.camera_gates import CameraGates
 from edge.memory.changeover import NO_COMMISSIONING
 from edge.memory.commissioning import commissioning_of_folder, packed_commissioning
 from edge.memory.recent import RecentFrame, RecentFrames
+from edge.memory.sampling import Sampler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    import numpy.typing as npt
 
     from edge.alerts.message import Message
     from edge.federation.link import FleetLink
@@ -37,13 +41,13 @@ if TYPE_CHECKING:
     from edge.memory.changeover import Changeover, JudgedCamera, Notify
     from edge.memory.learner import Learner, Sender
     from edge.memory.progress import Progress
+    from edge.memory.sampling import Sample
     from edge.memory.settings import MemorySettings
     from edge.memory.store import MemoryStore
 
     Answer = Callable[..., None]
 
 _LOG = logging.getLogger(__name__)
-QUEUE_FRAMES = 4
 MAX_COMMANDS = 64
 TICK_S = 0.5
 SAVE_EVERY_S = 300.0
@@ -51,14 +55,6 @@ NOTICE_EVERY_S = 3600.0
 # Below the threads that judge, where the system allows it.
 _NICENESS = 10
 _LINK_REFUSES = frozenset({"refused", "wrong_server_key"})
-
-
-@dataclass(frozen=True, slots=True)
-class _Sample:
-    frame: Frame
-    verdict: Verdict
-    alarmed: bool
-    embedded: bool
 
 
 class MemoryKeeper:
@@ -103,12 +99,10 @@ class MemoryKeeper:
         self._changeover, self._learner, self._store = changeover, learner, store
         self._sender, self._link = sender, link
         self._notify, self._answer, self._metrics, self._clock = notify, answer, metrics, clock
-        self._remember = remember
-        self._frames: queue.Queue[_Sample] = queue.Queue(QUEUE_FRAMES)
+        self._sampler = Sampler(every_s=settings.every_s, remember=remember, metrics=metrics, clock=clock)
         self._commands: queue.Queue[Message] = queue.Queue(MAX_COMMANDS)
         self._recent = RecentFrames()
         self._gates = CameraGates(cameras, settings)
-        self._due: dict[tuple[str, bool], float] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         now = clock()
@@ -147,18 +141,7 @@ class MemoryKeeper:
             verdict: on it.
             alarmed: NOK, or part of an anomaly event.
         """
-        now, lane = self._clock(), (frame.camera, alarmed)
-        embedded = now >= self._due.get(lane, 0.0)
-        if not embedded and frame.camera not in self._remember:
-            return
-        try:
-            self._frames.put_nowait(_Sample(frame, verdict, alarmed, embedded))
-        except queue.Full:
-            self._metrics.count("memory_dropped")
-            return
-        if embedded:
-            # Alarmed frames have an interval of their own: they are what an operator may want to declare good.
-            self._due[lane] = now + self._settings.every_s
+        self._sampler.offer(frame, verdict, alarmed)
 
     def command(self, command: Message) -> dict[str, Any] | None:
         """Take a command; never waits. None: its answer comes through ``answer``."""
@@ -181,8 +164,8 @@ class MemoryKeeper:
         if not self._commissioned:
             self._commissioned = True
             self._isolated("commissioning", self._commission)
-        with contextlib.suppress(queue.Empty):
-            sample = self._frames.get(timeout=wait_s) if wait_s > 0 else self._frames.get_nowait()
+        sample = self._sampler.take(wait_s)
+        if sample is not None:
             self._isolated("frame", lambda: self._take(sample))
         with contextlib.suppress(queue.Empty):
             while True:
@@ -279,7 +262,7 @@ class MemoryKeeper:
         _LOG.info("memory: %d commissioning images, %d left out", len(found), found.left_out)
         return True
 
-    def _take(self, sample: _Sample) -> bool:
+    def _take(self, sample: Sample) -> bool:
         frame, verdict = sample.frame, sample.verdict
         canvas = to_canvas(frame.image, self._detector.bundle.manifest.preprocessing)
         self._recent.add(frame.camera, frame.camera_seq, RecentFrame(canvas, verdict.score, frame.part_id))
@@ -290,8 +273,16 @@ class MemoryKeeper:
         version = self._changeover.version
         gate = self._gates.by_score(frame.camera, memory_version=version)
         if gate is not None and verdict.memory_version == version:
-            self._learner.take(embedding, verdict.score, gate, alarmed=sample.alarmed)
+            inside = self._inside(frame.camera)
+            self._learner.take(embedding, verdict.score, gate, inside=inside, alarmed=sample.alarmed)
         return True
+
+    def _inside(self, camera: str) -> npt.NDArray[np.bool_] | None:
+        mask, manifest = self._cameras[camera].judge.mask, self._detector.bundle.manifest
+        if mask is None:
+            return None
+        tiles = cut_map(mask, manifest.preprocessing, manifest.map_stride)
+        return np.asarray(tiles.reshape(len(tiles), -1), dtype=np.bool_)
 
     def _obey(self, command: Message) -> None:
         verb = ACCEPT_VERB if isinstance(command, AcceptCommand) else SHIP_VERB
@@ -318,7 +309,8 @@ class MemoryKeeper:
             raise DataError("that frame was declared good before; it counts once")
         gate = self._gates.declared(command.camera)
         embedding = self._detector.embeddings_of_canvas(found.canvas)
-        if not self._learner.take(embedding, found.score, gate, alarmed=True, declared=True):
+        inside = self._inside(command.camera)
+        if not self._learner.take(embedding, found.score, gate, inside=inside, alarmed=True, declared=True):
             raise DataError("memory.learn is off; set it to score or declared")
         found.accepted = True
         return 1

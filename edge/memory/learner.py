@@ -89,7 +89,14 @@ class Learner:
         return self._memory.state()
 
     def take(
-        self, embedding: Rows, score: float, gate: FrameGate, *, alarmed: bool, declared: bool | None = None
+        self,
+        embedding: Rows,
+        score: float,
+        gate: FrameGate,
+        *,
+        inside: npt.NDArray[np.bool_] | None,
+        alarmed: bool,
+        declared: bool | None = None,
     ) -> bool:
         """Learn a frame where it may be learned.
 
@@ -97,6 +104,8 @@ class Learner:
             embedding: float32 [tiles, L, D].
             score: raw, of the memory in force.
             gate: of that memory and camera.
+            inside: bool [tiles, L], patches inside the camera's region of interest; None where all are. Nobody has
+                judged the others: they teach nothing, but for a positional update, which has a row for each place.
             alarmed: the frame is NOK or part of an anomaly event; it never feeds unless it is declared good.
             declared: True where an operator or PLC declared the part good.
 
@@ -109,10 +118,9 @@ class Learner:
         if (alarmed and not declared) or not gate.admits(score, declared=declared):
             self.turned_away += 1
             return False
-        rows = embedding.reshape(-1, embedding.shape[-1])
-        self._memory.feed(rows)
+        self._memory.feed(embedding.reshape(-1, embedding.shape[-1]) if inside is None else embedding[inside])
         if self._settings.order is Order.POSITIONAL:
-            self._frames.append(rows.astype(np.float16))
+            self._frames.append(embedding.reshape(-1, embedding.shape[-1]).astype(np.float16))
         self.fed += 1
         return True
 

@@ -52,8 +52,9 @@ class RecentFrames:
     def add(self, camera: str, camera_seq: int, frame: RecentFrame) -> None:
         """Keep a frame, and forget the oldest ones where room is short."""
         with self._lock:
+            before = self._frames.pop((camera, camera_seq), None)
             self._frames[camera, camera_seq] = frame
-            self._bytes += frame.canvas.nbytes
+            self._bytes += frame.canvas.nbytes - (0 if before is None else before.canvas.nbytes)
             while self._bytes > self._max_bytes and len(self._frames) > 1:
                 _, oldest = self._frames.popitem(last=False)
                 self._bytes -= oldest.canvas.nbytes

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from edge.alerts.message import Message
     from edge.bundle import Bundle
+    from edge.judgement.region_of_interest import RegionOfInterest
 
 QUICK = {"every_s": 1, "ship_every_s": 100, "shadow_frames": 5, "shadow_s": 10, "drift_per_week": 100}
 
@@ -81,8 +82,16 @@ def fleet_bank(bundle: Bundle, version: int, seeds: range = range(700, 704)) -> 
 class Bench:
     """Opens the memory of a bundle in a folder, as a box does."""
 
-    def __init__(self, bundle: Bundle, folder: Path, *, link: Fleet | None = None, **settings: Any) -> None:
-        self.bundle, self.link = bundle, link
+    def __init__(
+        self,
+        bundle: Bundle,
+        folder: Path,
+        *,
+        link: Fleet | None = None,
+        region: RegionOfInterest | None = None,
+        **settings: Any,
+    ) -> None:
+        self.bundle, self.link, self.region = bundle, link, region
         self.settings = MemorySettings.model_validate(QUICK | settings)
         self.now, self.utc, self.seq = 1000.0, 1_900_000_000.0, 0
         self.notices: list[tuple[str, str, str, dict[str, Any]]] = []
@@ -168,6 +177,7 @@ class Bench:
             pooling=manifest.pooling,
             crop=None,
             alpha=0.05,
+            region_of_interest=self.region,
             bundle_id=self.bundle.id,
             memory_version=0 if kept is None else kept.version,
         )

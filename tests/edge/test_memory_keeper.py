@@ -13,11 +13,12 @@ from edge.federation.connection import LinkKind, LinkState
 from edge.federation.update import Order, WireRows
 from edge.frames import Decision
 from edge.inference.detector import Detector
+from edge.judgement.region_of_interest import Rectangle, RegionOfInterest
 from edge.memory.opening import open_memory
 from edge.memory.settings import MemorySettings
 from tests.edge.memory_bench import Bench, Fleet
 from tests.edge.tiny_bundle import good_frame, make_tiny_bundle
-from tests.edge.tiny_memory import ENGINE, PRECISION, make_memory_bundle
+from tests.edge.tiny_memory import ENGINE, PRECISION, embedding_of, make_memory_bundle
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -94,6 +95,36 @@ def test_part_is_declared_good_by_its_name(bundle: Bundle, tmp_path: Path) -> No
 
     assert bench.order(accept(part_id="p-1"))["ok"]
     assert "not kept here" in bench.order(accept(part_id="p-2"))["reason"]
+
+
+def test_what_lies_outside_the_region_of_interest_teaches_nothing(bundle: Bundle, tmp_path: Path) -> None:
+    left = RegionOfInterest(include=(Rectangle(x=0, y=0, w=48, h=96),))
+    bench = Bench(bundle, tmp_path, region=left, learn="declared")
+    image = good_frame(1)
+    image[:, 56:] = (20, 20, 250)
+
+    seq = bench.show(image).camera_seq
+    assert bench.order(accept(camera_seq=seq))["ok"]
+
+    learned = bench.opened.learner.rows
+    rows = embedding_of(bundle.path, image).reshape(8, 8, -1)
+    assert bench.opened.learner._memory.patches == 32
+    far = [float(np.sqrt(((row - learned) ** 2).sum(1).min())) for row in rows[:, 5:].reshape(-1, rows.shape[-1])]
+    assert min(far) > 1
+
+
+def test_region_of_interest_holds_for_shadow_and_thresholds(bundle: Bundle, tmp_path: Path) -> None:
+    left = RegionOfInterest(include=(Rectangle(x=0, y=0, w=48, h=96),))
+    bench = Bench(bundle, tmp_path, link=Fleet(), region=left)
+    image = good_frame(1)
+    image[:, 56:] = (20, 20, 250)
+    assert bench.show(image).decision is Decision.OK
+    bring_fleet(bench)
+
+    assert bench.kinds() == ["memory.switched"]
+    verdict = bench.show(image)
+    assert (verdict.memory_version, verdict.decision) == (1, Decision.OK)
+    assert bench.camera.judge.good_scores.tolist() != bench.camera.judge.calibration.scores.tolist()
 
 
 def test_nothing_feeds_where_learning_is_off(bundle: Bundle, tmp_path: Path) -> None:
@@ -494,4 +525,4 @@ def test_bundle_with_a_fixed_memory_is_refused(tmp_path: Path) -> None:
 
 def test_rows_that_could_never_leave_are_refused_in_the_settings() -> None:
     with pytest.raises(ValueError, match="no row can ever leave"):
-        MemorySettings(min_frames=10)
+        MemorySettings.model_validate({"min_frames": 10, "update": {"beta": 0.9}})
