@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from deploy.aggregator.canaries import read_canaries
-from deploy.aggregator.gates import examine
+from deploy.aggregator.gates import examine_all
 from edge.bundle import Bundle
 from edge.errors import DataError
 from edge.inference.detector import stored_state
@@ -83,24 +82,51 @@ class CanaryFolder:
         self._read, self._found = read, found
 
 
-@dataclass(frozen=True)
 class Examiner:
-    """The gate that a merge calls, see :class:`deploy.aggregator.closing.Gate`.
+    """The gate that a merge calls, see :class:`deploy.aggregator.closing.GateOfAll`.
 
-    Attributes:
+    Args:
         limits: of the gates.
         canaries: where canaries come from.
     """
 
-    limits: GateLimits
-    canaries: CanaryFolder = field(default_factory=lambda: CanaryFolder(None))
+    def __init__(self, limits: GateLimits, canaries: CanaryFolder) -> None:
+        self._limits = limits
+        self._canaries = canaries
+        self._untried: set[tuple[str, str]] = set()
 
     def __call__(
         self, update: MemoryUpdate, *, reference: MemoryBank | None, peers: Sequence[MemoryUpdate]
     ) -> Examination:
         """Compare an update with the canaries, with what the fleet knew, and with the round's others."""
-        canaries = self.canaries.find(update.embedding_id, update.product)
-        return examine(update, reference=reference, canaries=canaries, peers=peers, limits=self.limits)
+        return self.examine_all([update, *peers], reference=reference, first=1)[0]
+
+    def examine_all(
+        self, updates: Sequence[MemoryUpdate], *, reference: MemoryBank | None, first: int
+    ) -> Sequence[Examination]:
+        """Examine the ``first`` updates, each beside all others, with the canaries of its own product."""
+        products: dict[str, list[int]] = {}
+        for number, update in enumerate(updates[:first]):
+            products.setdefault(update.product, []).append(number)
+        found: dict[int, Examination] = {}
+        for product, numbers in products.items():
+            mine = [updates[number] for number in numbers]
+            chosen = set(numbers)
+            others = [update for number, update in enumerate(updates) if number not in chosen]
+            canaries = self._canaries.find(updates[0].embedding_id, product)
+            examinations = examine_all(
+                [*mine, *others], reference=reference, canaries=canaries, limits=self._limits, first=len(mine)
+            )
+            found.update(zip(numbers, examinations, strict=True))
+            self._note(updates[0].embedding_id, product, examinations)
+        return [found[number] for number in range(first)]
+
+    def _note(self, embedding_id: str, product: str, examinations: Sequence[Examination]) -> None:
+        """Say once where canaries told nothing: there defect rows would pass."""
+        untried = any(one.figures.get("canaries", 0) < self._limits.fewest_canaries for one in examinations)
+        if untried and (embedding_id, product) not in self._untried:
+            LOG.warning("product %s of %s: no canaries could be tried; add a canary file", product, embedding_id[:12])
+        (self._untried.add if untried else self._untried.discard)((embedding_id, product))
 
 
 def read_references(bundles: Sequence[Path]) -> dict[str, MemoryBank]:

@@ -280,14 +280,18 @@ class FederationClient:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._wake)
                 connection.idle(self._work(session, welcome))
-                welcome = self._hello(session)
+                welcome = self._hello(session, welcome)
 
-    def _hello(self, session: Session) -> Welcome:
+    def _hello(self, session: Session, last: Welcome | None = None) -> Welcome:
+        """Say hello; where the aggregator is only busy, what it said last is as good."""
         try:
             welcome = session.hello(self._version)
         except FederationError as error:
             self._note(error)
             busy = error.code in {Refusal.BUSY, Refusal.NO_SPACE}
+            if busy and last is not None:
+                self._hold()
+                return last
             kind = LinkKind.UNREACHABLE if busy else LinkKind.REFUSED
             raise LinkDownError(kind, f"{error.code.value}: {error}") from error
         if welcome.round != self._round:
@@ -311,13 +315,17 @@ class FederationClient:
             self._note(error)
             if error.code in _NOT_TAKEN:
                 raise LinkDownError(LinkKind.REFUSED, f"{error.code.value}: {error}") from error
-            least, most = self._backoff
-            self._holds += 1
-            held = min(most, least * 2.0 ** min(self._holds, 10))
-            self._held_until = time.monotonic() + held
-            return min(held, self._poll_s)
+            return min(self._hold(), self._poll_s)
         self._holds = 0
         return self._poll_s
+
+    def _hold(self) -> float:
+        """Ask for nothing for a while, longer each time in a row; returns the seconds."""
+        least, most = self._backoff
+        self._holds += 1
+        held = min(most, least * 2.0 ** min(self._holds, 10))
+        self._held_until = time.monotonic() + held
+        return held
 
     def _deliver(self, session: Session, upload: Upload, welcome: Welcome) -> None:
         """Send one update until its receipt, or until it is known that it can never be taken.
