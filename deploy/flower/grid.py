@@ -105,7 +105,7 @@ class GridFleet:
     def _send(self, box: str, kind: str, ticket: str, content: RecordDict) -> None:
         node = self._nodes.get(box)
         if node is None:
-            self._failed.append(Failed(box, "went offline", told=kind == records.TELL))
+            self._failed.append(Failed(box, "went offline"))
             return
         message = Message(content, dst_node_id=node, message_type=kind, ttl=self._ttl_s)
         # SuperLink answers with None in the place of a message that it did not take.
@@ -113,7 +113,7 @@ class GridFleet:
             if identity:
                 self._sent[identity] = _Sent(box, node, kind, ticket)
                 return
-        self._failed.append(Failed(box, "SuperLink did not take the message", told=kind == records.TELL))
+        self._failed.append(Failed(box, "SuperLink did not take the message"))
 
 
 def _problem(name: str, count: int) -> str:
@@ -127,17 +127,16 @@ def _problem(name: str, count: int) -> str:
 
 
 def _read(sent: _Sent, reply: Message) -> Answered | Kept | Failed:
-    told = sent.kind == records.TELL
     if reply.has_error():
-        return Failed(sent.box, f"{sent.kind}: {reply.error.reason or reply.error.code}", told=told)
+        return Failed(sent.box, f"{sent.kind}: {reply.error.reason or reply.error.code}")
     try:
         if reply.metadata.src_node_id != sent.node or not secrets.compare_digest(
             records.read_ticket(reply.content).encode(), sent.ticket.encode()
         ):
             problem = "the reply is not by the node that was asked; look for a stolen key"
-            return Failed(sent.box, f"{sent.kind}: {problem}", told=told)
+            return Failed(sent.box, f"{sent.kind}: {problem}")
         if sent.kind == records.ASK:
             return Answered(sent.box, records.read_answer(reply.content))
         return Kept(sent.box, records.read_kept(reply.content))
     except FederationError as error:
-        return Failed(sent.box, f"{sent.kind}: {error}", told=told)
+        return Failed(sent.box, f"{sent.kind}: {error}")

@@ -1,16 +1,17 @@
 """Rounds as a scale-out engine runs them: ask, take, close, tell. It must not know Flower, files or how banks are made.
 
-Whatever counts is decided and stored by the book; this module only keeps messages going until the book is content.
+Whatever counts is decided and stored by the book; this module keeps messages going, one at a time for each box.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from deploy.flower.exchange import Invitation, Outcome
 
@@ -40,17 +41,10 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A message to a box came to nothing; it is tried again in the next round.
-
-    Attributes:
-        box: its name.
-        reason: for people.
-        told: whether it was the message with the bank; else the question for an update.
-    """
+    """A message to a box came to nothing, for a reason in words; it is tried again."""
 
     box: str
     reason: str
-    told: bool = False
 
 
 class Fleet(Protocol):
@@ -72,106 +66,145 @@ class Fleet(Protocol):
 class Book(Protocol):
     """Rounds that survive the end of this process."""
 
-    def begin(self) -> Invitation:
-        """The rounds that are open now, which the boxes are asked for."""
+    def invitation(self) -> Invitation:
+        """The rounds that are open now."""
 
     def take(self, box: str, update: bytes) -> Outcome:
         """Check and store an update; when this returns, what it says is on disk. The same update may come twice."""
 
-    def tick(self) -> bool:
-        """Close what is due; True once every round that the last :meth:`begin` saw has ended."""
+    def tick(self) -> int:
+        """Close what is due; says how many rounds have ended, or had to be extended, since the last call."""
 
-    def bank_for(self, box: str) -> bytes | None:
-        """The newest bank of the pool that this box belongs to; None where there is none, or the box is unknown."""
+    def newest(self, box: str) -> int:
+        """Version of the newest bank of the pool that a box has sent updates for; 0 for none."""
+
+    def bank(self, box: str) -> bytes | None:
+        """That bank."""
 
 
 @dataclass(slots=True)
-class RoundReport:
-    """What one round was.
+class RunReport:
+    """What a run came to.
 
     Attributes:
-        rounds: its number, by pool.
-        asked: boxes that were asked.
-        outcomes: by box, of the updates that arrived while it ran, late ones of earlier rounds too.
-        kept: by box, the version of the bank that it has stored.
-        unreached: boxes that were sent the bank and have not said that they stored it; they get the newest next time.
+        ended: rounds that ended or were extended, of all pools.
+        outcomes: by box, of the last update that it gave.
+        kept: by box, the version of the bank that it has said to have stored.
     """
 
-    rounds: Mapping[str, int]
-    asked: set[str] = field(default_factory=set)
+    ended: int = 0
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
-    unreached: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Box:
+    """A box as this run knows it; times are the clock's."""
+
+    asked_at: float = -math.inf
+    told_at: float = -math.inf
+    told_version: int = 0
+    untold: Outcome | None = None
+    waits: bool = False  # a message to it is under way
 
 
 class Conductor:
-    """Runs rounds one after the other.
+    """Runs rounds: asks every box that is online, takes what it gives, tells it what came of it.
 
     Args:
         fleet: messages.
         book: the durable side.
         wait: called between two looks at the fleet; returns after a while.
         clock: monotonic, in seconds.
-        tell_s: how long to wait, once a round's bank is sent, for boxes to say that they have it.
+        ask_s: how long after its last message a box is asked again, or told again what it did not confirm.
+        tell_s: how long to wait, once all rounds have ended, for boxes to say that they have the bank.
     """
 
     def __init__(
-        self, fleet: Fleet, book: Book, *, wait: Callable[[], None], clock: Callable[[], float], tell_s: float
+        self,
+        fleet: Fleet,
+        book: Book,
+        *,
+        wait: Callable[[], None],
+        clock: Callable[[], float],
+        ask_s: float,
+        tell_s: float,
     ) -> None:
         self._fleet = fleet
         self._book = book
         self._wait = wait
         self._clock = clock
+        self._ask_s = ask_s
         self._tell_s = tell_s
-        self._untold: dict[str, Outcome] = {}
+        self._boxes: dict[str, _Box] = {}
 
-    def run(self) -> RoundReport:
-        """Bring the open rounds to their end and their banks to the boxes.
+    def run(self, rounds: int) -> RunReport:
+        """Go on until so many rounds have ended, and the boxes that are online have what came of them.
 
-        A box that comes online while they are open is asked too. Rounds that a killed process left open go on with
-        what is stored: boxes are asked again, and the book knows what it has.
+        Rounds that a killed process left open go on with what is stored: boxes are asked again, and the book knows
+        what it has.
         """
-        invitation = self._book.begin()
-        report = RoundReport(invitation.rounds)
-        while not self._book.tick():
-            for box in sorted(set(self._fleet.online()) - report.asked):
-                report.asked.add(box)
-                self._fleet.ask(box, invitation)
+        report = RunReport()
+        while report.ended < rounds:
+            self._tell(everything=False)
+            self._ask()
+            idle = not self._take(report)
+            report.ended += self._book.tick()
+            if idle and report.ended < rounds:
+                self._wait()
+        deadline = self._clock() + self._tell_s
+        while self._clock() < deadline:
+            # First what is under way: a box has one message at a time.
+            self._tell(everything=True)
+            if not any(box.waits for box in self._boxes.values()):
+                break
             if not self._take(report):
                 self._wait()
-        self._tell(report)
+        for name, box in sorted(self._boxes.items()):
+            if box.untold is not None or report.kept.get(name, 0) < self._book.newest(name):
+                LOG.warning("%s has not said that it stored the newest bank; it gets it in the next run", name)
         return report
 
-    def _tell(self, report: RoundReport) -> None:
-        waiting = set()
-        for box in sorted(self._fleet.online()):
-            outcome, bank = self._untold.pop(box, None), self._book.bank_for(box)
-            if outcome is not None or bank is not None:
-                waiting.add(box)
-                self._fleet.tell(box, outcome, bank)
-        deadline = self._clock() + self._tell_s
-        while (left := waiting - set(report.kept) - report.unreached) and self._clock() < deadline:
-            if not self._take(report):
-                self._wait()
-        for box in sorted(left):
-            report.unreached.add(box)
-            LOG.warning("%s has not said that it stored the bank", box)
+    def _online(self) -> list[tuple[str, _Box]]:
+        return [(name, self._boxes.setdefault(name, _Box())) for name in sorted(self._fleet.online())]
 
-    def _take(self, report: RoundReport) -> bool:
+    def _ask(self) -> None:
+        now = self._clock()
+        for name, box in self._online():
+            if not box.waits and now - box.asked_at >= self._ask_s:
+                box.asked_at, box.waits = now, True
+                self._fleet.ask(name, self._book.invitation())
+
+    def _tell(self, *, everything: bool) -> None:
+        """Send each box its bank and its refusal; that an update was taken is told with the bank, or at the end.
+
+        Each message costs a box the start of a process.
+        """
+        now = self._clock()
+        for name, box in self._online():
+            newest = self._book.newest(name)
+            bank = self._book.bank(name) if newest > box.told_version else None
+            urgent = bank is not None or (box.untold is not None and (everything or box.untold.refused is not None))
+            if urgent and not box.waits and now - box.told_at >= self._ask_s:
+                box.told_at, box.waits = now, True
+                self._fleet.tell(name, box.untold, bank)
+
+    def _take(self, report: RunReport) -> bool:
         """Take what has arrived; says whether anything had."""
         events = self._fleet.poll()
         for event in events:
-            if isinstance(event, Kept):
-                report.kept[event.box] = event.version
-            elif isinstance(event, Failed):
-                if event.told:
-                    report.unreached.add(event.box)
+            box = self._boxes.setdefault(event.box, _Box())
+            box.waits = False
+            if isinstance(event, Failed):
                 LOG.warning("%s: %s", event.box, event.reason)
+            elif isinstance(event, Kept):
+                box.untold, box.told_at = None, -math.inf
+                box.told_version = report.kept[event.box] = max(event.version, box.told_version)
             elif event.update is None:
                 LOG.info("%s has no update to share", event.box)
             else:
                 outcome = self._book.take(event.box, event.update)
-                report.outcomes[event.box] = self._untold[event.box] = outcome
+                report.outcomes[event.box] = box.untold = outcome
                 if outcome.refused is not None:
                     LOG.warning("%s refused (%s): %s", event.box, outcome.refused.value, outcome.reason)
         return bool(events)

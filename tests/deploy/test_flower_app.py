@@ -5,25 +5,41 @@ Runs in the environment of the extra ``flower``: ``make flower-test``.
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tomllib
 
 flwr = pytest.importorskip("flwr", reason="flwr is not in this environment: run `make flower-test`")
 
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
-from deploy.flower import records  # noqa: E402
+from deploy.flower import records, server  # noqa: E402
+from deploy.flower.book import open_book  # noqa: E402
 from deploy.flower.client import app, make_client_app  # noqa: E402
 from deploy.flower.exchange import BANK, OUTCOME, UPDATE, FolderExchange, Invitation, Outcome  # noqa: E402
 from deploy.flower.grid import GridFleet  # noqa: E402
 from deploy.flower.quiet import QUIET  # noqa: E402
 from deploy.flower.records import Told  # noqa: E402
 from deploy.flower.rounds import Answered, Failed, Kept  # noqa: E402
-from edge.errors import DataError, FederationError  # noqa: E402
+from deploy.flower.server import main, read_run_config, run_rounds  # noqa: E402
+from edge.errors import DataError, FederationError, SettingsError, StoreError  # noqa: E402
 from edge.federation.refusals import Refusal  # noqa: E402
 from edge.federation.wire import encode_bank, encode_update  # noqa: E402
+from tests.deploy.fleet_contract import (  # noqa: E402
+    BOXES,
+    FleetContract,
+    Verdict,
+    decoded,
+    given,
+    keep_books,
+    settings_text,
+    updates_of,
+)
 from tests.edge.federation_values import bank, update  # noqa: E402
 
 INVITATION = Invitation("plant", {"ab" * 32: 1}, 10_000)
@@ -34,13 +50,17 @@ OUTCOMES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch, tmp_path):
-    for name, value in {**QUIET, "FLWR_HOME": str(tmp_path)}.items():
-        monkeypatch.setenv(name, value)
+def be_quiet(patch, home):
+    for name, value in {**QUIET, "FLWR_HOME": str(home)}.items():
+        patch.setenv(name, value)
     # What Flower's own process sets before it calls an app.
     for name in ("_task_id", "_run_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+        patch.setattr(TaskIdentity, name, 1)
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch, tmp_path):
+    be_quiet(monkeypatch, tmp_path)
 
 
 class LocalGrid:
@@ -148,7 +168,6 @@ def test_damaged_bank_is_not_kept_and_the_reason_comes_back(fleet, box):
     (event,) = fleet.poll()
 
     assert isinstance(event, Failed)
-    assert event.told
     assert not (box / BANK).exists()
 
 
@@ -204,7 +223,7 @@ def test_message_that_superlink_does_not_take_is_reported(grid, fleet):
 
     fleet.tell("north/one", OUTCOMES[1], None)
 
-    assert fleet.poll() == [Failed("north/one", "SuperLink did not take the message", told=True)]
+    assert fleet.poll() == [Failed("north/one", "SuperLink did not take the message")]
 
 
 def forged(message, content=None):
@@ -277,3 +296,98 @@ def test_question_of_other_fields_is_malformed(name, value):
         records.read_ask(content)
 
     assert caught.value.code is Refusal.MALFORMED
+
+
+class InProcess:
+    """The ServerApp and the ClientApps of three boxes in this process; each step is one run."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.grid = LocalGrid(BOXES)
+        for node, name in enumerate(BOXES, start=1):
+            (folder / name).mkdir(parents=True)
+            self.grid.add(node, app, folder / name)
+        (folder / "aggregator.yaml").write_text(settings_text(folder, period_s=2))
+
+    @property
+    def config(self):
+        values = {"settings": str(self.folder / "aggregator.yaml"), "answer-seconds": 1.0, "tell-seconds": 10.0}
+        return {**values, "poll-seconds": 0.02}
+
+    def hand_over(self, given):
+        for name in BOXES:
+            path = self.folder / name / UPDATE
+            path.unlink(missing_ok=True)
+            if name in given:
+                path.write_bytes(given[name].payload)
+        run_rounds(self.grid, read_run_config(self.config))
+        return {name: self.verdict(name) for name in given}
+
+    def verdict(self, name):
+        outcome = json.loads((self.folder / name / OUTCOME).read_text())
+        return Verdict(outcome["counted_in_round"], Refusal(outcome["refused"]) if outcome["refused"] else None)
+
+    def bank(self, name, version):
+        data = (self.folder / name / BANK).read_bytes()
+        assert decoded(data).version == version
+        return data
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("fleet")
+        be_quiet(patch, folder)
+        return keep_books(InProcess(folder))
+
+
+class TestInProcess(FleetContract):
+    """All of the contract."""
+
+
+def test_box_that_names_another_is_refused(tmp_path):
+    transport = InProcess(tmp_path)
+
+    verdicts = transport.hand_over({BOXES[0]: given(updates_of(BOXES[1], 1, 1))})
+
+    assert verdicts == {BOXES[0]: Verdict(0, Refusal.STOLEN_NAME)}
+
+
+def test_bytes_that_are_no_update_are_refused(tmp_path):
+    transport, one = InProcess(tmp_path), given(updates_of(BOXES[0], 1, 1))
+
+    verdicts = transport.hand_over({BOXES[0]: replace(one, payload=b"rubbish")})
+
+    assert verdicts == {BOXES[0]: Verdict(0, Refusal.MALFORMED)}
+
+
+def test_second_run_on_one_store_is_refused(tmp_path):
+    transport = InProcess(tmp_path)
+    config = read_run_config(transport.config)
+
+    with open_book(tmp_path / "aggregator.yaml", answer_s=1), pytest.raises(StoreError):
+        run_rounds(transport.grid, config)
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"settings": ""}, {"settings": "a", "rounds": 0}, {"settings": "a", "other": 1}]
+)
+def test_run_configuration_out_of_range_is_refused(values):
+    with pytest.raises(SettingsError, match="--run-config"):
+        read_run_config(values)
+
+
+def test_defaults_of_the_app_are_accepted():
+    config = tomllib.loads((Path(server.__file__).parent / "app" / "pyproject.toml").read_text())
+    given = config["tool"]["flwr"]["app"]["config"]
+
+    read = read_run_config({**given, "settings": "/etc/lineward/aggregator.yaml"})
+
+    assert read.model_dump(by_alias=True) == {**given, "settings": "/etc/lineward/aggregator.yaml"}
+
+
+def test_aggregator_does_not_run_where_flower_may_call_home(monkeypatch):
+    monkeypatch.delenv("FLWR_TELEMETRY_ENABLED")
+
+    with pytest.raises(SettingsError, match="FLWR_TELEMETRY_ENABLED"):
+        main(LocalGrid([]), Context(1, 1, {}, RecordDict(), {}))

@@ -20,15 +20,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class FakeBook:
-    """Closes at ``enough`` boxes or when its time is over; counts what it takes."""
+    """Closes at ``enough`` boxes or when its time is over; one pool."""
 
     def __init__(self, enough=2):
         self.enough, self.round, self.late = enough, 1, False
         self.taken: dict[int, dict[str, bytes]] = {1: {}}
         self.closed: list[list[str]] = []
 
-    def begin(self):
-        self.begun = self.round
+    def invitation(self):
         return Invitation("plant", {"pool": self.round}, 1000)
 
     def take(self, box, data):
@@ -39,14 +38,18 @@ class FakeBook:
         return Outcome(digest, counted_in_round=self.round)
 
     def tick(self):
-        if self.round == self.begun and (self.late or len(self.taken[self.round]) >= self.enough):
-            self.closed.append(sorted(self.taken[self.round]))
-            self.round, self.late = self.round + 1, False
-            self.taken[self.round] = {}
-        return self.round != self.begun
+        if not self.late and len(self.taken[self.round]) < self.enough:
+            return 0
+        self.closed.append(sorted(self.taken[self.round]))
+        self.round, self.late = self.round + 1, False
+        self.taken[self.round] = {}
+        return 1
 
-    def bank_for(self, box):
-        return b"bank of round %d" % (self.round - 1) if box != "north/stranger" else None
+    def newest(self, box):
+        return 0 if box == "north/stranger" else self.round - 1
+
+    def bank(self, box):
+        return b"bank %d" % self.newest(box) if self.newest(box) else None
 
 
 class FakeFleet:
@@ -70,33 +73,47 @@ class FakeFleet:
     def tell(self, box, outcome, data):
         self.told.append((box, outcome, data))
         if self.stores:
-            self.events.append(Kept(box, 1 if data else 0))
+            self.events.append(Kept(box, int(data.split()[1]) if data else 0))
 
     def poll(self):
         events, self.events = self.events, []
         return events
 
 
-def conductor(fleet, book, *, wait=None, tell_s=5.0):
-    ticks = iter(range(10**6))
-    return Conductor(fleet, book, wait=wait or (lambda: None), clock=lambda: float(next(ticks)), tell_s=tell_s)
+class Time:
+    """A clock that :meth:`wait` moves on by a second; ``then`` is called each time."""
+
+    def __init__(self, then=lambda: None):
+        self.now, self.then = 0.0, then
+
+    def wait(self):
+        self.now += 1
+        assert self.now < 1000, "the run does not end"
+        self.then()
+
+
+def conductor(fleet, book, *, then=lambda: None, ask_s=100.0, tell_s=5.0):
+    time = Time(then)
+    return Conductor(fleet, book, wait=time.wait, clock=lambda: time.now, ask_s=ask_s, tell_s=tell_s)
 
 
 def test_round_closes_when_enough_boxes_answered_and_every_box_is_told():
-    book, fleet = FakeBook(2), FakeFleet({"north/a": [b"x"], "north/b": [b"y"], "north/c": []})
+    book, fleet = FakeBook(2), FakeFleet({"north/a": [b"x"], "north/b": [b"y"]})
 
-    report = conductor(fleet, book).run()
+    report = conductor(fleet, book).run(1)
 
     assert book.closed == [["north/a", "north/b"]]
-    assert report.rounds == {"pool": 1}
-    assert report.kept == {"north/a": 1, "north/b": 1, "north/c": 1}
-    assert {box: data for box, _, data in fleet.told} == dict.fromkeys(fleet.here, b"bank of round 1")
+    assert report.kept == {"north/a": 1, "north/b": 1}
+    assert [(box, outcome.counted_in_round, data) for box, outcome, data in fleet.told] == [
+        ("north/a", 1, b"bank 1"),
+        ("north/b", 1, b"bank 1"),
+    ]
 
 
 def test_round_ends_at_its_deadline_where_too_few_answer():
     book, fleet = FakeBook(3), FakeFleet({"north/a": [b"x"], "north/b": [None], "north/c": []})
 
-    conductor(fleet, book, wait=lambda: setattr(book, "late", True)).run()
+    conductor(fleet, book, then=lambda: setattr(book, "late", True)).run(1)
 
     assert book.closed == [["north/a"]]
 
@@ -105,51 +122,82 @@ def test_box_that_comes_online_while_the_round_is_open_is_asked_once():
     book, fleet = FakeBook(2), FakeFleet({"north/a": [b"x"], "north/b": [b"y"]})
     fleet.here = {"north/a"}
 
-    conductor(fleet, book, wait=lambda: fleet.here.add("north/b")).run()
+    conductor(fleet, book, then=lambda: fleet.here.add("north/b")).run(1)
 
     assert sorted(fleet.asked) == [(1, "north/a"), (1, "north/b")]
 
 
-def test_refused_box_is_told_why_and_does_not_count():
-    book, fleet = FakeBook(1), FakeFleet({"north/a": [b"bad"], "north/b": [b"y"]})
+def test_box_that_had_nothing_is_asked_again_after_a_while():
+    book, fleet = FakeBook(1), FakeFleet({"north/a": [None, None, b"x"]})
 
-    report = conductor(fleet, book).run()
+    conductor(fleet, book, ask_s=10).run(1)
+
+    assert fleet.asked == [(1, "north/a")] * 3
+
+
+def test_box_has_one_message_under_way_at_a_time():
+    book, fleet = FakeBook(1), FakeFleet({"north/a": [], "north/b": [None] * 5 + [b"y"]})
+
+    conductor(fleet, book, ask_s=10).run(1)
+
+    assert fleet.asked.count((1, "north/a")) == 1
+    assert [box for box, _, _ in fleet.told] == ["north/b"]
+
+
+def test_refused_box_is_told_why_at_once_and_does_not_count():
+    book, fleet = FakeBook(1), FakeFleet({"north/a": [b"bad"], "north/b": [None, b"y"]})
+
+    report = conductor(fleet, book, ask_s=10).run(1)
 
     assert book.closed == [["north/b"]]
     assert report.outcomes["north/a"].refused is Refusal.MALFORMED
-    assert {box: outcome.refused for box, outcome, _ in fleet.told}["north/a"] is Refusal.MALFORMED
+    assert fleet.told[0] == ("north/a", report.outcomes["north/a"], None)
 
 
-def test_answer_after_the_close_is_taken_for_the_next_round_and_told_then():
+def test_answer_after_the_close_counts_for_the_next_round_and_is_told():
+    book, fleet = FakeBook(1), FakeFleet({"north/a": [b"x"], "north/b": []})
+    tell, late = fleet.tell, [Answered("north/b", b"late")]
+    fleet.tell = lambda *told: (tell(*told), fleet.events.extend(late), late.clear())
+
+    report = conductor(fleet, book).run(1)
+
+    assert book.taken[2] == {"north/b": b"late"}
+    assert report.outcomes["north/b"].counted_in_round == 2
+    assert [box for box, _, _ in fleet.told] == ["north/a", "north/b"]
+
+
+def test_message_that_failed_is_tried_again():
+    book, fleet = FakeBook(1), FakeFleet({"north/a": [Failed("north/a", "app raised"), b"x"]})
+
+    report = conductor(fleet, book, ask_s=10).run(1)
+
+    assert report.kept == {"north/a": 1}
+
+
+def test_boxes_that_do_not_store_the_bank_hold_nobody_up(caplog):
     book, fleet = FakeBook(1), FakeFleet({"north/a": [b"x"]})
-    runs = conductor(fleet, book)
-    fleet.tell = lambda *told: (fleet.told.append(told), fleet.events.append(Answered("north/b", b"late")))
-    first = runs.run()
-
-    fleet.here = {"north/b"}
-    second = runs.run()
-
-    assert first.unreached == {"north/a"}
-    assert first.outcomes["north/b"].counted_in_round == 2
-    assert (second.rounds, book.closed) == ({"pool": 2}, [["north/a"], ["north/b"]])
-    assert [(box, outcome.counted_in_round) for box, outcome, _ in fleet.told][-1] == ("north/b", 2)
-
-
-def test_boxes_that_do_not_store_the_bank_hold_nobody_up():
-    book, fleet = FakeBook(1), FakeFleet({"north/a": [b"x"], "north/b": [Failed("north/b", "app raised")]})
     fleet.stores = False
 
-    report = conductor(fleet, book, tell_s=3).run()
+    report = conductor(fleet, book).run(1)
 
-    assert report.unreached == {"north/a", "north/b"}
+    assert report.kept == {}
+    assert "north/a has not said that it stored the newest bank" in caplog.text
 
 
 def test_box_without_bank_and_outcome_is_left_alone():
     book, fleet = FakeBook(1), FakeFleet({"north/a": [b"x"], "north/stranger": [None]})
 
-    conductor(fleet, book).run()
+    conductor(fleet, book).run(1)
 
     assert [box for box, _, _ in fleet.told] == ["north/a"]
+
+
+def test_run_goes_on_until_as_many_rounds_have_ended():
+    book, fleet = FakeBook(1), FakeFleet({"north/a": [b"x", b"y", b"z"]})
+
+    report = conductor(fleet, book, ask_s=10).run(3)
+
+    assert (report.ended, book.closed, report.kept) == (3, [["north/a"]] * 3, {"north/a": 3})
 
 
 def test_exchange_gives_the_update_and_says_what_is_asked(tmp_path):
