@@ -24,6 +24,7 @@ from edge.memory.banks import Banks
 from edge.memory.camera_gates import CameraGates
 from edge.memory.changeover import NO_COMMISSIONING
 from edge.memory.commissioning import commissioning_of_folder, packed_commissioning
+from edge.memory.link_watch import LinkWatch
 from edge.memory.recent import RecentFrame, RecentFrames
 from edge.memory.sampling import Sampler
 
@@ -54,7 +55,6 @@ SAVE_EVERY_S = 300.0
 NOTICE_EVERY_S = 3600.0
 # Below the threads that judge, where the system allows it.
 _NICENESS = 10
-_LINK_REFUSES = frozenset({"refused", "wrong_server_key"})
 
 
 class MemoryKeeper:
@@ -98,6 +98,7 @@ class MemoryKeeper:
         self._settings, self._detector, self._cameras = settings, detector, cameras
         self._changeover, self._learner, self._store = changeover, learner, store
         self._sender, self._link = sender, link
+        self._watch = None if link is None else LinkWatch(link, notify, clock)
         self._notify, self._answer, self._metrics, self._clock = notify, answer, metrics, clock
         self._sampler = Sampler(every_s=settings.every_s, remember=remember, metrics=metrics, clock=clock)
         self._commands: queue.Queue[Message] = queue.Queue(MAX_COMMANDS)
@@ -115,7 +116,6 @@ class MemoryKeeper:
         self._trouble: dict[str, str] = {}
         self._noticed_at: dict[str, float] = {}
         self._last_ship = ""
-        self._link_kind = ""
 
     def start(self) -> None:
         """Begin."""
@@ -181,7 +181,6 @@ class MemoryKeeper:
 
     def status(self) -> dict[str, Any]:
         """Say how the memory is, as JSON values for the box's status."""
-        link = self._link
         return self._changeover.status() | {
             "learn": self._settings.learn.value,
             "frames_fed": self._learner.feeds,
@@ -189,9 +188,7 @@ class MemoryKeeper:
             "turned_away_since_start": self._learner.turned_away,
             "dropped_since_start": self._metrics.value("memory_dropped"),
             "next_ship_s": round(max(0.0, self._ship_at - self._clock()), 1),
-            "link": None
-            if link is None
-            else {"state": link.state.kind.value, "reason": link.state.reason, "round": link.round, **link.counters},
+            "link": None if self._watch is None else self._watch.status(),
             "last_ship": self._last_ship,
             "trouble": self._troubles(),
         }
@@ -201,10 +198,7 @@ class MemoryKeeper:
         found = [f"memory: {what}: {text}" for what, text in sorted(self._troubles().items())]
         if self._changeover.trying and self._changeover.commissioning is None and "commissioning" not in self._trouble:
             found.append(f"memory: a new memory {NO_COMMISSIONING}")
-        link = self._link
-        if link is not None and link.state.kind.value in _LINK_REFUSES:
-            found.append(f"federation: {link.state.reason}")
-        return found
+        return found + ([] if self._watch is None else self._watch.warnings())
 
     def _run(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
@@ -316,15 +310,10 @@ class MemoryKeeper:
         return 1
 
     def _poll(self) -> bool:
-        link = self._link
-        if link is None:
+        if self._link is None or self._watch is None:
             return False
-        state = link.state
-        if state.kind.value != self._link_kind:
-            self._link_kind = state.kind.value
-            if self._link_kind in _LINK_REFUSES:
-                self._notify(NoticeKind.FEDERATION_REFUSED, Severity.WARNING, state.reason or self._link_kind)
-        bank = link.poll_bank()
+        self._watch.look()
+        bank = self._link.poll_bank()
         if bank is None:
             return False
         self._try_fleet(bank)

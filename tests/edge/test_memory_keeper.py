@@ -388,6 +388,23 @@ def test_refused_link_is_a_notice_once(bundle: Bundle, tmp_path: Path) -> None:
     assert bench.keeper.warnings() == ["federation: revoked: enrol it again"]
 
 
+def test_refused_updates_are_notices_by_their_code(bundle: Bundle, tmp_path: Path) -> None:
+    link = Fleet()
+    bench = Bench(bundle, tmp_path, link=link)
+    bench.wait(0)
+    for refused in ({"busy": 3}, {"busy": 4, "bad_support": 1}, {"busy": 4, "bad_support": 2, "already_counted": 1}):
+        link.counters = {"refused": refused}
+        bench.wait(1)
+
+    assert [(kind, severity, detail) for kind, severity, _, detail in bench.notices] == [
+        ("federation.refused", "warning", {"code": "bad_support"}),
+        ("federation.refused", "info", {"code": "already_counted"}),
+    ]
+    link.counters = {"refused": {"bad_support": 3}}
+    bench.wait(3600)
+    assert len(bench.notices) == 3
+
+
 # --- restarts and damage ----------------------------------------------------------------------------------------
 
 
