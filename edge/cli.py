@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.metadata
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -124,6 +125,9 @@ def run(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:
     """Run a box until it is told to stop, or until all of its files have been judged."""
+    # Read when numpy is loaded. On a box its matrix products are the memory's alone, which has time: with threads of
+    # their own they would spin on the cores that the engine judges with.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from edge.settings import load_settings, settings_schema
 
     if print_schema:
