@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,7 @@ from edge.memory.bank import MemoryBank
 from edge.memory.banks import packed_banks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Collection, Sequence
     from pathlib import Path
 
     from deploy.aggregator.canaries import Canaries
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from edge.federation.update import MemoryUpdate
 
 LOG = logging.getLogger("lineward.aggregator")
+NOT_ENROLLED = "the key of its box was taken back after it was sent"
 
 
 class CanaryFolder:
@@ -88,11 +90,16 @@ class Examiner:
     Args:
         limits: of the gates.
         canaries: where canaries come from.
+        enrolled: names of the boxes that have a key now; what a box has sent before its key was taken back waits for
+            a person. None asks nobody.
     """
 
-    def __init__(self, limits: GateLimits, canaries: CanaryFolder) -> None:
+    def __init__(
+        self, limits: GateLimits, canaries: CanaryFolder, enrolled: Callable[[], Collection[str]] | None = None
+    ) -> None:
         self._limits = limits
         self._canaries = canaries
+        self._enrolled = enrolled
         self._untried: set[tuple[str, str]] = set()
 
     def __call__(
@@ -119,7 +126,13 @@ class Examiner:
             )
             found.update(zip(numbers, examinations, strict=True))
             self._note(updates[0].embedding_id, product, examinations)
-        return [found[number] for number in range(first)]
+        enrolled = None if self._enrolled is None else self._enrolled()
+        return [
+            found[number]
+            if enrolled is None or updates[number].box in enrolled
+            else replace(found[number], accepted=False, reasons=(*found[number].reasons, NOT_ENROLLED))
+            for number in range(first)
+        ]
 
     def _note(self, embedding_id: str, product: str, examinations: Sequence[Examination]) -> None:
         """Say once where canaries told nothing: there defect rows would pass."""

@@ -83,6 +83,10 @@ class Registry:
         """The last reading; immutable."""
         return self._boxes
 
+    def enrolled(self) -> frozenset[str]:
+        """Return the boxes that have a key now."""
+        return frozenset(self._boxes.names.values())
+
     def refresh(self) -> bool:
         """Read what has changed; returns whether anything did.
 

@@ -105,7 +105,7 @@ class Service:
         problems = self._registry.boxes.problems
         if problems:
             raise SettingsError(problems[0])
-        gate = self._gate or Examiner(settings.gates, CanaryFolder(settings.canaries))
+        gate = self._gate or Examiner(settings.gates, CanaryFolder(settings.canaries), self._registry.enrolled)
         references = read_references(settings.references)
         with contextlib.ExitStack() as stack:
             self._store = stack.enter_context(Store(settings.store))

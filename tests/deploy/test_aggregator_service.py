@@ -33,7 +33,9 @@ from edge.errors import DataError, SettingsError, StoreError, UsageError
 from edge.federation.connection import LinkKind
 from edge.federation.keys import certificate, make_keys
 from edge.federation.update import FleetBank
+from edge.inference.detector import stored_state
 from tests.edge.tiny_bundle import make_tiny_bundle
+from tests.edge.tiny_memory import make_memory_bundle
 from tests.federation_link import EMBEDDING, PRODUCT, make_update
 from tests.fleet_service import Aggregator, Opinion, Suspicious, wait_for
 
@@ -305,6 +307,37 @@ def test_reference_needs_a_bundle_whose_memory_can_change(tmp_path: Path) -> Non
     bundle = make_tiny_bundle(tmp_path / "bundle")
     with pytest.raises(DataError, match="feddymem"):
         read_references([bundle.path])
+
+
+def test_reference_is_the_memory_of_the_bundle(tmp_path: Path) -> None:
+    bundle = make_memory_bundle(tmp_path / "bundle", commissioning=0)
+    found = read_references([bundle.path])
+    assert set(found) == set(bundle.manifest.embedding_id.values())
+    layout = bundle.manifest.memory
+    assert layout is not None
+    packed = np.unique(stored_state(bundle)[layout.local], axis=0)
+    for bank in found.values():
+        assert {row.tobytes() for row in packed} <= {row.tobytes() for row in bank.rows}
+        assert bank.support.sum() == pytest.approx(1)
+
+
+def test_what_a_revoked_box_had_sent_waits_for_a_person(tmp_path: Path) -> None:
+    with Aggregator(tmp_path) as aggregator:
+        clients = {box: aggregator.client(aggregator.enrol(box), box) for box in ("plant/a", "plant/b")}
+        for client in clients.values():
+            client.start()
+        clients["plant/a"].submit(make_update("plant/a", rows=40))
+        wait_for(clients["plant/a"], lambda: clients["plant/a"].counters["receipts"] == 1)
+        aggregator.command("revoke", "plant/a")
+        wait_for(clients["plant/a"], lambda: clients["plant/a"].state.kind is LinkKind.REFUSED)
+        clients["plant/b"].submit(make_update("plant/b", rows=40, seed=1))
+        wait_for(clients["plant/b"], lambda: clients["plant/b"].counters["banks"] == 1)
+        bank = clients["plant/b"].poll_bank()
+        assert bank is not None
+        assert bank.members == ("plant/b",)
+        assert "was taken back" in aggregator.command("quarantine", "list")
+        for client in clients.values():
+            client.stop()
 
 
 @pytest.mark.parametrize(

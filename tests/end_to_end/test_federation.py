@@ -191,6 +191,39 @@ def test_command_serves_until_sigterm_and_ends_within_three_seconds(process: Agg
     assert process.command("status").count("1 boxes have sent") == 1
 
 
+def test_sigterm_does_not_wait_for_a_merge_and_the_next_start_takes_it_up(process: Aggregator) -> None:
+    # Seconds of work: every row of the memory is looked for among thousands.
+    process.values["merge"] = {"rows": 2000, "iterations": 200, "passes": 200, "tolerance": 0}
+    process.values["gates"] = {"spread": 1e6, "distance": 1e6, "grain": 1e6}
+    process.write()
+    keys = {box: process.enrol(box) for box in BOXES}
+    child = spawn(process)
+    clients = []
+    try:
+        for number, box in enumerate(BOXES):
+            client = make_client(
+                process.folder, keys[box], box, process.settings.listen, server_key=process.keys.public
+            )  # fmt: skip
+            clients.append(client)
+            client.start()
+            client.submit(make_update(box, rows=4000, width=100, seed=number))
+        assert child.stderr is not None
+        assert any("closes with 2 boxes" in line for line in child.stderr)
+        began = time.monotonic()
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(10) == 0
+        assert time.monotonic() - began <= 3
+        assert clients[0].counters["banks"] == 0, "it was in the middle"
+        process.values["merge"] = {"rows": 32}
+        process.write()
+        with process:
+            wait_for(clients[0], lambda: clients[0].counters["banks"] == 1)
+    finally:
+        child.kill()
+        for client in clients:
+            client.stop()
+
+
 def test_second_aggregator_on_one_store_is_refused(process: Aggregator) -> None:
     child = spawn(process)
     try:
