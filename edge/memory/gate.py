@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 MIN_SCORES = 10
-"""Calibration scores below which a quantile is not known: the median of 9 lies beyond the true 0.8 once in 30."""
+"""Scores below which a quantile is not known: the median of 10 exceeds the true 0.8 once in 157 sets, of 5 in 17."""
 
 
 class Learn(str, Enum):
