@@ -8,17 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from edge.errors import DataError, FederationError
+from edge.federation.folder_link import BANK, INVITATION, OUTCOME, UPDATE, write_whole
 from edge.federation.refusals import Refusal
 from edge.federation.wire import Limits, decode_bank
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-
-UPDATE = "update.bin"
-BANK = "bank.bin"
-INVITATION = "invitation.json"
-OUTCOME = "outcome.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +64,7 @@ class Exchange(Protocol):
 
 
 class FolderExchange:
-    """A folder that the box's service and the Flower client share.
+    """The Flower client's side of the folder that it shares with the box, whose side is a FolderLink.
 
     The box writes ``update.bin`` (into a scratch file first, then renamed) and reads the rest: ``invitation.json``
     with the open rounds, ``outcome.json`` with what became of the update, ``bank.bin`` with the newest fleet memory.
@@ -140,24 +136,7 @@ class FolderExchange:
         return new.version
 
     def _write(self, name: str, content: bytes) -> None:
-        """Put a file in place in one step, on disk before it is visible."""
-        path = self._folder / name
-        scratch = self._folder / f".{name}.{os.getpid()}"
-        try:
-            with scratch.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            scratch.replace(path)
-            handle = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be written ({error.strerror}); free space or correct its folder"
-            ) from error
+        write_whole(self._folder / name, content)
 
 
 def _json(values: Mapping[str, object]) -> bytes:

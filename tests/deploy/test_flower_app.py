@@ -21,13 +21,14 @@ from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 from deploy.flower import records, server  # noqa: E402
 from deploy.flower.book import open_book  # noqa: E402
 from deploy.flower.client import app, make_client_app  # noqa: E402
-from deploy.flower.exchange import BANK, OUTCOME, UPDATE, FolderExchange, Invitation, Outcome  # noqa: E402
+from deploy.flower.exchange import FolderExchange, Invitation, Outcome  # noqa: E402
 from deploy.flower.grid import GridFleet  # noqa: E402
 from deploy.flower.quiet import QUIET  # noqa: E402
 from deploy.flower.records import Told  # noqa: E402
 from deploy.flower.rounds import Answered, Failed, Kept  # noqa: E402
 from deploy.flower.server import main, read_run_config, run_rounds  # noqa: E402
 from edge.errors import DataError, FederationError, SettingsError, StoreError  # noqa: E402
+from edge.federation.folder_link import BANK, OUTCOME, UPDATE  # noqa: E402
 from edge.federation.refusals import Refusal  # noqa: E402
 from edge.federation.wire import encode_bank, encode_update  # noqa: E402
 from tests.deploy.fleet_contract import (  # noqa: E402

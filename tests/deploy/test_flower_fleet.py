@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import time
 from typing import TYPE_CHECKING
 
@@ -134,11 +136,11 @@ def test_killed_run_goes_on_when_it_is_submitted_again_and_nobody_speaks_to_anot
 
 
 def uploads(folder: Path) -> int:
-    """Whole updates in the store."""
-    from deploy.aggregator.store import Store
-
-    path = folder / "state" / "aggregator.db"
-    if not path.exists():
+    """Whole updates in the store, looked at without a hand in it."""
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"file:{folder / 'state' / 'aggregator.db'}?mode=ro", uri=True)
+        ) as store:
+            return int(store.execute("SELECT count(*) FROM uploads").fetchone()[0])
+    except sqlite3.OperationalError:  # not yet made
         return 0
-    with Store(path, serve=False) as store:
-        return len(store.uploads())

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from deploy.flower.exchange import BANK, INVITATION, OUTCOME, UPDATE, FolderExchange, Invitation, Outcome
+from deploy.flower.exchange import FolderExchange, Invitation, Outcome
 from deploy.flower.quiet import QUIET, require_quiet
 from deploy.flower.rounds import Answered, Conductor, Failed, Kept
 from edge.errors import DataError, FederationError, SettingsError
+from edge.federation.folder_link import BANK, INVITATION, OUTCOME, UPDATE
 from edge.federation.refusals import Refusal
 from edge.federation.wire import Limits, encode_bank, encode_update
 from tests.edge.federation_values import bank, update
