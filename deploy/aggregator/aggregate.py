@@ -52,7 +52,7 @@ class AggregateSettings(BaseModel):
     sample_factor: int = Field(
         16,
         ge=4,
-        le=256,
+        le=1024,
         title="Sample factor",
         description="Where there are more, this many uploaded rows for each row of the fleet memory are clustered "
         "first; more is slower and lies closer to clustering all.",
