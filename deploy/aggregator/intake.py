@@ -40,6 +40,9 @@ def open_round(store: Store, settings: RoundSettings, clock: Clock, *, pool: str
 class Intake:
     """Answers requests of boxes whose identity is settled.
 
+    A box has one update a round, product and sub-class: the same one may come again and again, a second and different
+    one is refused, since the first has its receipt and the box has forgotten it.
+
     Every method raises FederationError where a request is refused, and StoreError where it cannot be stored.
 
     Args:
@@ -67,7 +70,7 @@ class Intake:
             id=hello.id,
             round=current.round,
             closes_in_ms=left,
-            bank_version=self._newest(current.pool),
+            bank_version=self._store.newest(current.pool)[0],
             max_chunk=self._settings.max_chunk,
             max_update_bytes=self._settings.max_update_bytes,
         )
@@ -180,7 +183,7 @@ class Intake:
         pool = self._current(fetch.embedding_id, fetch.product).pool
         bank = self._store.bank(pool, fetch.version)
         if bank is None:
-            return Nothing(id=fetch.id, bank_version=self._newest(pool)), b""
+            return Nothing(id=fetch.id, bank_version=self._store.newest(pool)[0]), b""
         if fetch.offset >= bank.size:
             raise FederationError(Refusal.BAD_OFFSET, f"offset: {fetch.offset} is not below the size {bank.size}")
         body = self._store.bank_bytes(bank, fetch.offset, self._settings.max_chunk)
@@ -211,14 +214,9 @@ class Intake:
             raise StoreError(f"store {self._store.path}: the round of {pool} is not there after it was stored")
         return found
 
-    def _newest(self, pool: str) -> int:
-        bank = self._store.bank(pool)
-        return 0 if bank is None else bank.version
-
     def _width(self, pool: str) -> int:
         """Columns of the pool's rows, 0 where neither a bank nor a reference tells them yet."""
-        bank = self._store.bank(pool)
-        return self._columns(pool) if bank is None else bank.columns
+        return self._store.newest(pool)[1] or self._columns(pool)
 
 
 def _check_round(named: int, current: int) -> None:

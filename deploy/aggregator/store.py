@@ -285,11 +285,18 @@ class Store:
     def banks(self, pool: str) -> list[Bank]:
         """The banks of a pool that are kept, newest first."""
         rows = self._rows(f"SELECT {_BANK} FROM banks WHERE pool = ? ORDER BY version DESC", pool)  # noqa: S608 (own column names)
-        return [Bank(r[0], r[1], r[2], r[3], r[4], r[5], tuple(json.loads(r[6])), r[7], r[8]) for r in rows]
+        return [_bank(row) for row in rows]
 
     def bank(self, pool: str, version: int = 0) -> Bank | None:
         """A bank that is kept, the newest for version 0."""
-        return next((bank for bank in self.banks(pool) if version in (0, bank.version)), None)
+        where = "pool = ?1 AND (?2 = 0 OR version = ?2) ORDER BY version DESC LIMIT 1"
+        rows = self._rows(f"SELECT {_BANK} FROM banks WHERE {where}", pool, version)  # noqa: S608 (own column names)
+        return _bank(rows[0]) if rows else None
+
+    def newest(self, pool: str) -> tuple[int, int]:
+        """Version and columns of a pool's newest bank, 0 and 0 before the first; asked with every greeting."""
+        rows = self._rows("SELECT version, columns FROM banks WHERE pool = ? ORDER BY version DESC LIMIT 1", pool)
+        return rows[0] if rows else (0, 0)
 
     def bank_bytes(self, bank: Bank, start: int = 0, length: int | None = None) -> bytes:
         """Bytes of a bank from ``start`` on."""
@@ -379,6 +386,11 @@ class Store:
         values = (_utc_now(), EventKind.DAMAGE.value, self.damage)
         db.execute("INSERT INTO events(ts, kind, pool, box, code, text) VALUES (?, ?, '', '', '', ?)", values)
         return db
+
+
+def _bank(row: tuple[Any, ...]) -> Bank:
+    values = (*row[:6], tuple(json.loads(row[6])), *row[7:])
+    return Bank(**dict(zip(Bank.__slots__, values, strict=True)))
 
 
 def _upload(row: tuple[Any, ...]) -> Upload:

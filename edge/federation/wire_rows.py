@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 LARGEST = 65504.0  # of float16: a bank that comes down is float16, so nothing larger may go up
 _LEVELS = 255
-_EXACT = 2.0**24  # integers up to it are exact in float32
 _POWER = 0.5  # what frexp gives as the fraction of a power of two
 _LEAST_EXPONENT = -126  # of a normal float32
 
@@ -36,8 +35,8 @@ def on_wire(rows: Floats, wire: WireRows) -> Floats:
         wire: numbers that the rows travel in.
 
     Returns:
-        float32 [R, D]; float16: within 2**-11 of each value; uint8: within 1/254 of the column's range or, far from
-        zero, 2**-25 of its largest magnitude.
+        float32 [R, D]; float16: within 2**-11 of each value, or 2**-25; uint8: within 1/254 of the column's range, or
+        2**-127. A column far from zero needs no more: its values are whole multiples of the step already.
 
     Raises:
         FederationError: ``bad_shape`` or ``not_finite``.
@@ -66,10 +65,9 @@ def check_rows(rows: Floats) -> None:
 def _steps(rows: Floats) -> npt.NDArray[np.float64]:
     """For each column the smallest power of two whose multiples can stand for it in one byte, exactly."""
     low, high = rows.min(0).astype(np.float64), rows.max(0).astype(np.float64)
-    need = np.maximum((high - low) / _LEVELS, np.maximum(np.abs(low), np.abs(high)) / _EXACT)
-    fraction, exponent = np.frexp(np.maximum(need, 2.0**_LEAST_EXPONENT))
+    fraction, exponent = np.frexp(np.maximum((high - low) / _LEVELS, 2.0**_LEAST_EXPONENT))
     steps = np.ldexp(1.0, np.where(fraction == _POWER, exponent - 1, exponent))
-    # Rounding may widen a column by one step, low end down and high end up.
+    # Rounding to even may widen a column by one step, 0.5 down and 255.5 up.
     return np.asarray(np.where(np.rint(high / steps) - np.rint(low / steps) > _LEVELS, 2 * steps, steps), np.float64)
 
 

@@ -17,11 +17,11 @@ from edge.errors import FederationError, StoreError
 from edge.federation.messages import Receipt, Resume, Welcome
 from edge.federation.refusals import Refusal
 from edge.federation.wire import encode_update
-from tests.deploy.round_values import POOL, Fleet
+from tests.deploy.round_values import POOL, Fleet, memory_folder
 from tests.edge.federation_values import update
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 BOXES = ("north/one", "north/two", "south/three")
 
@@ -30,6 +30,12 @@ def close_a_round(fleet: Fleet, round_: int) -> None:
     for number, box in enumerate(BOXES):
         fleet.send(update(box, seed=10 * round_ + number, round=round_))
     fleet.settle()
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    with memory_folder() as folder:
+        yield folder
 
 
 @pytest.fixture
@@ -187,9 +193,10 @@ def test_damage_met_while_serving_costs_the_request_and_not_the_service(fleet: F
 
 
 def test_damaged_row_of_an_update_is_refused_and_the_others_count(fleet: Fleet) -> None:
-    fleet.store._db.execute(
-        "UPDATE uploads SET payload = CAST(x'00' || substr(payload, 2) AS BLOB) WHERE state = 'waiting'"
-    )
+    (waiting,) = fleet.store.uploads(state=UploadState.WAITING)
+    payload = bytearray(fleet.store.payload(waiting) or b"")
+    payload[-20] ^= 1  # of a mean: it still decodes
+    fleet.store._db.execute("UPDATE uploads SET payload = ? WHERE id = ?", (bytes(payload), waiting.id))
     for number, box in enumerate(BOXES[1:]):
         fleet.send(update(box, seed=70 + number, round=3))
     fleet.settle()

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,11 +20,12 @@ from edge.federation.refusals import Refusal
 from edge.federation.update import WireRows
 from edge.federation.wire import encode_update
 from edge.memory.bank import MemoryBank
-from tests.deploy.round_values import POOL, PRODUCT, SETTINGS, Examination, Fleet, HandClock, in_place
+from tests.deploy.round_values import POOL, PRODUCT, SETTINGS, Examination, Fleet, HandClock, in_place, memory_folder
 from tests.edge.federation_values import EMBEDDING, update
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from edge.federation.update import MemoryUpdate
 
@@ -36,10 +34,8 @@ BOXES = ("north/one", "north/two", "south/three", "south/four", "south/five")
 
 @pytest.fixture
 def tmp_path() -> Iterator[Path]:
-    """In memory where that is a file system: these tests are about decisions, and a sync takes milliseconds on disk."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
-        yield Path(folder)
+    with memory_folder() as folder:
+        yield folder
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def test_bank_comes_back_bit_for_bit() -> None:
     st.sampled_from([1.0, 1e-3, 1e-30, 1e-42]),
     st.sampled_from([0.0, 1.0, -5000.0]),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_rounded_rows_travel_exactly_and_rounding_again_changes_nothing(
     rows: np.ndarray, wire: WireRows, factor: float, offset: float
 ) -> None:
@@ -102,8 +102,26 @@ def test_rounded_rows_travel_exactly_and_rounding_again_changes_nothing(
     assert equal(sent, decode_update(encode_update(sent), LIMITS))
     if wire is WireRows.UINT8:
         spread = rows.max(0).astype(np.float64) - rows.min(0)
-        bound = np.maximum(spread / 254, np.abs(rows).max(0) * 2.0**-24) + 2.0**-126
+        bound = np.maximum(spread / 254, 2.0**-127)
         assert (np.abs(rounded.astype(np.float64) - rows) <= bound).all()
+
+
+@pytest.mark.parametrize(
+    "column", [[0.5, 255.5, 3.0], [-1.5, 253.5, 1.0], [7.0, 7.0, 7.0], [5000.0, 5000.0005, 5000.0], [1e-44, 3e-44, 0.0]]
+)
+def test_columns_at_the_edge_of_what_a_byte_spans(column: list[float]) -> None:
+    """Rounding to even widens the first two by a step; the others are narrow, or far from zero."""
+    rounded = on_wire(np.asarray(column, np.float32)[:, None], WireRows.UINT8)
+    sent = replace(update(rows=3, columns=1), rows=rounded, wire=WireRows.UINT8)
+    assert equal(sent, decode_update(encode_update(sent), LIMITS))
+    assert np.abs(rounded[:, 0].astype(np.float64) - column).max() <= max((max(column) - min(column)) / 254, 2.0**-12)
+
+
+def test_payload_over_the_limit_is_refused_before_it_is_read() -> None:
+    for value in (update(), bank()):
+        data = encode(value)
+        assert code_of(data, Limits(max_bytes=len(data) - 1)) is Refusal.TOO_LARGE
+        assert equal(value, decode(data, Limits(max_bytes=len(data))))
 
 
 def test_rows_that_the_wire_cannot_hold_are_refused_before_they_leave() -> None:
@@ -261,6 +279,10 @@ def test_scale_and_offset_other_than_the_encoder_s_are_refused() -> None:
     ]:
         altered = data[:at] + values.astype("<f4").tobytes() + data[at + 16 :]
         assert code_of(altered) is code, (at, values)
+    narrow = data[: start + 32] + bytes(12) + data[start + 44 :]
+    assert code_of(narrow) is Refusal.MALFORMED, "a finer step would do for these rows"
+    raised = data[: start + 32] + bytes(value // 2 + 1 for value in data[start + 32 : start + 44]) + data[start + 44 :]
+    assert code_of(raised) is Refusal.MALFORMED, "the offset is below all rows"
 
 
 @pytest.mark.parametrize(

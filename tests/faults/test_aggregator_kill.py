@@ -135,7 +135,7 @@ def test_round_of_an_aggregator_without_a_durable_store_is_lost(plant: Callable[
 def test_three_of_five_answer_one_never_one_is_late_by_a_round(plant: Callable[..., Plant]) -> None:
     """With close_at 5 the deadline closes the round; nobody is waited for, and nothing that came late is lost."""
     names = (*BOXES, "west/never", "west/late")
-    period = 4.0
+    period = 2.5
     going = plant("going", names, close_at=5, period_s=period)
     going.start()
     with contextlib.ExitStack() as stack:
