@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,18 +15,18 @@ from trainer.evaluation.fleet import FleetSettings, RoundFigures, Simulation, ex
 from trainer.evaluation.fleet_cost import measure
 from trainer.evaluation.fleet_curves import bytes_curve, computed_points, coreset_point, mean, pooled_bank, worst
 from trainer.evaluation.fleet_embed import generic_embedder
-from trainer.evaluation.fleet_generated import ImageCounts, generated_boxes
+from trainer.evaluation.fleet_generated import ImageCounts, generated_boxes, trainer_gate
 from trainer.evaluation.fleet_judge import squared_distances
 from trainer.evaluation.fleet_poison import Poison, poisoned
 from trainer.evaluation.fleet_report import FleetReport, PoisonLine, RoundLine
-from trainer.evaluation.fleet_scene import make_sites
+from trainer.evaluation.fleet_scene import MOST_BOXES, make_sites, trainer_sites
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from deploy.aggregator.closing import Gate
     from deploy.progress import Progress
-    from edge.federation.update import FleetBank, MemoryUpdate
+    from edge.federation.update import MemoryUpdate
     from trainer.evaluation.fleet_embed import Embedder
     from trainer.evaluation.fleet_judge import Judgement
 
@@ -41,7 +42,7 @@ class BenchSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    boxes: int = Field(ge=2, le=4095, title="Boxes", description="Of the largest fleet.")
+    boxes: int = Field(ge=2, le=MOST_BOXES, title="Boxes", description="Of the largest fleet.")
     seed: int = Field(0, ge=0, title="Seed", description="Of every random choice.")
     drawn: int = Field(DRAWN, ge=2, title="Drawn", description="Most boxes whose images are drawn and judged.")
     images: ImageCounts = Field(ImageCounts(), title="Images", description="Of each drawn box.")
@@ -60,6 +61,9 @@ def simulate(settings: BenchSettings, *, embedder: Embedder | None = None, progr
     embedder = embedder or generic_embedder(progress=progress)
     sites = make_sites(min(settings.boxes, settings.drawn), seed=settings.seed)
     data = generated_boxes(sites, embedder, settings.images, progress=progress)
+    gate = trainer_gate(
+        trainer_sites(seed=settings.seed), embedder, settings.images.canary, embedding_id=embedder.embedding_id
+    )
     with single_threaded_blas(1):
         simulation = Simulation(
             data,
@@ -67,7 +71,7 @@ def simulate(settings: BenchSettings, *, embedder: Embedder | None = None, progr
             embedder.judge,
             embedding_id=embedder.embedding_id,
             seed=settings.seed,
-            gate=None,
+            gate=gate,
             progress=progress,
         )
         lines = tuple(round_line(simulation, figures) for figures in simulation.run())
@@ -78,7 +82,7 @@ def simulate(settings: BenchSettings, *, embedder: Embedder | None = None, progr
         curve.append(coreset_point(data, judgement, share=0.01, seed=settings.seed))
         curve += computed_points(data, embedder.parameters)
         updates = [box.update(1, base_version=0, seed=settings.seed) for box in simulation.boxes]
-        poison = poison_lines(simulation, judgement, updates, None)
+        poison = poison_lines(simulation, judgement, updates, gate)
     costs = measure(
         updates,
         [box.learn for box in data],
@@ -146,50 +150,46 @@ def pooled(simulation: Simulation, settings: BenchSettings) -> dict[int, float]:
 
 
 def poison_lines(
-    simulation: Simulation, judgement: Judgement, updates: Sequence[MemoryUpdate], gate: Gate | None
+    simulation: Simulation, judgement: Judgement, updates: Sequence[MemoryUpdate], gate: Gate
 ) -> list[PoisonLine]:
     """Spoil the updates of one box in six and merge them once, with and without the gate; others are judged.
 
     The boxes that lie are the last ones; what they would have sent honestly is the reference.
     """
     liars = max(1, len(updates) // POISONED_SHARE)
-    honest = len(updates) - liars
-    found = [_poison_line(simulation, judgement, updates, kind="none", honest=honest, gate=gate)]
+    trial = _Trial(simulation, judgement, len(updates) - liars)
+    found = [trial.line("none", updates, gate)]
     rng = np.random.default_rng(simulation.settings.rounds)
     for kind in Poison:
         spoilt = [
             poisoned(update, kind, defects=box.data.defects, rng=rng)
-            for update, box in zip(updates[honest:], simulation.boxes[honest:], strict=True)
+            for update, box in zip(updates[-liars:], simulation.boxes[-liars:], strict=True)
         ]
-        sent = [*updates[:honest], *spoilt]
-        found += [
-            _poison_line(simulation, judgement, sent, kind=kind.value, honest=honest, gate=each)
-            for each in ((None,) if gate is None else (None, gate))
-        ]
+        sent = [*updates[:-liars], *spoilt]
+        found += [trial.line(kind.value, sent, each) for each in (None, gate)]
     return found
 
 
-def _poison_line(
-    simulation: Simulation,
-    judgement: Judgement,
-    sent: Sequence[MemoryUpdate],
-    kind: str,
-    honest: int,
-    gate: Gate | None,
-) -> PoisonLine:
-    arrived = [decode_update(encode_update(update), Limits()) for update in sent]
-    bank: FleetBank | None = simulation.bank
-    accepted, refused = examined(arrived, gate, bank)
-    liars = {update.box for update in arrived[honest:]}
-    merged = aggregate(accepted, settings=simulation.settings.aggregate, seed=0)
-    exam = judgement.exam
-    those = exam.box < honest
-    scores = judgement.beside(merged.rows)[:honest]
-    return PoisonLine(
-        kind=kind,
-        gates=gate is not None,
-        poisoners=0 if kind == "none" else len(liars),
-        kept_out=sum(box in liars for box, _ in refused) if kind != "none" else 0,
-        honest_out=sum(box not in liars or kind == "none" for box, _ in refused),
-        mixed=mean(np.array([exam.auroc(row, those) for row in scores])),
-    )
+@dataclass(frozen=True)
+class _Trial:
+    """One merge of honest updates and others, judged by the honest boxes, the first ones."""
+
+    simulation: Simulation
+    judgement: Judgement
+    honest: int
+
+    def line(self, kind: str, sent: Sequence[MemoryUpdate], gate: Gate | None) -> PoisonLine:
+        arrived = [decode_update(encode_update(update), Limits()) for update in sent]
+        liars = {update.box for update in arrived[self.honest :]} if kind != "none" else set()
+        accepted, refused = examined(arrived, gate, self.simulation.bank)
+        merged = aggregate(accepted, settings=self.simulation.settings.aggregate, seed=0)
+        exam = self.judgement.exam
+        scores = self.judgement.beside(merged.rows)[: self.honest]
+        return PoisonLine(
+            kind=kind,
+            gates=gate is not None,
+            poisoners=len(liars),
+            kept_out=sum(box in liars for box, _ in refused),
+            honest_out=sum(box not in liars for box, _ in refused),
+            mixed=mean(np.array([exam.auroc(row, exam.box < self.honest) for row in scores])),
+        )

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from deploy.progress import Progress
     from edge.federation.update import MemoryUpdate
 
-FIRST_SIZES = (10, 30, 100, 300, 1000, 3000)
+FIRST_SIZES = (10, 30, 100, 300, 1000)
 """Fleets that are measured, as far as the one asked for; that one comes last."""
 
 EXTRAPOLATED = 10_000

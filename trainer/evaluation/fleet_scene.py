@@ -38,6 +38,9 @@ DEFECT_SIZE = (0.06, 0.2)
 """Extent of defects as a share of the diagonal of the surface in view; plainly visible, so that what a figure lacks is
 the memory's doing."""
 
+MOST_BOXES = 3000
+"""Of a fleet; a web is long enough for so many and the trainer."""
+
 _MARGIN = 0.1  # of a view: defects inside it stay in the picture at every pose
 _BOX_RUN = 2**20  # rows of a web that belong to one box: no two boxes ever see one place
 _SPLITS = ("learn", "commissioning", "good", "defective", "taught", "canary_good", "canary_defective")
@@ -162,10 +165,16 @@ def make_sites(boxes: int, *, seed: int, products: int = PRODUCTS) -> tuple[Site
     Raises:
         ValueError: a number is out of range, or there are more boxes than a web is long.
     """
-    if boxes < 1 or products < 1 or boxes * _BOX_RUN > TextureWeb.run:
-        raise ValueError(f"boxes {boxes} and products {products} must be at least 1, boxes at most 4095")
-    names = [f"{TEXTURES[p % len(TEXTURES)]}-{1000 * seed + p // len(TEXTURES)}" for p in range(products)]
-    return tuple(
-        Site(number, names[number % products], Condition.draw(np.random.default_rng((seed, number, 77))), seed)
-        for number in range(boxes)
-    )
+    if boxes < 1 or products < 1 or boxes > MOST_BOXES:
+        raise ValueError(f"boxes {boxes} and products {products} must be at least 1, boxes at most {MOST_BOXES}")
+    return tuple(_site(number, number % products, seed) for number in range(boxes))
+
+
+def trainer_sites(*, seed: int, products: int = PRODUCTS) -> tuple[Site, ...]:
+    """Return one site of each product where the trainer's images are from; no box is there."""
+    return tuple(_site(MOST_BOXES + number, number, seed) for number in range(products))
+
+
+def _site(number: int, product: int, seed: int) -> Site:
+    name = f"{TEXTURES[product % len(TEXTURES)]}-{1000 * seed + product // len(TEXTURES)}"
+    return Site(number, name, Condition.draw(np.random.default_rng((seed, number, 77))), seed)
