@@ -41,13 +41,14 @@ class Federation:
     """Starts and ends the processes; each has a ``FLWR_HOME`` of its own under ``folder``.
 
     ``boxes``: node name by box name. Each box has its exchange folder ``folder/<node>/exchange``. With ``traced`` every
-    connect of every process is written down.
+    connect of every process is written down; ``isolated`` processes have no network, not even that of this machine.
     """
 
-    def __init__(self, folder: Path, boxes: dict[str, str], *, traced: bool = False) -> None:
+    def __init__(self, folder: Path, boxes: dict[str, str], *, traced: bool = False, isolated: bool = False) -> None:
         self.folder, self.boxes, self.port = folder, boxes, free_port()
         self._keys = folder / "keys"
-        self._traced = traced
+        self._traced, self._isolated = traced, isolated
+        self._extra: dict[str, str] = {}
         self._processes: list[subprocess.Popen[bytes]] = []
         self._keys.mkdir()
         for node in boxes.values():
@@ -59,7 +60,8 @@ class Federation:
     def exchange(self, node: str) -> Path:
         return self.folder / node / "exchange"
 
-    def start_superlink(self) -> subprocess.Popen[bytes]:
+    def start_superlink(self, **environment: str) -> subprocess.Popen[bytes]:
+        self._extra = environment
         keys = self._keys
         options = {
             "--ssl-certfile": keys / "server.pem",
@@ -71,6 +73,8 @@ class Federation:
         }
         flags = ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
         process = self._start("superlink", ["flower-superlink", *itertools.chain(*options.items()), *flags])
+        if self._isolated:
+            return process
         self._wait_for_port(process)
         home = self.folder / "flwr"
         home.mkdir(exist_ok=True)
@@ -151,7 +155,7 @@ class Federation:
 
     def _spawn(self, name: str, command: Sequence[object]) -> subprocess.Popen[bytes]:
         program = str(ENVIRONMENT / "bin" / str(command[0]))
-        words = [program, *map(str, command[1:])]
+        words = [*(["unshare", "-rn"] if self._isolated else []), program, *map(str, command[1:])]
         if self._traced:
             target = self.folder / f"{name}.trace"
             strace = ["strace", "-f", "-ff", "-qq", "-s", "0", "-e", "trace=connect,sendto,sendmsg,sendmmsg"]
@@ -162,6 +166,7 @@ class Federation:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
             **QUIET,
+            **self._extra,
         }
         (self.folder / name).mkdir(exist_ok=True)
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -186,3 +191,11 @@ def missing() -> str:
 
 def can_trace() -> bool:
     return shutil.which("strace") is not None
+
+
+def can_isolate() -> bool:
+    unshare = shutil.which("unshare")
+    return (
+        unshare is not None
+        and subprocess.run([unshare, "-rn", "true"], capture_output=True, check=False).returncode == 0
+    )

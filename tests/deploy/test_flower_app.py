@@ -264,6 +264,14 @@ def test_reply_of_another_node_counts_for_nobody(grid, fleet):
     assert "not by the node" in event.reason
 
 
+def test_reply_that_nobody_waits_for_is_left_alone(grid, fleet):
+    fleet.ask("north/one", INVITATION)
+    (reply,) = grid.waiting.values()
+    grid.pull_messages = lambda _: [reply, reply]
+
+    assert fleet.poll() == [Answered("north/one", None)]
+
+
 def test_tickets_differ_from_message_to_message(grid, fleet):
     for _ in range(3):
         fleet.ask("north/one", INVITATION)

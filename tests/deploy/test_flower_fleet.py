@@ -26,7 +26,7 @@ from tests.deploy.fleet_contract import (
     settings_text,
     updates_of,
 )
-from tests.deploy.flower_processes import Federation, can_trace, missing, outside_connects
+from tests.deploy.flower_processes import Federation, can_isolate, can_trace, missing, outside_connects
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -133,6 +133,17 @@ def test_killed_run_goes_on_when_it_is_submitted_again_and_nobody_speaks_to_anot
     trace = federation.trace()
     assert 'inet_addr("127.0.0.1")' in trace
     assert outside_connects(trace) == []
+
+
+@pytest.mark.skipif(not can_trace(), reason="strace is not on the path: apt-get install strace")
+@pytest.mark.skipif(not can_isolate(), reason="no network namespace can be made here (unshare -rn)")
+def test_control_telemetry_that_is_on_is_seen(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, {}, traced=True, isolated=True)
+    try:
+        federation.start_superlink(FLWR_TELEMETRY_ENABLED="1")
+        federation.wait_for(lambda: bool(outside_connects(federation.trace())))
+    finally:
+        federation.stop()
 
 
 def uploads(folder: Path) -> int:
