@@ -43,19 +43,33 @@ def embedding_ids(
 
 
 def _projection(head: Path, states: set[str]) -> str:
-    """Hash what computes the embedding; all of a head that gives none."""
+    """Hash what computes the embedding; all of a head that gives none.
+
+    The exporter numbers values over the whole graph, so a product's setting behind the embedding renames what lies
+    before it: values count by their order, only inputs and outputs of the graph by their names.
+    """
     graph = onnx.load(head).graph
-    names = [value.name for value in graph.output]
-    wanted = {EMBEDDING} if EMBEDDING in names else set(names)
-    digest = hashlib.sha256()
+    outputs = [value.name for value in graph.output]
+    wanted = {EMBEDDING} if EMBEDDING in outputs else set(outputs)
+    used: list[onnx.NodeProto] = []
     for node in reversed(graph.node):  # in topological order, so one pass backwards finds every ancestor
-        if wanted.isdisjoint(node.output):
-            continue
-        wanted.update(node.input)
+        if not wanted.isdisjoint(node.output):
+            wanted.update(node.input)
+            used.append(node)
+    tensors = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in states}
+    public = {*(value.name for value in graph.input), *outputs, *states, ""}
+    names: dict[str, str] = {}
+    digest = hashlib.sha256()
+    for node in reversed(used):
+        for name in (*node.input, *node.output):
+            if name in names:
+                continue
+            names[name] = name if name in public else f"#{len(names)}"
+            if name in tensors:
+                values = numpy_helper.to_array(tensors[name])
+                digest.update(f"{names[name]} {values.dtype} {values.shape}".encode())
+                digest.update(values.tobytes())
         node.name = ""
+        node.input[:], node.output[:] = [names[name] for name in node.input], [names[name] for name in node.output]
         digest.update(node.SerializeToString(deterministic=True))
-    for tensor in graph.initializer:  # sorted by the exporter
-        if tensor.name in wanted and tensor.name not in states:
-            digest.update(tensor.name.encode())
-            digest.update(numpy_helper.to_array(tensor).tobytes())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The trainer's verbs: train, evaluate, export. Heavy imports wait until a verb is called."""
+"""The trainer's verbs: train, distill, evaluate, export, canaries. Heavy imports wait until a verb is called."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _parse_settings(given: list[str]) -> dict[str, str]:
 def train(
     data: Annotated[Path, typer.Option(help="Folder in MVTec layout; only train/good is read.")],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
-    method: Annotated[str, typer.Option(help="pbas or memory.")] = "memory",
+    method: Annotated[str, typer.Option(help="pbas, memory, fader, hetnet or feddymem.")] = "memory",
     preset: Annotated[str, typer.Option(help="quick or full.")] = "quick",
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     size: Annotated[
@@ -219,3 +219,31 @@ def export(
     for text in refused(bundle):
         typer.echo(f"left out by the parity gate: {text}", err=True)
     typer.echo(f"{bundle.path}  {bundle.id}")
+
+
+def canaries(
+    bundle: Annotated[Path, typer.Option(help="Bundle of a method whose memory boxes share.")],
+    data: Annotated[Path, typer.Option(help="Folder in MVTec layout; good images of train/good become canaries.")],
+    out: Annotated[Path, typer.Option(help="File to write, into the aggregator's folder of canaries: NAME.npz.")],
+    engine: Annotated[str | None, typer.Option(help="onnxruntime or openvino.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or int8: one file for each that boxes run.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the defects.")] = 0,
+) -> None:
+    """Write what an aggregator tests updates with: rows of synthetic defects and of good parts."""
+    from edge.bundle import Bundle, Engine, Precision
+    from trainer.canaries import write_canaries
+    from trainer.progress import progress_bars
+
+    with progress_bars() as progress:
+        made = write_canaries(
+            Bundle.open(bundle),
+            data,
+            out,
+            engine=_parse_choice("engine", engine, Engine),
+            precision=_parse_choice("precision", precision, Precision),
+            seed=seed,
+            progress=progress,
+        )
+    typer.echo(f"{out}  {len(made.defect)} rows of defects, {len(made.good)} of good parts  {made.embedding_id}")

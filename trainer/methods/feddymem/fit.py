@@ -93,7 +93,7 @@ class FedDyMemMethod(Method):
             height, width = (int(side) for side in tensors["grid"])
             head = _empty(generator_from(inner, channels, "the head"), own, (height, width))
             head.load_state_dict(tensors)
-        except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        except (DataError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"these tensors are no fleet memory ({error}); train again") from error
         return head.eval().requires_grad_(requires_grad=False)
 

@@ -53,11 +53,12 @@ class Generator(nn.Module):
 
     def joined(self, *taps: torch.Tensor) -> torch.Tensor:
         """Return what the convolution reads, float32 [N, sum(channels), h, w] on the stride-8 grid."""
-        centres = self.centre.split(self.channels)
-        levels = []
-        for patches, centre, floor in zip(level_patches(*taps), centres, self.floors, strict=True):
-            away = patches - centre[:, None, None]
-            levels.append(away / ((away * away).sum(1, keepdim=True) + floor * floor).sqrt())
+        levels, first = [], 0
+        for index, patches in enumerate(level_patches(*taps)):
+            last = first + self.channels[index]
+            away = patches - self.centre[first:last, None, None]
+            levels.append(away / ((away * away).sum(1, keepdim=True) + self.floors[index].square()).sqrt())
+            first = last
         return torch.cat(levels, 1)
 
     def forward(self, *taps: torch.Tensor) -> torch.Tensor:
@@ -150,7 +151,9 @@ class FedDyMemHead(Head):
     def set_banks(self, local: torch.Tensor, fleet: torch.Tensor | None = None) -> None:
         """Take over banks float32 [n, D], n at most the room for them; None repeats the local rows for the fleet."""
         self.bank_local.copy_(repeated(local, len(self.bank_local)))
-        self.bank_fleet.copy_(repeated(local if fleet is None else fleet, len(self.bank_fleet)))
+        # The local rows are in the other bank already: any of them fills this one without changing a distance.
+        other = local[: len(self.bank_fleet)] if fleet is None else fleet
+        self.bank_fleet.copy_(repeated(other, len(self.bank_fleet)))
 
     def embed(self, *taps: torch.Tensor) -> torch.Tensor:
         """Return the embedding float32 [N, h * w, D] of taps."""
