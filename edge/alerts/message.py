@@ -180,6 +180,7 @@ class NoticeKind(str, Enum):
     MEMORY_DAMAGED = "memory.damaged"
     MEMORY_FAILED = "memory.failed"
     FEDERATION_REFUSED = "federation.refused"
+    FEDERATION_DAMAGED = "federation.damaged"
     OUTBOX_DAMAGED = "outbox.damaged"
 
 

@@ -32,6 +32,7 @@ class LinkWatch:
     def __init__(self, link: FleetLink, notify: Callable[..., None], clock: Callable[[], float]) -> None:
         self._link, self._notify, self._clock = link, notify, clock
         self._kind = ""
+        self._damage = ""
         self._refused: dict[str, int] = {}
         self._told_at: dict[str, float] = {}
 
@@ -42,7 +43,13 @@ class LinkWatch:
         self._kind = state.kind.value
         if came_to_a_stand:
             self._notify(NoticeKind.FEDERATION_REFUSED, Severity.WARNING, state.reason or self._kind)
-        counts = dict(self._link.counters.get("refused", {}))
+        counters = self._link.counters
+        damage = counters.get("damage") or ""
+        if damage and damage != self._damage:
+            text = f"the updates that waited for the fleet were damaged: {damage}"
+            self._notify(NoticeKind.FEDERATION_DAMAGED, Severity.WARNING, text)
+        self._damage = damage
+        counts = dict(counters.get("refused", {}))
         before, self._refused = self._refused, counts
         if self._kind in _STANDS_STILL:
             return

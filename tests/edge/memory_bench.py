@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edge.alerts.message import Message
-    from edge.bundle import Bundle
+    from edge.bundle import Bundle, Engine
     from edge.judgement.region_of_interest import RegionOfInterest
 
 QUICK = {"every_s": 1, "ship_every_s": 100, "shadow_frames": 5, "shadow_s": 10, "drift_per_week": 100}
@@ -89,6 +89,7 @@ class Bench:
         *,
         link: Fleet | None = None,
         region: RegionOfInterest | None = None,
+        engine: Engine = ENGINE,
         **settings: Any,
     ) -> None:
         self.bundle, self.link, self.region = bundle, link, region
@@ -98,7 +99,7 @@ class Bench:
         self.answers: list[dict[str, Any]] = []
         self.announced: list[tuple[int, int]] = []
         self.metrics = Metrics()
-        self.detector = Detector.open(bundle, engine=ENGINE, precision=PRECISION, threads=1)
+        self.detector = Detector.open(bundle, engine=engine, precision=PRECISION, threads=1)
         self.opened: OpenedMemory = open_memory(self.settings, self.detector, folder)
         judge = self._judge()
         self.camera = Camera("cam", {judge.memory_version: judge}, judge)
@@ -173,7 +174,9 @@ class Bench:
     def _judge(self) -> Judge:
         manifest, kept = self.bundle.manifest, self.opened.in_force
         judge = Judge(
-            calibration=self.bundle.calibration(ENGINE, PRECISION) if kept is None else kept.calibration,
+            calibration=self.bundle.calibration(self.detector.status.engine, PRECISION)
+            if kept is None
+            else kept.calibration,
             pooling=manifest.pooling,
             crop=None,
             alpha=0.05,

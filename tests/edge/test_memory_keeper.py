@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from edge.alerts.message import AcceptCommand, ShipCommand, build
+from edge.bundle import Engine
 from edge.errors import SettingsError
 from edge.federation.connection import LinkKind, LinkState
 from edge.federation.update import Order, WireRows
@@ -213,8 +214,9 @@ def test_positional_update_has_a_row_per_place(bundle: Bundle, tmp_path: Path) -
 # --- shadow, recalibration, switch --------------------------------------------------------------------------------
 
 
-def test_fleet_memory_comes_into_force_after_its_shadow(bundle: Bundle, tmp_path: Path) -> None:
-    bench = Bench(bundle, tmp_path, link=Fleet())
+@pytest.mark.parametrize("engine", list(Engine))
+def test_fleet_memory_comes_into_force_after_its_shadow(bundle: Bundle, tmp_path: Path, engine: Engine) -> None:
+    bench = Bench(bundle, tmp_path, link=Fleet(), engine=engine)
     old = bench.show(good_frame(1))
     bring_fleet(bench)
 
@@ -379,6 +381,20 @@ def test_newer_fleet_memory_replaces_the_one_in_shadow(bundle: Bundle, tmp_path:
     assert bench.status["counters"] == {"proposed": 2, "switched": 1, "refused": 0, "replaced": 1}
 
 
+def test_second_switch_starts_from_the_first(bundle: Bundle, tmp_path: Path) -> None:
+    bench = Bench(bundle, tmp_path, link=Fleet(), min_frames=2, quantile=0.9)
+    bring_fleet(bench)
+    bench.show_good(10)
+    bring_fleet(bench, version=2)
+
+    figures = bench.notices[-1][3]["thresholds"]["cam"]
+    thresholds = [bench.camera.judges[version].threshold.value for version in (1, 2)]
+    assert [figures["old"], figures["new"]] == thresholds
+    assert bench.order(build(ShipCommand))["ok"]
+    assert bench.link is not None
+    assert bench.link.updates[0].base_version == 2
+
+
 def test_refused_link_is_a_notice_once(bundle: Bundle, tmp_path: Path) -> None:
     bench = Bench(bundle, tmp_path, link=Fleet(state=LinkState(LinkKind.REFUSED, "revoked: enrol it again")))
     for _ in range(3):
@@ -400,9 +416,19 @@ def test_refused_updates_are_notices_by_their_code(bundle: Bundle, tmp_path: Pat
         ("federation.refused", "warning", {"code": "bad_support"}),
         ("federation.refused", "info", {"code": "already_counted"}),
     ]
-    link.counters = {"refused": {"bad_support": 3}}
     bench.wait(3600)
+    assert len(bench.notices) == 2, "nothing was refused since"
+    link.counters = {"refused": {"bad_support": 3}}
+    bench.wait(0)
     assert len(bench.notices) == 3
+
+
+def test_damaged_spool_is_a_notice_once(bundle: Bundle, tmp_path: Path) -> None:
+    bench = Bench(bundle, tmp_path, link=Fleet(counters={"damage": "malformed; kept as x"}))
+    bench.wait(1)
+    bench.wait(1)
+
+    assert bench.kinds() == ["federation.damaged"]
 
 
 # --- restarts and damage ----------------------------------------------------------------------------------------
