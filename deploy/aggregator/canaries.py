@@ -37,7 +37,7 @@ class Canaries:
 
     Attributes:
         embedding_id: 64 hex digits; the embedding space of the rows.
-        product: what the rows show; may be empty where they show several products.
+        product: what the rows show; empty where they show every product of the pool.
         defect: float32 [n, D], patch rows that show a defect, n >= 1.
         good: float32 [m, D], patch rows of held-out good images, m >= 1.
         threshold: distance (not squared) from the nearest row of a memory above which a patch alarms, > 0.

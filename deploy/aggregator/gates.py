@@ -47,7 +47,7 @@ class GateLimits(BaseModel):
         description="Most spreads of the reference that the median row may lie from the reference's mean.",
     )
     grain: float = Field(
-        1.1,
+        0.95,
         gt=0,
         title="Grain",
         description="Most distance between neighbouring rows as a share of the spread; patches of a surface lie "
@@ -78,31 +78,29 @@ class GateLimits(BaseModel):
         title="Pull slack",
         description="What they may be drawn nearer beyond that, as a share of the alarm threshold.",
     )
+    foreign_slack: float = Field(
+        0.2,
+        ge=0,
+        title="Foreign slack",
+        description="The same for an update of another product than the canaries', whose good patches are no measure.",
+    )
     silenced: float = Field(
-        0.3,
+        0.4,
         gt=0,
         le=1,
         title="Silenced",
         description="Most canary defects, as a share of those that alarm, that may cease to alarm.",
     )
     kin: float = Field(
-        0.02,
+        0.03,
         ge=0,
         lt=1,
         title="Kin of defects",
         description="Most rows, as a share of an update's, that are new to the reference and lie nearer to a canary "
-        "defect than to anything good.",
-    )
-    kin_margin: float = Field(
-        0.85,
-        gt=0,
-        le=1,
-        title="Kin margin",
-        description="For an update of another product than the canaries': how much nearer, as a share of the "
-        "distance to anything good, since rows of an unseen product are about as far from both.",
+        "defect than to anything good. Not asked of another product than the canaries'.",
     )
     kin_reach: float = Field(
-        2.0,
+        1.2,
         gt=0,
         title="Kin reach",
         description="Alarm thresholds within which a row counts as near to a canary defect.",
@@ -182,8 +180,8 @@ def examine_all(
         updates: of one pool.
         reference: a bank that is trusted: the trainer's, or the last one accepted. An attacker who stays below the
             limits every round shifts the latter, so the trainer's is the safer one.
-        canaries: of the same embedding space; where they are of the update's own ``product``, rows are judged more
-            strictly.
+        canaries: of the same embedding space. Where they are of another product than an update, its rows are not
+            judged one by one and the pull has more slack; canaries without a product are taken for the pool's own.
         limits: None is the defaults.
         first: examine only this many, the first; the others are peers. None is all.
 
@@ -256,17 +254,17 @@ def _judge_beside_peers(found: _Finding, update: MemoryUpdate, scale: Scale, pee
 def _judge_influence(
     found: _Finding, update: MemoryUpdate, trial: Trial, canaries: Canaries, limits: GateLimits
 ) -> None:
-    own_product = bool(canaries.product) and canaries.product == update.product
-    margin = 1.0 if own_product else limits.kin_margin
-    seen = trial.influence(update, margin=margin, reach=limits.kin_reach)
+    own = canaries.product in {"", update.product}
+    seen = trial.influence(update, reach=limits.kin_reach)
     found.figures["canaries"] = float(seen.canaries)
     if seen.canaries < limits.fewest_canaries:
         return
     found.figures["clean_pull"] = seen.clean_pull
-    most = limits.pull_ratio * seen.clean_pull + limits.pull_slack
+    most = limits.pull_ratio * seen.clean_pull + (limits.pull_slack if own else limits.foreign_slack)
     found.limit("canary_pull", seen.canary_pull, most, "it draws known defects nearer, and good patches less")
     found.limit("silenced", seen.silenced, limits.silenced, "with it, known defects cease to alarm")
-    found.limit("kin", seen.kin, limits.kin, "its new rows look like defects")
+    # Rows of a product that neither reference nor canaries know may lie nearer to a defect than to anything good.
+    found.limit("kin", seen.kin, limits.kin if own else 1.0, "its new rows look like defects")
 
 
 def _refuse(updates: Sequence[MemoryUpdate], reference: MemoryBank | None, canaries: Canaries | None) -> None:

@@ -60,13 +60,13 @@ class Trial:
         rows = [("", reference)] if reference is not None else [(update.box, update.rows) for update in updates]
         self._defect, self._good = _TwoNearest(canaries.defect, rows), _TwoNearest(canaries.good, rows)
 
-    def influence(self, update: MemoryUpdate, *, margin: float, reach: float) -> Influence:
+    def influence(self, update: MemoryUpdate, *, reach: float) -> Influence:
         """Measure an update.
 
         Args:
             update: finite.
-            margin: a row is kin to a defect where its distance to one is below this share of that to anything good.
-            reach: and below this many thresholds.
+            reach: a row is kin to a defect where it is nearer to one than to anything good, and within this many
+                thresholds.
         """
         threshold = self._canaries.threshold
         before, good_before = self._defect.without(update.box), self._good.without(update.box)
@@ -82,17 +82,17 @@ class Trial:
             canary_pull=float((before - after).mean()) / threshold,
             clean_pull=float((good_before - good_after).mean()) / threshold,
             silenced=float((after <= threshold).mean()),
-            kin=self._kin(update.rows, defects, margin, reach),
+            kin=self._kin(update.rows, defects, reach),
         )
 
-    def _kin(self, rows: Rows, defects: Rows, margin: float, reach: float) -> float:
+    def _kin(self, rows: Rows, defects: Rows, reach: float) -> float:
         if self._reference is None:  # all other boxes' rows for each box would take quadratic time
             return 0.0
         to_reference, to_defect = _distance(rows, self._reference), _distance(rows, defects)
         to_good = np.minimum(to_reference, _distance(rows, self._canaries.good))
         new = to_reference > self._canaries.threshold
         near = to_defect < reach * self._canaries.threshold
-        return float((new & near & (to_defect < margin * to_good)).mean())
+        return float((new & near & (to_defect < to_good)).mean())
 
 
 class _TwoNearest:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Rows = npt.NDArray[np.float32]
 
 _FEWEST_PEERS = 4  # boxes; below it a median says nothing about what is usual
-_GRAIN_ROWS = (32, 512)  # fewer tell nothing about how close rows lie, more cost time and tell no more
+_GRAIN_ROWS = (64, 512)  # fewer tell nothing about how close rows lie, more cost time and tell no more
 _MAD_TO_DEVIATION = 1.4826  # of a normal distribution
 
 
