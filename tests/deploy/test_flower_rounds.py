@@ -285,3 +285,17 @@ def test_environment_file_for_services_has_every_switch():
     lines = (ROOT / "deploy" / "flower" / "flower.env").read_text().splitlines()
 
     assert {line for line in lines if not line.startswith("#")} == {f"{name}={value}" for name, value in QUIET.items()}
+
+
+@pytest.mark.parametrize("name", ["superlink", "supernode", "round"])
+def test_services_start_what_calls_nobody_and_installs_nothing(name):
+    unit = (ROOT / "deploy" / "flower" / f"lineward-{name}.service").read_text()
+    command = unit.replace("\\\n", " ").partition("ExecStart=")[2].partition("\n")[0]
+
+    assert "\nEnvironmentFile=/opt/lineward/flower.env\n" in unit
+    assert "FLWR_HOME=/var/lib/" in unit
+    assert "PATH=/opt/lineward/venv-flower/bin:" in unit
+    assert "--insecure" not in command
+    assert "--allow-runtime-dependency-installation" not in command
+    assert ("--disable-runtime-dependency-installation" in command) == (name == "superlink")
+    assert ("--enable-supernode-auth" in command) == (name == "superlink")
