@@ -45,7 +45,8 @@ def request_(trunk: ToyTrunk, memory_head: ToyMemoryHead, trunk_files: TrunkFile
             data_sha256="0" * 64, seed=0, preset="quick", train_images=16, calibration_images=32, versions={}
         ),
         holdout=textures(32, seed=2), groups=[f"g{i}" for i in range(32)], make_defects=make_defects,
-        commissioning=textures(6, seed=1), trunk_files=trunk_files, rules=RULES,
+        commissioning=textures(6, seed=1), commissioning_groups=("a", "a", "b", "b", "c", "c"),
+        trunk_files=trunk_files, rules=RULES,
         precisions=(Precision.FLOAT32, Precision.INT8), attachments={"report.html": b"<p>"},
     )  # fmt: skip
 
@@ -73,6 +74,12 @@ def test_pack_gives_each_numerics_class_its_own_embeddings_and_id(bundle: Bundle
     assert ids[Precision.FLOAT32] != ids[Precision.INT8]
     rows = load_arrays(bundle.file("commissioning.npz"))
     assert rows["embedding_float32"].shape == rows["embedding_int8"].shape == (6, 1, 64, 40)
+
+
+def test_pack_names_the_groups_of_what_it_commissions_with(request_: BundleRequest, bundle: Bundle) -> None:
+    assert load_arrays(bundle.file("commissioning.npz"))["groups"].tolist() == ["a", "a", "b", "b", "c", "c"]
+    with pytest.raises(DataError, match="5 groups for 6 commissioning images"):
+        pack(dataclasses.replace(request_, commissioning_groups=["a"] * 5), bundle.path.parent / "other")
 
 
 def test_embedding_id_ignores_the_bank_and_sees_the_projection(
@@ -240,9 +247,7 @@ def test_verify_refuses_a_damaged_file_with_exit_code_3(bundle: Bundle, tmp_path
     assert "head.onnx" in str(error)
 
 
-def test_verify_refuses_missed_golden_frames_with_exit_code_4(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verify_refuses_missed_golden_frames_with_exit_code_4(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     from edge.inference import detector as box
 
     honest = box.pool_score
