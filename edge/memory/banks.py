@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edge.memory.reduce import coreset
 from edge.memory.search import pad_bank
 
 if TYPE_CHECKING:
@@ -30,6 +31,20 @@ class Banks:
     def rows(self) -> list[Rows]:
         """The banks that a patch is compared with."""
         return [self.local] if self.fleet is None else [self.local, self.fleet]
+
+    @classmethod
+    def with_fleet(cls, local: Rows, fleet: Rows, room: int) -> Banks:
+        """Put a fleet's rows beside the box's own, reduced to what the bundle has room for.
+
+        A fleet may have bundles of several sizes. Every box of one size chooses the same rows: those that are
+        farthest from each other, so that rare looks stay in.
+
+        Args:
+            local: float32 [R, D].
+            fleet: float32 [R', D], in the order in which it came.
+            room: rows of the bundle's bank.
+        """
+        return cls(local, fleet if len(fleet) <= room else fleet[coreset(fleet, room, seed=0)])
 
     def fill(self, packed: Mapping[str, npt.NDArray[Any]], layout: MemoryLayout) -> dict[str, npt.NDArray[Any]]:
         """Return the head's whole state with these banks in it, repeated until they are full.

@@ -10,11 +10,14 @@ from edge.memory.gate import FrameGate, GateSettings, Learn
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import numpy as np
+    import numpy.typing as npt
+
     from edge.memory.changeover import JudgedCamera
 
 
 class CameraGates:
-    """A gate for each camera, made anew for each memory.
+    """A gate for each camera, made anew whenever its good scores change.
 
     Args:
         cameras: by name; a camera's own region of interest holds for its gate too.
@@ -27,23 +30,26 @@ class CameraGates:
     def __init__(self, cameras: Mapping[str, JudgedCamera], settings: GateSettings) -> None:
         self._cameras = cameras
         self._settings = GateSettings(learn=settings.learn, quantile=settings.quantile)
-        self._gates: dict[str, tuple[int, FrameGate | None]] = {}
+        self._gates: dict[str, tuple[npt.NDArray[np.float32], FrameGate | None]] = {}
         self.trouble = ""
 
     def by_score(self, camera: str, *, memory_version: int) -> FrameGate | None:
         """Return the gate of a camera; None where it cannot be made, or while a switch is on its way to the camera."""
-        version, gate = self._gates.get(camera, (-1, None))
-        if version == memory_version:
-            return gate
         judge = self._cameras[camera].judge
         if judge.memory_version != memory_version:
             return None
+        scores = judge.good_scores
+        known = self._gates.get(camera)
+        # Another memory, or another size of the frames under a region of interest, brings other scores.
+        if known is not None and known[0] is scores:
+            return known[1]
+        gate: FrameGate | None = None
         try:
-            gate = FrameGate(judge.good_scores, judge.calibration.groups, self._settings)
+            gate = FrameGate(scores, judge.calibration.groups, self._settings)
             self.trouble = ""
         except DataError as error:
-            self.trouble, gate = str(error), None
-        self._gates[camera] = (memory_version, gate)
+            self.trouble = str(error)
+        self._gates[camera] = (scores, gate)
         return gate
 
     def declared(self, camera: str) -> FrameGate:

@@ -137,6 +137,11 @@ class Changeover:
         self.refused_fleet: set[int] = set()
 
     @property
+    def fleet_room(self) -> int:
+        """Rows of the fleet's memory that the bundle has room for."""
+        return len(self._packed[self._layout.fleet])
+
+    @property
     def trying(self) -> bool:
         """Whether a candidate is in shadow."""
         return self._candidate is not None

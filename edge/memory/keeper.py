@@ -332,7 +332,11 @@ class MemoryKeeper:
                 fleet_version=bank.version,
             )
             return
-        banks = Banks(changeover.banks.local, bank.rows)
+        if bank.rows.shape[1] != changeover.banks.local.shape[1]:
+            reason = f"its rows have {bank.rows.shape[1]} columns, this bundle's {changeover.banks.local.shape[1]}"
+            changeover.refuse("fleet", reason, fleet_version=bank.version)
+            return
+        banks = Banks.with_fleet(changeover.banks.local, bank.rows, changeover.fleet_room)
         changeover.propose("fleet", banks, fleet_version=bank.version, stop=self._stop.is_set)
 
     def _ship_when_due(self) -> bool:

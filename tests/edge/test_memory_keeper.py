@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edge.alerts.message import AcceptCommand, ShipCommand, build
-from edge.bundle import Engine
+from edge.bundle import CalibrationScores, Engine
 from edge.errors import SettingsError
 from edge.federation.connection import LinkKind, LinkState
 from edge.federation.update import Order, WireRows
@@ -17,7 +17,7 @@ from edge.inference.detector import Detector
 from edge.judgement.region_of_interest import Rectangle, RegionOfInterest
 from edge.memory.opening import open_memory
 from edge.memory.settings import MemorySettings
-from tests.edge.memory_bench import Bench, Fleet
+from tests.edge.memory_bench import Bench, Fleet, fleet_bank
 from tests.edge.tiny_bundle import good_frame, make_tiny_bundle
 from tests.edge.tiny_memory import ENGINE, PRECISION, embedding_of, make_memory_bundle
 
@@ -126,6 +126,19 @@ def test_region_of_interest_holds_for_shadow_and_thresholds(bundle: Bundle, tmp_
     verdict = bench.show(image)
     assert (verdict.memory_version, verdict.decision) == (1, Decision.OK)
     assert bench.camera.judge.good_scores.tolist() != bench.camera.judge.calibration.scores.tolist()
+
+
+def test_too_few_good_scores_place_no_gate_and_it_is_said(bundle: Bundle, tmp_path: Path) -> None:
+    bench = Bench(bundle, tmp_path)
+    few = bench.camera.judge.calibration
+    few = CalibrationScores(few.scores[:9], few.maps[:9], few.groups[:9])
+    bench.camera.judges[0] = bench.camera.judge.recalibrated(few, memory_version=0)
+    bench.show_good(5)
+
+    assert bench.status["frames_fed"] == 0
+    assert "9 calibration scores cannot place the gate" in bench.status["trouble"]["learning"]
+    assert "cannot place the gate" in bench.keeper.warnings()[0]
+    assert bench.order(accept(camera_seq=4))["ok"], "a word needs no scores"
 
 
 def test_nothing_feeds_where_learning_is_off(bundle: Bundle, tmp_path: Path) -> None:
@@ -359,7 +372,7 @@ def test_drift_bound_refuses_and_alarms(bundle: Bundle, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"embedding_id": "f" * 64}, "of the embedding ffffffffffff"), ({"rows": np.ones((65, 20), np.float32)}, "65")],
+    [({"embedding_id": "f" * 64}, "of the embedding ffffffffffff"), ({"rows": np.ones((9, 21), np.float32)}, "21")],
 )
 def test_bank_that_does_not_fit_is_refused(bundle: Bundle, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     bench = Bench(bundle, tmp_path, link=Fleet())
@@ -368,6 +381,20 @@ def test_bank_that_does_not_fit_is_refused(bundle: Bundle, tmp_path: Path, chang
     assert bench.kinds() == ["memory.refused"]
     assert words in bench.notices[0][2]
     assert bench.status["version"] == 0
+
+
+def test_larger_fleet_memory_is_reduced_to_the_room_there_is(bundle: Bundle, tmp_path: Path) -> None:
+    bench = Bench(bundle, tmp_path, link=Fleet())
+    rows = fleet_bank(bundle, 1).rows
+    many = np.concatenate([rows, rows + np.float32(1e-3), rows[:1] + 50])
+    bring_fleet(bench, rows=many)
+
+    used = bench.changeover.banks.fleet
+    assert bench.status["version"] == 1
+    assert used is not None
+    assert used.shape == (64, 20)
+    assert {row.tobytes() for row in used} <= {row.tobytes() for row in many}
+    assert (used == many[-1]).all(1).any(), "what is rare stays in"
 
 
 def test_newer_fleet_memory_replaces_the_one_in_shadow(bundle: Bundle, tmp_path: Path) -> None:
