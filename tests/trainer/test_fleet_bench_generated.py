@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -16,6 +17,7 @@ from deploy.progress import no_progress
 from edge.bundle import MemoryLayout, Pooling, Preprocessing
 from edge.errors import DataError, UsageError
 from edge.memory.search import nearest
+from trainer.data.textures import TextureWeb
 from trainer.evaluation import fleet_bench
 from trainer.evaluation.fleet import FleetSettings
 from trainer.evaluation.fleet_bench import BenchSettings, simulate
@@ -64,10 +66,23 @@ def test_a_site_shows_the_same_images_at_every_visit_and_no_other_site_shows_the
     assert not np.array_equal(twin.good("learn", 2), first.good("learn", 2))
 
 
-def test_splits_of_a_site_show_different_places():
-    site = make_sites(1, seed=0)[0]
-    learned, judged = site.good("learn", 4), site.good("good", 4)
-    assert not any(np.array_equal(one, other) for one in learned for other in judged)
+def test_no_place_of_a_web_is_seen_by_two_boxes_or_in_two_splits(monkeypatch):
+    seen = []
+    view = TextureWeb.view
+
+    def watched(web, position, height):
+        seen.append((position, position + height))
+        return view(web, position, height)
+
+    monkeypatch.setattr(TextureWeb, "view", watched)
+    for site in (*make_sites(7, seed=0)[::6], trainer_sites(seed=0)[0]):  # of one product
+        for split in ("learn", "commissioning", "good", "canary_good"):
+            site.good(split, 2)
+        for split in ("defective", "taught", "canary_defective"):
+            site.defective(split, 2)
+    seen.sort()
+    assert len(seen) == 3 * 7 * 2
+    assert all(one[1] <= other[0] for one, other in itertools.pairwise(seen))
 
 
 def test_conditions_differ_between_boxes_of_one_product():
