@@ -178,6 +178,23 @@ class Changeover:
         self._candidate = candidate
         return True
 
+    def recalibrate(self, stop: Callable[[], bool] = lambda: False) -> None:
+        """Make the thresholds of the memory in force anew from the commissioning set, at once and without a trial.
+
+        For images that people declared good at this box: where its line looks unlike the trainer's images, the packed
+        thresholds call every frame an anomaly, and no trial would ever find a good one.
+
+        Args:
+            stop: the box is stopping.
+
+        Raises:
+            LinewardError: thresholds cannot be made, or the detector cannot be switched.
+            OSError: the memory cannot be written; nothing has changed then.
+        """
+        candidate = self._prepare("recalibrated", self.banks, self.fleet_version, stop)
+        assert candidate.memory is not None
+        self._switch(candidate, candidate.memory)
+
     def observe(self, frame: Frame, verdict: Verdict, embedding: Rows, *, alarmed: bool) -> None:
         """Let the candidate, where there is one, score a frame that the memory in force has judged.
 

@@ -254,6 +254,8 @@ class MemoryKeeper:
             raise DataError(f"{folder}: fewer than 10 images of good parts that can be used; add some")
         self._changeover.commissioning = found
         _LOG.info("memory: %d commissioning images, %d left out", len(found), found.left_out)
+        if self._changeover.version == 0:
+            self._changeover.recalibrate(self._stop.is_set)
         return True
 
     def _take(self, sample: Sample) -> bool:

@@ -46,7 +46,8 @@ class MemorySettings(GateSettings):
         None,
         title="Commissioning images",
         description="Folder of images declared good at this box; replaces the bundle's set. Images of one sub-folder "
-        "count as one part. Thresholds of new memories are made from them alone.",
+        "count as one part. Thresholds are made from them alone: at the first start with a bundle, and for every new "
+        "memory.",
     )
     shadow_frames: int = Field(
         200, ge=1, title="Shadow frames", description="Sampled frames that a new memory is tried on beside the old one."
@@ -55,7 +56,7 @@ class MemorySettings(GateSettings):
         HOUR_S, ge=0, title="Shadow time [s]", description="A new memory is tried at least this long."
     )
     drift_per_week: float = Field(
-        1.0,
+        2.0,
         gt=0,
         title="Drift per week",
         description="How much farther from the trainer's memory the box's own may get within any 7 days, in mean "

@@ -5,6 +5,7 @@ Pure counting; it must not know how frames are scored. The old memory decides al
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from enum import Enum
@@ -16,6 +17,7 @@ CONFIDENCE = 0.99
 MIRROR_TOLERANCE = 0.02
 
 
+@functools.lru_cache(maxsize=1024)
 def most_alarms(frames: int, alpha: float, confidence: float = CONFIDENCE) -> int:
     """Return the largest number of alarms among good frames that a budget explains.
 
