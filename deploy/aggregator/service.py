@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import threading
 import time
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
-
-import zmq
 
 from deploy.aggregator.closing import Merger
 from deploy.aggregator.examiner import CanaryFolder, Examiner, read_references
@@ -38,7 +35,7 @@ if TYPE_CHECKING:
     from edge.federation.refusals import Refusal
 
 LOG = logging.getLogger("lineward.aggregator")
-# A revocation is in force within this and the time of one request.
+# A revocation, and a wish to stop, are in force within this and the time of one request.
 _REFRESH_S = 0.5
 _LOOK_S = 1.0
 _WATCHDOG_S = 5.0
@@ -70,7 +67,6 @@ class Service:
         self.settings = settings
         self._gate = gate
         self._stopping = threading.Event()
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._alarms: SimpleQueue[tuple[Refusal, str, str]] = SimpleQueue()
         self._problems: tuple[str, ...] = ()
         self._due = dict.fromkeys(("refresh", "look", "watchdog"), 0.0)
@@ -132,14 +128,13 @@ class Service:
                 rates=RateLimits(settings.requests_per_s, settings.megabytes_per_s),
             )
             stack.callback(self.server.close)
-            self.server.poller.register(self._bell, zmq.POLLIN)
             self._cleanup = stack.pop_all()
         LOG.info("listening at %s, %d boxes enrolled", self.endpoint, len(self._registry.boxes.names))
         notify_systemd("READY=1")
         self.started.set()
 
     def step(self) -> None:
-        """Wait for something to do, at most a second, and do it.
+        """Wait for something to do, at most half a second, and do it.
 
         Raises:
             StoreError: the events of a store that is broken for good cannot be read.
@@ -178,7 +173,6 @@ class Service:
     def request_stop(self) -> None:
         """Ask :meth:`run` to stop; may be called from a signal handler or another thread."""
         self._stopping.set()
-        os.eventfd_write(self._bell, 1)
 
     def stop(self) -> None:
         """Close everything; what is stored stays, and a merge that runs is begun again at the next start."""

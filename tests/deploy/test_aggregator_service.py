@@ -40,6 +40,7 @@ from tests.federation_link import EMBEDDING, PRODUCT, make_update
 from tests.fleet_service import Aggregator, Opinion, Suspicious, wait_for
 
 if TYPE_CHECKING:
+    from edge.federation.update import MemoryUpdate
     from tests.mosquitto_process import Mosquitto
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -233,10 +234,11 @@ def test_events_are_told_once_across_restarts(tmp_path: Path, caplog: pytest.Log
         assert Notices(settings, store).look() == 1
 
 
-def canaries(product: str = PRODUCT, *, seed: int = 0) -> Canaries:
+def canaries(product: str = PRODUCT, *, seed: int = 0, shift: float = 20.0) -> Canaries:
+    """Defects that lie ``shift`` away from what is good in every channel."""
     random = np.random.default_rng(seed)
     good = random.standard_normal((60, 8)).astype(np.float32)
-    return Canaries(EMBEDDING, product, (good + 20).astype(np.float32), good, 3.0)
+    return Canaries(EMBEDDING, product, (good + np.float32(shift)).astype(np.float32), good, 3.0)
 
 
 def test_canaries_are_read_again_when_their_folder_changes(tmp_path: Path) -> None:
@@ -276,29 +278,41 @@ def test_missing_canary_folder_is_refused(tmp_path: Path) -> None:
         CanaryFolder(tmp_path / "none")
 
 
-def test_examiner_tries_each_update_on_its_products_canaries(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A box that sends the canaries' defects as good is held back; the others, of other products too, pass."""
-    own = canaries()
-    write_canaries(tmp_path / "own.npz", own)
+def update_with(box: str, product: str, shift: float) -> MemoryUpdate:
+    """An update half of whose rows lie ``shift`` away from what is good."""
+    update = make_update(box, product=product, rows=64, seed=hash_of(box))
+    rows = update.rows.copy()
+    rows[32:] += np.float32(shift)
+    return replace(update, rows=rows.astype(np.float16).astype(np.float32))
+
+
+def hash_of(box: str) -> int:
+    return sum(box.encode())
+
+
+def test_examiner_tries_each_update_on_its_products_canaries(tmp_path: Path) -> None:
+    """Boxes that send the canaries' defects as good are held back; the others, of both products, pass."""
+    write_canaries(tmp_path / "own.npz", canaries())
+    write_canaries(tmp_path / "other.npz", canaries("other", seed=1, shift=-20))
     examiner = Examiner(GateLimits(), CanaryFolder(tmp_path))
-    random = np.random.default_rng(3)
+    updates = [
+        update_with("plant/a", PRODUCT, 0),
+        update_with("plant/bad", PRODUCT, 20),
+        update_with("plant/c", "other", 0),
+        update_with("plant/worse", "other", -20),
+    ]
+    found = examiner.examine_all(updates, reference=None, first=4)
+    assert [one.accepted for one in found] == [True, False, True, False], [one.reasons for one in found]
+    assert all("canar" in " ".join(found[number].reasons) for number in (1, 3))
+    again = examiner.examine_all(updates[::-1], reference=None, first=2)
+    assert [one.accepted for one in again] == [False, True]
 
-    def update(box: str, product: str, shift: float) -> Any:
-        rows = (random.standard_normal((64, 8)) + shift).astype(np.float16).astype(np.float32)
-        rows[:32] -= np.float32(shift)
-        values = {"support": np.full(64, 100, np.float32), "frames": np.full(64, 20, np.float32), "rows": 64}
-        return make_update(box, product=product, **(values | {"seed": int(shift)})), rows
 
-    made = [update("plant/a", PRODUCT, 0), update("plant/bad", PRODUCT, 20), update("plant/c", "other", 0)]
-    updates = [replace(one, rows=rows.astype(np.float16).astype(np.float32)) for one, rows in made]
-    found = examiner.examine_all(updates, reference=None, first=3)
-    assert [one.accepted for one in found] == [True, False, True], [one.reasons for one in found]
-    assert [one.accepted for one in examiner.examine_all(updates[::-1], reference=None, first=2)] == [True, False]
+def test_examiner_says_once_that_it_has_no_canaries(caplog: pytest.LogCaptureFixture) -> None:
     nobody = Examiner(GateLimits(), CanaryFolder(None))
-    caplog.clear()
     for _ in range(2):
-        nobody.examine_all(updates[:1], reference=None, first=1)
-    assert [record.getMessage() for record in caplog.records if "canaries" in record.getMessage()] == [
+        nobody.examine_all([update_with("plant/a", PRODUCT, 0)], reference=None, first=1)
+    assert [record.getMessage() for record in caplog.records] == [
         f"product {PRODUCT} of {EMBEDDING[:12]}: no canaries could be tried; add a canary file"
     ]
 

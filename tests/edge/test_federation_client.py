@@ -8,6 +8,7 @@ import sqlite3
 import threading
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,8 +25,8 @@ from edge.federation.messages import Chunk, Fetch, Hello, Offer
 from edge.federation.pace import LEAST_BYTES, Pace
 from edge.federation.refusals import Refusal
 from edge.federation.spool import Download, Spool
-from edge.federation.wire import Limits, decode_update, encode_update
-from tests.federation_link import EMBEDDING, Listener, make_bank, make_client, make_update
+from edge.federation.wire import Limits, decode_update, encode_bank, encode_update
+from tests.federation_link import Listener, make_bank, make_client, make_update
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -141,6 +142,21 @@ def test_passing_refusal_keeps_the_update(listener: Listener, code: Refusal) -> 
         assert client.counters["refused"] == {code.value: 2}
 
 
+def test_busy_aggregator_is_left_in_peace_and_not_left(listener: Listener) -> None:
+    """A hello that is refused for a while costs no connection: what was said last is as good."""
+    times = iter(range(3))
+    listener.handler.refuse = lambda _box, request: (
+        FederationError(Refusal.BUSY, "later")
+        if isinstance(request, Hello) and len(listener.handler.requests) > 1 and next(times, None) is not None
+        else None
+    )
+    with listener.client(listener.enrol()) as client:
+        assert client.wait_for(lambda: client.counters["refused"] == {"busy": 3}, 5)
+        client.submit(make_update())
+        assert receipts(client)
+        assert client.counters["connections"] == 1
+
+
 def test_bank_is_fetched_once_and_offered_once(listener: Listener) -> None:
     bank = make_bank(3, rows=3000, width=20)
     keys = listener.enrol()
@@ -205,22 +221,23 @@ def test_download_goes_on_after_a_restart(listener: Listener) -> None:
     assert fetched[before] == 5 * 4096
 
 
-@pytest.mark.parametrize("fault", ["bytes", "fleet", "embedding", "version"])
+OTHER = "cd" * 32
+WRONG = {
+    "fleet": lambda: encode_bank(replace(make_bank(3), fleet="others")),
+    "embedding": lambda: encode_bank(replace(make_bank(3), embedding_id=OTHER, pool=OTHER)),
+    "version": lambda: encode_bank(make_bank(4)),
+    "bytes": lambda: encode_bank(make_bank(3))[:-10],
+}
+
+
+@pytest.mark.parametrize("fault", list(WRONG))
 def test_wrong_bank_is_never_offered(listener: Listener, fault: str) -> None:
     script = listener.handler
-    good = make_bank(2)
-    script.give(good)
+    script.give(make_bank(2))
     with listener.client(listener.enrol()) as client:
         assert client.wait_for(lambda: client.counters["banks"] == 1, 5)
         assert client.poll_bank() is not None
-        version, payload = script.bank or (0, b"")
-        wrong = bytearray(payload)
-        other = {"fleet": (b"plants", b"others"), "embedding": (EMBEDDING.encode(), b"cd" * 32)}
-        if fault in other:
-            wrong = wrong.replace(*other[fault])
-        elif fault == "bytes":
-            wrong = wrong[:-10]
-        script.bank = (version + (2 if fault == "version" else 1), bytes(wrong))
+        script.bank = (3, WRONG[fault]())
         assert client.wait_for(lambda: sum(client.counters["refused"].values()) >= 2, 5), "it is tried again"
         assert client.poll_bank() is None
         assert client.counters["bank_version"] == 2

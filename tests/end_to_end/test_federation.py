@@ -194,6 +194,7 @@ def test_command_serves_until_sigterm_and_ends_within_three_seconds(process: Agg
 def test_sigterm_does_not_wait_for_a_merge_and_the_next_start_takes_it_up(process: Aggregator) -> None:
     # Seconds of work: every row of the memory is looked for among thousands.
     process.values["merge"] = {"rows": 2000, "iterations": 200, "passes": 200, "tolerance": 0}
+    process.values["threads"] = 2
     process.values["gates"] = {"spread": 1e6, "distance": 1e6, "grain": 1e6}
     process.write()
     keys = {box: process.enrol(box) for box in BOXES}

@@ -110,6 +110,7 @@ def test_box_whose_key_was_revoked_is_not_taken_again(listener: Listener) -> Non
         assert client.wait_for(lambda: client.state.kind is LinkKind.REFUSED, 2)
         assert client.counters["receipts"] == 0
     assert len(listener.handler.received) == 1
+    assert (Refusal.REVOKED, "plant/a", "its revoked key was used to connect") in listener.alarms
 
 
 def test_revocation_reaches_a_live_session(listener: Listener) -> None:
