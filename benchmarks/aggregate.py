@@ -2,7 +2,7 @@
 
 Every line is a process of its own, so that its peak memory is its own, the updates included. Beside it stand Lloyd's
 iterations on all rows (what the sample is to come near to) and scikit-learn's k-means with the same number of
-iterations. Run: ``python benchmarks/aggregate.py [--boxes 10 100 ...] [--json FILE]``.
+iterations. Run: ``python -m benchmarks.aggregate [--boxes 10 100 ...] [--json FILE]``.
 """
 
 from __future__ import annotations
@@ -14,20 +14,22 @@ import resource
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks._updates import make_update
 from deploy.aggregator.aggregate import AggregateSettings, aggregate, update_mass
 from deploy.aggregator.lloyd import assign, single_threaded_blas
-from edge.federation.update import MemoryUpdate, Order
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from edge.federation.update import MemoryUpdate
+
 ROWS, WIDTH = 512, 152
+MERGED = 1024
 SECONDS, MEBIBYTES = 60.0, 1024.0
 OURS, FULL, PEER = "sample, then all rows", "all rows", "scikit-learn"
 _PRODUCTS, _MODES, _RANK = 7, 400, 40
@@ -44,35 +46,16 @@ def make_updates(boxes: int, seed: int = 0) -> list[MemoryUpdate]:
         near = modes[product, rng.integers(0, _MODES, ROWS)]
         inside = (near + 0.3 * rng.standard_normal((ROWS, _RANK), dtype=np.float32)) @ sheet
         rows = inside + 0.1 * rng.standard_normal((ROWS, WIDTH), dtype=np.float32)
-        rows = rows.astype(np.float16).astype(np.float32)
-        made.append(
-            MemoryUpdate(
-                fleet="fleet",
-                box=f"site/box{number}",
-                product=f"product {product}",
-                subclass="",
-                embedding_id="0" * 64,
-                round=1,
-                order=Order.ANCHOR,
-                rows=rows,
-                support=np.exp(5 + rng.standard_normal(ROWS)).astype(np.float32),
-                frames=np.full(ROWS, 8, np.float32),
-                n_frames=100,
-                mean=rows.mean(0),
-                std=rows.std(0),
-                base_version=0,
-                created=datetime(2026, 1, 1, tzinfo=timezone.utc),
-                nonce=f"{number:032x}",
-            )
-        )
+        support = np.exp(5 + rng.standard_normal(ROWS)).astype(np.float32)
+        made.append(make_update(rows, support, number=number, product=f"product {product}"))
     return made
 
 
 def settings_of(how: str) -> AggregateSettings:
-    """Return the settings of a line: the defaults, or a sample that holds all rows."""
+    """Return the settings of a line: the default search, or a sample that holds all rows."""
     if how == OURS:
-        return AggregateSettings()
-    return AggregateSettings(sample_factor=1024)
+        return AggregateSettings(rows=MERGED)
+    return AggregateSettings(rows=MERGED, sample_factor=1024)
 
 
 def measure(how: str, boxes: int, threads: int) -> dict[str, Any]:
@@ -112,7 +95,7 @@ def _peer(updates: Sequence[MemoryUpdate], chosen: AggregateSettings, threads: i
 
 def in_process(how: str, boxes: int, threads: int) -> dict[str, Any]:
     """Merge in a process of its own."""
-    command = [sys.executable, __file__, "--child", how, str(boxes), str(threads)]
+    command = [sys.executable, "-m", "benchmarks.aggregate", "--child", how, str(boxes), str(threads)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     if done.returncode:
         raise RuntimeError(done.stderr)

@@ -34,7 +34,11 @@ class AggregateSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     rows: int = Field(
-        1024, ge=1, le=65536, title="Rows", description="Rows of the fleet memory; fewer where there are fewer."
+        512,
+        ge=1,
+        le=65536,
+        title="Rows",
+        description="Rows of the fleet memory, fewer where there are fewer; no more than the bundles have room for.",
     )
     row_cap: float = Field(
         4.0,
