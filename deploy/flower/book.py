@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -166,7 +167,7 @@ class RoundsBook:
 
 
 @contextlib.contextmanager
-def open_book(path: Path, *, answer_s: float) -> Iterator[RoundsBook]:
+def open_book(path: Path, *, answer_s: float, patience_s: float = 30.0) -> Iterator[RoundsBook]:
     """The rounds of an aggregator's settings file, the same that ``lineward aggregate run`` reads.
 
     ``listen``, ``key_file`` and ``boxes`` are ZeroMQ's and are not used. Only one process serves a store at a time.
@@ -174,6 +175,8 @@ def open_book(path: Path, *, answer_s: float) -> Iterator[RoundsBook]:
     Args:
         path: of the file.
         answer_s: as in :class:`RoundsBook`.
+        patience_s: how long to try to open the store. Where SuperLink was killed, its ServerApp is a process that
+            notices some seconds later, and has the store until then.
 
     Raises:
         SettingsError: the file cannot be read.
@@ -192,11 +195,23 @@ def open_book(path: Path, *, answer_s: float) -> Iterator[RoundsBook]:
         seed=settings.seed,
         threads=settings.threads,
     )
-    with Store(settings.store) as store, contextlib.closing(Notices(settings, store)) as notices:
+    with _open_store(settings.store, patience_s) as store, contextlib.closing(Notices(settings, store)) as notices:
         if store.damage:
             LOG.error("%s: %s", settings.store, store.damage)
         rounds = Rounds(store, settings=settings.rounds, merge=merger, submit=_at_once)
         yield RoundsBook(store, rounds, settings.rounds, answer_s=answer_s, notices=notices.look)
+
+
+def _open_store(path: Path, patience_s: float) -> Store:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return Store(path)
+        except StoreError as error:
+            if time.monotonic() >= deadline:
+                raise
+            LOG.info("%s; trying again", error)
+        time.sleep(min(1.0, patience_s))
 
 
 def _at_once(work: Callable[[], Closing]) -> Future[Closing]:

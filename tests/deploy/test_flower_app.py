@@ -19,7 +19,6 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict  # noqa: 
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
 from deploy.flower import records, server  # noqa: E402
-from deploy.flower.book import open_book  # noqa: E402
 from deploy.flower.client import app, make_client_app  # noqa: E402
 from deploy.flower.exchange import FolderExchange, Invitation, Outcome  # noqa: E402
 from deploy.flower.grid import GridFleet  # noqa: E402
@@ -27,7 +26,7 @@ from deploy.flower.quiet import QUIET  # noqa: E402
 from deploy.flower.records import Told  # noqa: E402
 from deploy.flower.rounds import Answered, Failed, Kept  # noqa: E402
 from deploy.flower.server import main, read_run_config, run_rounds  # noqa: E402
-from edge.errors import DataError, FederationError, SettingsError, StoreError  # noqa: E402
+from edge.errors import DataError, FederationError, SettingsError  # noqa: E402
 from edge.federation.folder_link import BANK, OUTCOME, UPDATE  # noqa: E402
 from edge.federation.refusals import Refusal  # noqa: E402
 from edge.federation.wire import encode_bank, encode_update  # noqa: E402
@@ -368,14 +367,6 @@ def test_bytes_that_are_no_update_are_refused(tmp_path):
     verdicts = transport.hand_over({BOXES[0]: replace(one, payload=b"rubbish")})
 
     assert verdicts == {BOXES[0]: Verdict(0, Refusal.MALFORMED)}
-
-
-def test_second_run_on_one_store_is_refused(tmp_path):
-    transport = InProcess(tmp_path)
-    config = read_run_config(transport.config)
-
-    with open_book(tmp_path / "aggregator.yaml", answer_s=1), pytest.raises(StoreError):
-        run_rounds(transport.grid, config)
 
 
 @pytest.mark.parametrize(

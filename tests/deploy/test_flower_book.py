@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import time
 
 import pytest
 
 from deploy.aggregator.records import EventKind
-from deploy.flower.book import RoundsBook
+from deploy.flower.book import RoundsBook, open_book
 from edge.errors import StoreError
 from edge.federation.refusals import Refusal
 from edge.federation.wire import Limits, decode_bank, encode_update
+from tests.deploy.fleet_contract import settings_text
 from tests.deploy.round_values import POOL, SETTINGS, Fleet, memory_folder
 from tests.edge.federation_values import update
 
@@ -153,3 +156,24 @@ def test_store_that_cannot_be_read_now_ends_nothing(fleet, caplog):
 
     assert book.tick() == 0
     assert "disk on fire" in caplog.text
+
+
+@pytest.fixture
+def settings_file(tmp_path):
+    (tmp_path / "aggregator.yaml").write_text(settings_text(tmp_path, period_s=60))
+    return tmp_path / "aggregator.yaml"
+
+
+def test_second_run_on_one_store_is_refused(settings_file):
+    with open_book(settings_file, answer_s=1), pytest.raises(StoreError, match="another aggregator"):  # noqa: SIM117 (order)
+        with open_book(settings_file, answer_s=1, patience_s=0.1):
+            pytest.fail("two runs serve one store")
+
+
+def test_run_waits_for_the_store_of_one_that_is_ending(settings_file, monkeypatch):
+    first = contextlib.ExitStack()
+    first.enter_context(open_book(settings_file, answer_s=1))
+    monkeypatch.setattr(time, "sleep", lambda _: first.close())
+
+    with open_book(settings_file, answer_s=1, patience_s=30) as book:
+        assert book.invitation().fleet == "plant"

@@ -123,7 +123,7 @@ def test_killed_run_goes_on_when_it_is_submitted_again_and_nobody_speaks_to_anot
         transport.place(B, given(updates[B]))
         federation.start_node(NODES[B])
 
-        assert federation.submit(transport.settings) == 0
+        assert federation.submit(transport.settings) == 0, federation.log("flwr")
 
         bank = decoded(transport.bank(B, 1))
         assert bank.members == (A, B)
