@@ -456,6 +456,12 @@ def test_another_methods_settings_are_refused() -> None:
         FedDyMemMethod.fit(context(features()), MethodConfig())
 
 
+def test_a_pull_without_a_loss_is_refused() -> None:
+    with pytest.raises(ValueError, match="set metric_steps"):
+        FedDyMemConfig(pull=1.0)
+    assert recipe_of(FedDyMemConfig(pull=1.0, metric_steps=9)) == Recipe(width=96, steps=9, pull=1.0)
+
+
 def test_covered_counts_patches_that_are_at_least_half_hidden() -> None:
     masks = np.zeros((2, 16, 24), np.bool_)
     masks[1, :4, 8:16] = True

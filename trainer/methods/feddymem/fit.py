@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from edge.errors import DataError, UsageError
 from trainer.methods.base import FitContext, Method, MethodConfig
 from trainer.methods.feddymem.generator import Recipe
-from trainer.methods.feddymem.model import BANKS, LEVELS, FedDyMemHead
+from trainer.methods.feddymem.model import LEVELS, FedDyMemHead
 from trainer.methods.feddymem.sources import (
     channels_of,
     generator_from,
@@ -44,6 +44,12 @@ class FedDyMemConfig(MethodConfig):
     width: int = Field(96, ge=2, le=152, description="Channels of a row; of a run's generator, its own.")
     metric_steps: int = Field(0, ge=0, description="Steps of the metric loss; 0 leaves the statistics as they are.")
     pull: float = Field(0.0, ge=0, description="Weight of the pull to one memory of all products, in the metric loss.")
+
+    @model_validator(mode="after")
+    def _pull_has_a_loss(self) -> FedDyMemConfig:
+        if self.pull and not self.metric_steps:
+            raise ValueError("pull is a term of the metric loss; set metric_steps, such as 400, with it")
+        return self
 
 
 class FedDyMemMethod(Method):
@@ -154,6 +160,3 @@ def _rows(context: FitContext, head: FedDyMemHead) -> Iterator[torch.Tensor]:
     with torch.inference_mode():
         for taps in context.features.batches(LEVELS, _BATCH, device=context.device):
             yield head.embed(*taps).flatten(0, 1)
-
-
-__all__ = ["BANKS", "FedDyMemConfig", "FedDyMemMethod", "recipe_of"]
