@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from dataclasses import dataclass
@@ -104,6 +105,15 @@ class Aggregator:
         result = CliRunner().invoke(app, [*words, "--config", str(self.config)], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         return result.output
+
+    def wait_for_event(self, what: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """An event is stored after the answer that goes with it has been sent."""
+        deadline = time.monotonic() + 5
+        while True:
+            for event in json.loads(self.command("status", "--json"))["events"]:
+                if what(event):
+                    return dict(event)
+            assert time.monotonic() < deadline
 
     def enrol(self, box: str) -> KeyPair:
         public, secret = write_keys(self.folder / "keys" / box, make_keys(), name="box", box=box)

@@ -95,6 +95,13 @@ class _Doorkeeper(ThreadAuthenticator):
         self.turned_away = 0
         self.configure_curve_callback(_DOMAIN.decode(), self)
 
+    def stop(self) -> None:
+        """End the thread; one that has ended by an error would let a farewell to it wait for ever."""
+        if self.pipe and not self.is_alive():
+            self.pipe.close(0)
+            self.pipe = None  # type: ignore[assignment]  # as pyzmq does itself
+        super().stop()
+
     def callback(self, _domain: str, key: bytes) -> bool:
         """Whether a key may connect; called by the authenticator's thread."""
         boxes = self._boxes()

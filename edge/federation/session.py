@@ -54,7 +54,7 @@ class Member:
     @property
     def pool(self) -> str:
         """Names what is fetched for it, in the spool."""
-        return f"{self.embedding_id}/{self.product}/{self.subclass}/{self.fleet}"
+        return "\n".join((self.embedding_id, self.product, self.subclass, self.fleet))  # noqa: FLY002 (no name has one)
 
     def check_bank(self, payload: bytes, version: int, limits: Limits) -> FleetBank:
         """Return the bank that the bytes are.

@@ -152,7 +152,8 @@ def test_revoked_box_is_out_within_two_seconds_and_the_others_stay(tmp_path: Pat
             assert out.state.kind is LinkKind.REFUSED
         shown = aggregator.command("status")
         assert "1 boxes enrolled, 1 keys revoked" in shown
-        assert "revoked key" in shown
+        event = aggregator.wait_for_event(lambda event: "revoked key" in event["text"])
+        assert (event["kind"], event["box"]) == ("security", "plant/a")
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ def killed_box(listener: Listener, folder: Path, lives: int, *, keep: bool) -> i
 
 
 def test_killed_box_delivers_once_and_goes_on_where_it_was(listener: Listener, tmp_path: Path) -> None:
-    lives = 4
+    lives = 3
     chunks = killed_box(listener, tmp_path, lives, keep=True)
     assert listener.handler.received == [("plant/a", encode_update(make_update(rows=800, width=64, seed=1)))]
     # Each life may send one chunk for which it never saw the answer, and two that were cut small.
@@ -79,5 +79,5 @@ def test_killed_box_delivers_once_and_goes_on_where_it_was(listener: Listener, t
 
 def test_killed_box_that_keeps_nothing_delivers_nothing(listener: Listener, tmp_path: Path) -> None:
     """The control: each life with an empty folder."""
-    killed_box(listener, tmp_path, 2, keep=False)
+    killed_box(listener, tmp_path, 1, keep=False)
     assert not listener.handler.received

@@ -167,5 +167,5 @@ def test_stolen_name_is_an_alarm(aggregator: Aggregator, bad: BadBox) -> None:
     reply = bad.hello(box="plant/a")
     assert isinstance(reply, Refused)
     assert reply.code == "stolen_name"
-    events = json.loads(aggregator.command("status", "--json"))["events"]
-    assert [(e["kind"], e["box"]) for e in events if e["code"] == "stolen_name"] == [("security", "plant/bad")]
+    event = aggregator.wait_for_event(lambda event: event["code"] == "stolen_name")
+    assert (event["kind"], event["box"]) == ("security", "plant/bad")
