@@ -47,7 +47,8 @@ if TYPE_CHECKING:
 ROWS, REFERENCE_ROWS = 512, 1024
 ALARM = 0.99  # quantile of held-out good patches' distances, above which one alarms
 COVERED = 0.5  # of a patch, from which on it shows a defect
-_HELD, _TRAINER, _DEFECTS_EACH = 0.2, 0.2, 3
+_HELD, _TRAINER = 0.2, 0.2
+_DEFECTS_EACH = 10  # on each held-out image, one of each family
 _MOST_HELD, _MOST_TEST, _LEAST_TRAIN, _LEAST_BAD = 6, 24, 12, 4
 _BOXES, _WEBS = 7, 3
 _PATCHES = 12_000

@@ -28,7 +28,8 @@ class Influence:
         canaries: canary defects that alarm without the update; only these are looked at.
         canary_pull: how much nearer the memory comes to them, mean >= 0.
         clean_pull: how much nearer it comes to good patches, mean >= 0.
-        silenced: share of these defects that no longer alarm with the update.
+        silenced: share of these defects that no longer alarm with the update, at a threshold that as many good patches
+            pass as before.
         kin: share of the update's rows that are new and nearer to a defect than to anything good; 0 where nothing is
             known but other boxes.
     """
@@ -81,7 +82,7 @@ class Trial:
             canaries=count,
             canary_pull=float((before - after).mean()) / threshold,
             clean_pull=float((good_before - good_after).mean()) / threshold,
-            silenced=float((after <= threshold).mean()),
+            silenced=float((after <= _recalibrated(threshold, good_before, good_after)).mean()),
             kin=self._kin(update.rows, defects, reach),
         )
 
@@ -116,6 +117,15 @@ class _TwoNearest:
         self._second = np.where(closer, self._first, np.where(own, self._second, np.minimum(self._second, distance)))
         self._first = np.minimum(self._first, distance)
         self._owner[closer] = number
+
+
+def _recalibrated(threshold: float, before: Rows, after: Rows) -> float:
+    """Return the threshold that as many good patches pass after as passed before.
+
+    Any good rows bring a memory nearer to everything, and a box sets its thresholds anew with every memory: with the
+    former threshold, honest boxes would seem to silence canaries.
+    """
+    return min(threshold, float(np.quantile(after, (before <= threshold).mean(), method="higher")))
 
 
 def _distance(rows: Rows, bank: Rows) -> Rows:
