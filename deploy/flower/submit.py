@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 APP = Path(__file__).resolve().parent / "app"
 _COMPLETED = "finished:completed"
+_UNDER_WAY = frozenset({"pending", "starting", "running"})
+_AGAIN_S = 1.0
 
 
 class RunFailedError(LinewardError):
@@ -50,14 +53,18 @@ def submit(settings: Path, *, options: Mapping[str, float], superlink: str = "",
     run = started.get("run-id")
     if not isinstance(run, str):
         raise RunFailedError(f"SuperLink did not take the run: {started.get('error-message') or started}")
-    # Its exit code says nothing: it is 0 for a run that failed.
-    subprocess.run([flwr, "log", run, *connection], env=environment, check=False)  # noqa: S603 (our own arguments)
-    found = _json_of([flwr, "list", *connection, "--run-id", run, "--format", "json"], environment).get("runs")
-    state = found[0] if isinstance(found, list) and found and isinstance(found[0], dict) else {}
-    if state.get("status") != _COMPLETED:
+    while True:
+        # Its exit code says nothing, and its end only that the stream ended: a run that failed ends it with 0.
+        subprocess.run([flwr, "log", run, *connection], env=environment, check=False)  # noqa: S603 (our own arguments)
+        found = _json_of([flwr, "list", *connection, "--run-id", run, "--format", "json"], environment).get("runs")
+        state = found[0] if isinstance(found, list) and found and isinstance(found[0], dict) else {}
+        status = str(state.get("status", "state unknown"))
+        if status not in _UNDER_WAY:
+            break
+        time.sleep(_AGAIN_S)
+    if status != _COMPLETED:
         raise RunFailedError(
-            f"run {run}: {state.get('status', 'state unknown')} ({state.get('status-details', '')}); submit it again,"
-            " what is stored is kept"
+            f"run {run}: {status} ({state.get('status-details', '')}); submit it again, what is stored is kept"
         )
     return run
 

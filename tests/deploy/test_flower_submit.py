@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import time
 
 import pytest
 
@@ -14,7 +15,7 @@ SCRIPT = """#!/bin/sh
 case "$1" in
   run) echo "Using SuperLink: here"; echo '{run}' ; printf '%s\\n' "$*" "$FLWR_TELEMETRY_ENABLED" >> {seen} ;;
   log) echo "the log of $2" ; exit {log} ;;
-  list) echo '{state}' ;;
+  list) test -e {seen}.once && echo '{state}' || {{ touch {seen}.once; echo '{first}' ; }} ;;
 esac
 """
 
@@ -25,10 +26,13 @@ def flwr(tmp_path, monkeypatch):
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     monkeypatch.delenv("FLWR_TELEMETRY_ENABLED", raising=False)
 
-    def make(*, run='{"success": true, "run-id": "7"}', status="finished:completed", details="", log=0):
-        state = json.dumps({"success": True, "runs": [{"run-id": "7", "status": status, "status-details": details}]})
+    def make(*, run='{"success": true, "run-id": "7"}', status="finished:completed", details="", log=0, first=""):
+        state, before = (
+            json.dumps({"success": True, "runs": [{"run-id": "7", "status": said, "status-details": details}]})
+            for said in (status, first or status)
+        )
         program = tmp_path / "flwr"
-        program.write_text(SCRIPT.format(run=run, state=state, log=log, seen=tmp_path / "seen"))
+        program.write_text(SCRIPT.format(run=run, state=state, first=before, log=log, seen=tmp_path / "seen"))
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
         return str(program)
@@ -50,6 +54,15 @@ def test_failed_run_is_an_error_whatever_the_log_says(flwr, tmp_path, log):
 
     with pytest.raises(RunFailedError, match=r"finished:failed \(No heartbeat.*submit it again"):
         submit(tmp_path / "a.yaml", options={}, flwr=program)
+
+
+@pytest.mark.parametrize("state", ["pending", "starting", "running"])
+def test_log_that_breaks_off_does_not_end_the_wait(flwr, tmp_path, monkeypatch, state):
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+
+    assert submit(tmp_path / "a.yaml", options={}, flwr=flwr(first=state, log=1)) == "7"
+    assert len(slept) == 1
 
 
 @pytest.mark.parametrize("run", ['{"success": false, "error-message": "no connection"}', "no connection", "{broken"])
