@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import signal
 import subprocess
@@ -34,7 +35,8 @@ def digest(bank: FleetBank | None) -> str:
     return hashlib.sha256(encode_bank(bank)).hexdigest()
 
 
-def test_two_boxes_make_a_memory_and_both_get_it(tmp_path: Path) -> None:
+def test_two_boxes_make_a_memory_and_both_get_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
     with Aggregator(tmp_path) as aggregator:
         updates = [make_update(box, rows=40, seed=number) for number, box in enumerate(BOXES)]
         keys = [aggregator.enrol(box) for box in BOXES]
@@ -52,6 +54,8 @@ def test_two_boxes_make_a_memory_and_both_get_it(tmp_path: Path) -> None:
     assert (bank.version, bank.round, bank.members, bank.pool) == (1, 1, BOXES, POOL)
     merged = aggregate(updates, settings=aggregator.settings.merge, seed=0)
     np.testing.assert_array_equal(bank.rows, merged.rows)
+    assert caplog.text, "something was logged"
+    assert not any(secret in caplog.text for secret in (aggregator.keys.secret, *(key.secret for key in keys)))
 
 
 def test_second_round_builds_on_the_first_after_a_restart(tmp_path: Path) -> None:
