@@ -46,6 +46,7 @@ class BoxSeen:
 
     Attributes:
         parts: ids of the parts that it has judged.
+        declared: of them, those that it was told are good.
         accepted: commands to accept a part that it has obeyed.
         shipped: commands to ship that it has obeyed.
         refusals: why it refused commands.
@@ -53,6 +54,7 @@ class BoxSeen:
     """
 
     parts: set[str] = field(default_factory=set)
+    declared: set[str] = field(default_factory=set)
     accepted: int = 0
     shipped: int = 0
     refusals: list[str] = field(default_factory=list)
@@ -114,7 +116,6 @@ class LiveFleet:
         self._cut_off = cut_off
         self.boxes = {name: BoxSeen() for name in boxes}
         self.notices: list[Notice] = []
-        self._declared: dict[str, set[str]] = {name: set() for name in boxes}
         self._aggregator = {
             "listen": f"tcp://127.0.0.1:{self._port}", "key_file": "keys/aggregator.key_secret", "boxes": "enrolled",
             "state_dir": "aggregator", "rounds": {"fleet": FLEET, **rounds}, "canaries": str(canaries),
@@ -163,15 +164,18 @@ class LiveFleet:
 
         def done() -> bool:
             for name, goal in goals.items():
-                box, declared = self.boxes[name], self._declared[name]
-                open_parts = sorted(box.parts - declared)[: max(0, goal - box.accepted - _waiting(box, declared))]
-                for part in open_parts:
-                    declared.add(part)
+                box = self.boxes[name]
+                for part in sorted(box.parts - box.declared)[: max(0, goal - len(box.declared))]:
+                    box.declared.add(part)
                     command = AcceptCommand(camera="cam-1", part_id=part, id=part)
                     self._send(name, ACCEPT_VERB, encode(command))
             return all(self.boxes[name].accepted >= goal for name, goal in goals.items())
 
-        self.wait(done, "parts to be judged and taken into the memories")
+        try:
+            self.wait(done, "parts to be judged and taken into the memories")
+        except FleetFailedError as error:
+            reasons = {reason for box in self.boxes.values() for reason in box.refusals}
+            raise FleetFailedError(f"{error}; boxes said: {'; '.join(sorted(reasons)) or 'nothing'}") from error
 
     def ship(self, *names: str) -> None:
         """Ask boxes to send what they have learned, and wait until they have stored it for sending.
@@ -208,6 +212,9 @@ class LiveFleet:
             box.shipped += message.verb == SHIP_VERB
         elif isinstance(message, CommandResult):
             box.refusals.append(message.reason)
+            # A busy box does not keep every frame; the line shows each part again.
+            box.parts.discard(message.id or "")
+            box.declared.discard(message.id or "")
             if message.verb == SHIP_VERB:
                 raise FleetFailedError(f"box {message.box} does not ship: {message.reason}")
 
@@ -235,11 +242,6 @@ class LiveFleet:
                 | {"federation": federation},
             )
         _write_yaml(out / "aggregator.yaml", self._aggregator)
-
-
-def _waiting(box: BoxSeen, declared: set[str]) -> int:
-    """Declared parts that the box has not answered for."""
-    return len(declared) - box.accepted - len(box.refusals)
 
 
 def _write_yaml(path: Path, settings: dict[str, Any]) -> None:

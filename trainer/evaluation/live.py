@@ -88,7 +88,7 @@ def replay(config: Path, *, broker: str, log: Path, on_alert: Callable[[Alert], 
     kinds = frozenset({Kind.ALERT, Kind.STATUS, Kind.AVAILABLE})
     with Subscriber(parse_broker_url(broker), kinds=kinds) as subscriber:
         subscriber.wait_until_ready(CONNECT_SECONDS)
-        with _box(config, log) as box:
+        with lineward_process("run", "--config", str(config), log=log) as box:
             deadline = time.monotonic() + timeout
             while True:
                 received = subscriber.receive(timeout=0.5)
@@ -118,10 +118,15 @@ def _collect(collected: Replay, received: Received, on_alert: Callable[[Alert], 
 
 
 @contextlib.contextmanager
-def _box(config: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Run `lineward run` and stop it at the end, whatever happens."""
+def lineward_process(*arguments: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `lineward` with arguments as a process of its own and stop it at the end, whatever happens.
+
+    Args:
+        arguments: the verb and its options.
+        log: file for what it prints.
+    """
     with log.open("wb") as output:
-        command = [sys.executable, "-c", "from edge.cli import main; main()", "run", "--config", str(config)]
+        command = [sys.executable, "-c", "from edge.cli import main; main()", *arguments]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)  # noqa: S603 (our own command)
         try:
             yield process
