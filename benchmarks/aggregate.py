@@ -62,7 +62,7 @@ def measure(how: str, boxes: int, threads: int) -> dict[str, Any]:
     """Merge in this process."""
     updates = make_updates(boxes)
     chosen = settings_of(how)
-    started = time.perf_counter()
+    started, burnt = time.perf_counter(), time.process_time()
     digest = ""
     if how == PEER:
         rows = _peer(updates, chosen, threads)
@@ -70,7 +70,7 @@ def measure(how: str, boxes: int, threads: int) -> dict[str, Any]:
         bank = aggregate(updates, settings=chosen, seed=0, threads=threads)
         rows = bank.rows
         digest = hashlib.sha256(bank.rows.tobytes() + bank.mass.tobytes() + bank.boxes.tobytes()).hexdigest()
-    seconds = time.perf_counter() - started
+    seconds, processor = time.perf_counter() - started, time.process_time() - burnt
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if digest and boxes <= 100:
         turned = aggregate(updates[::-1], settings=chosen, seed=0, threads=threads)
@@ -79,7 +79,8 @@ def measure(how: str, boxes: int, threads: int) -> dict[str, Any]:
     points = np.concatenate([update.rows for update in updates]).astype(np.float16)
     with single_threaded_blas(threads) as workers:
         error = assign(points, mass, rows.astype(np.float64), workers=workers).inertia(mass)
-    return {"how": how, "boxes": boxes, "threads": threads, "s": seconds, "mib": peak, "error": error, "sha256": digest}
+    line = {"how": how, "boxes": boxes, "threads": threads, "s": seconds, "cpu": processor}
+    return line | {"mib": peak, "error": error, "sha256": digest}
 
 
 def _peer(updates: Sequence[MemoryUpdate], chosen: AggregateSettings, threads: int) -> np.ndarray:
@@ -123,13 +124,13 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     wanted = [(OURS, boxes, threads) for boxes in options.boxes for threads in options.threads]
     wanted += [(how, boxes, max(options.threads)) for boxes in options.compare for how in (FULL, PEER)]
     lines = []
-    print("| boxes | threads | k-means of | s | peak MiB | mean squared error | bits |\n|---|---|---|---|---|---|---|")
+    print(f"| boxes | threads | k-means of | s | processor s | peak MiB | mean squared error | bits |\n|{'---|' * 8}")
     for one in wanted:
         line = in_process(*one)
         lines.append(line)
         print(
-            f"| {line['boxes']} | {line['threads']} | {line['how']} | {line['s']:.1f} | {line['mib']:.0f} "
-            f"| {line['error']:.4f} | {line['sha256'][:8]} |",
+            f"| {line['boxes']} | {line['threads']} | {line['how']} | {line['s']:.1f} | {line['cpu']:.1f} "
+            f"| {line['mib']:.0f} | {line['error']:.4f} | {line['sha256'][:8]} |",
             flush=True,
         )
     ours = [line for line in lines if line["how"] == OURS]
