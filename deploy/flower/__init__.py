@@ -14,12 +14,12 @@ Both end in the same functions: the same parser and refusals (:mod:`edge.federat
 | ``book.py`` | the aggregator's durable rounds, as ``rounds.py`` asks for them |
 | ``grid.py``, ``records.py`` | Flower's messages |
 | ``exchange.py`` | the folder that a box and its Flower client share |
+| ``submit.py`` | submits a run and tells whether it completed |
 | ``quiet.py``, ``flower.env`` | the environment without which no app of ours runs: nothing calls home |
 
-An app is code that a box runs because SuperLink sends it: whoever may submit a run there runs programs on every box.
-Ours carries none, but Flower 1.41 cannot hold a SuperNode to it offline (its trusted entities are reviews on Flower's
-hub). The ZeroMQ link carries only data. See ``docs/flower.md``.
+An app is code that a box runs because SuperLink sends it: whoever reaches SuperLink's port can submit one. Ours carries
+none, but Flower 1.41 cannot hold a SuperNode to it offline (its trusted entities are reviews on Flower's hub). The ZeroMQ link carries only data. See ``docs/flower.md``.
 
-Imports of this package need the extra ``flower``, in an environment of its own (``make flower-env``), except
-``exchange``, ``quiet`` and ``rounds``.
+``server``, ``client``, ``grid`` and ``records`` need the extra ``flower``, in an environment of its own
+(``make flower-env``); the others do not import it.
 """
