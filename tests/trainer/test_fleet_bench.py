@@ -101,6 +101,14 @@ def test_bytes_are_those_of_the_messages_and_of_every_fetched_bank():
     assert fleet.bank.members == tuple(box.data.name for box in fleet.boxes)
 
 
+def test_a_box_whose_rows_too_few_frames_stand_behind_is_silent_until_it_has_seen_more():
+    box = BoxSettings(local_rows=4, update_rows=4, min_frames=8.5)
+    fleet = simulation(make_boxes(2, learn=24), box=box, rounds=4, judged_rounds=())
+    found = fleet.run()
+    assert (found[0].silent, found[0].counted, found[0].rows) == (2, 0, 0)
+    assert (found[-1].silent, found[-1].counted) == (0, 2)
+
+
 def test_late_updates_count_one_round_later():
     fleet = simulation(late=0.99, rounds=3, judged_rounds=())
     first, second = fleet.round(1), fleet.round(2)

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deploy.aggregator.aggregate import AggregateSettings, aggregate
 from deploy.aggregator.lloyd import single_threaded_blas
 from deploy.progress import no_progress
+from edge.errors import DataError
 from edge.federation.update import FleetBank
 from edge.federation.wire import Limits, decode_bank, decode_update, encode_bank, encode_update
 from edge.memory.bank import MemoryBank
@@ -71,6 +72,7 @@ class RoundFigures:
         counted: updates in the fleet memory.
         late: those of them that were a round late.
         cut_off: boxes that neither sent nor fetched.
+        silent: boxes that had too few frames behind every row to send any.
         refused: box and reason of each update that was kept out.
         bytes_up: of all updates that arrived.
         bytes_down: of all banks that were fetched.
@@ -84,6 +86,7 @@ class RoundFigures:
     counted: int
     late: int
     cut_off: int
+    silent: int
     refused: tuple[tuple[str, str], ...]
     bytes_up: int
     bytes_down: int
@@ -169,6 +172,7 @@ class Simulation:
             counted=len(accepted),
             late=len(late),
             cut_off=len(cut_off),
+            silent=len(self.boxes) - len(on_time) - len(self._waiting),
             refused=tuple(refused),
             bytes_up=sum(map(len, late)) + sum(map(len, on_time)),
             bytes_down=down,
@@ -186,7 +190,10 @@ class Simulation:
             box.live(number)
             held = self._held[index]
             version = 0 if held is None else held.version
-            update = box.update(number, base_version=version, seed=int(rng.integers(2**63)))
+            try:
+                update = box.update(number, base_version=version, seed=int(rng.integers(2**63)))
+            except DataError:  # too few frames stand behind every row: it sends in a later round
+                continue
             if index < self.settings.poisoners:
                 assert self.settings.poison is not None
                 update = poisoned(update, self.settings.poison, defects=box.data.defects, rng=rng)

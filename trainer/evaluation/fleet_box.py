@@ -17,6 +17,7 @@ from edge.federation.wire_rows import on_wire
 from edge.memory.bank import MemoryBank
 from edge.memory.dynamic import DynamicMemory, DynamicSettings
 from edge.memory.reduce import reduce_anchor
+from edge.memory.settings import MemorySettings
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -36,7 +37,12 @@ class BoxSettings(BaseModel):
 
     local_rows: int = Field(512, ge=1, title="Local rows", description="Rows of a box's own memory.")
     update_rows: int = Field(512, ge=1, title="Update rows", description="Most rows of an update.")
-    min_frames: float = Field(3.0, ge=1, title="Least frames", description="Frames behind a row that leaves a box.")
+    min_frames: float = Field(
+        MemorySettings.model_fields["min_frames"].default,
+        ge=1,
+        title="Least frames",
+        description="Frames behind a row that leaves a box.",
+    )
     wire: WireRows = Field(WireRows.FLOAT16, title="Wire", description="Numbers that rows travel in.")
     first_share: float = Field(
         0.5, gt=0, le=1, title="First share", description="Share of its frames that a box has seen before round 1."

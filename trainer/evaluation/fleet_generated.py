@@ -42,7 +42,7 @@ class ImageCounts(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    learn: int = Field(24, ge=2, title="Learn", description="Good ones that it sees.")
+    learn: int = Field(40, ge=2, title="Learn", description="Good ones that it sees.")
     commissioning: int = Field(20, ge=1, title="Commissioning", description="Good ones that set its threshold.")
     good: int = Field(10, ge=1, title="Good", description="Good test images.")
     defective: int = Field(10, ge=1, title="Defective", description="Defective test images.")
