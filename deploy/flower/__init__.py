@@ -18,7 +18,8 @@ Both end in the same functions: the same parser and refusals (:mod:`edge.federat
 | ``quiet.py``, ``flower.env`` | the environment without which no app of ours runs: nothing calls home |
 
 An app is code that a box runs because SuperLink sends it: whoever reaches SuperLink's port can submit one. Ours carries
-none, but Flower 1.41 cannot hold a SuperNode to it offline (its trusted entities are reviews on Flower's hub). The ZeroMQ link carries only data. See ``docs/flower.md``.
+none, but Flower 1.41 cannot hold a SuperNode to it offline (its trusted entities are reviews on Flower's hub). The
+ZeroMQ link carries only data. See ``docs/flower.md``.
 
 ``server``, ``client``, ``grid`` and ``records`` need the extra ``flower``, in an environment of its own
 (``make flower-env``); the others do not import it.
