@@ -10,6 +10,7 @@ from deploy.aggregator.gates import Examination
 from edge.bundle import MemoryLayout, Pooling, Preprocessing
 from edge.federation.wire import Limits, decode_update, encode_update
 from edge.judgement.score import pool_score
+from edge.memory.dynamic import DynamicSettings
 from edge.memory.search import anomaly_map
 from trainer.evaluation.fleet import FleetSettings, Simulation
 from trainer.evaluation.fleet_box import BoxData, BoxSettings
@@ -102,7 +103,7 @@ def test_bytes_are_those_of_the_messages_and_of_every_fetched_bank():
 
 
 def test_a_box_whose_rows_too_few_frames_stand_behind_is_silent_until_it_has_seen_more():
-    box = BoxSettings(local_rows=4, update_rows=4, min_frames=8.5)
+    box = BoxSettings(local_rows=4, update_rows=4, min_frames=8.5, dynamic=DynamicSettings(beta=0.9))
     fleet = simulation(make_boxes(2, learn=24), box=box, rounds=4, judged_rounds=())
     found = fleet.run()
     assert (found[0].silent, found[0].counted, found[0].rows) == (2, 0, 0)
