@@ -96,7 +96,8 @@ class Merger:
         settings: of the merging.
         min_boxes: fewest boxes that a bank is made of.
         limits: of payloads.
-        references: what a pool without a bank of its own is compared with, by pool or embedding id.
+        references: what updates are compared with, by pool or embedding id; the newest bank where a pool has none.
+        carry_rounds: for so many rounds the last accepted update of a box that has sent nothing new counts on.
         seed: of the merging.
         threads: that share it.
     """
@@ -106,6 +107,7 @@ class Merger:
     min_boxes: int
     limits: Limits
     references: Mapping[str, MemoryBank]
+    carry_rounds: int = 0
     seed: int = 0
     threads: int = 1
 
@@ -118,17 +120,21 @@ class Merger:
         """
         reference = self.reference(store, pool)
         loaded, decisions = self._load(store, pool, round_, None if reference is None else reference.width)
+        carried = self._carried(store, pool, round_, loaded)
         # Released ones are peers of the others and are not examined themselves.
-        loaded.sort(key=lambda pair: pair[0].released)
-        first = sum(not upload.released for upload, _ in loaded)
-        found = self._examine([update for _, update in loaded], reference, first)
-        counted = loaded[first:]
-        decisions += [Decision(upload.id, UploadState.ACCEPTED) for upload, _ in counted]
-        for (upload, update), examination in zip(loaded, found, strict=False):
+        pairs = sorted([*loaded, *carried], key=lambda pair: pair[0].released)
+        first = sum(not upload.released for upload, _ in pairs)
+        found = self._examine([update for _, update in pairs], reference, first)
+        counted = pairs[first:]
+        # What was decided of a carried one stays: it is asked again only whether it counts on.
+        fresh = [upload for upload, _ in counted if upload.round_counted == round_]
+        decisions += [Decision(upload.id, UploadState.ACCEPTED) for upload in fresh]
+        for (upload, update), examination in zip(pairs, found, strict=False):
+            new = upload.round_counted == round_
             if examination.accepted:
                 counted.append((upload, update))
-                decisions.append(Decision(upload.id, UploadState.ACCEPTED))
-            else:
+                decisions += [Decision(upload.id, UploadState.ACCEPTED)] if new else []
+            elif new:
                 decisions.append(Decision(upload.id, UploadState.QUARANTINED, tuple(examination.reasons)))
         members = tuple(sorted({upload.box for upload, _ in counted}))
         merged = None
@@ -157,12 +163,36 @@ class Merger:
         return 0 if found is None else found.width
 
     def reference(self, store: Store, pool: str) -> MemoryBank | None:
-        """The pool's newest bank, else the trainer's reference; ``support`` and ``frames`` are shares of the fleet."""
-        found = store.bank(pool)
+        """The trainer's memory, else the pool's newest bank; ``support`` and ``frames`` are shares of the fleet.
+
+        The trainer's first: what came in a little at a time would hide behind itself in a bank.
+        """
+        trained = self.references.get(pool) or self.references.get(pool.partition("/")[0])
+        found = None if trained is not None else store.bank(pool)
         if found is None:
-            return self.references.get(pool) or self.references.get(pool.partition("/")[0])
+            return trained
         bank = decode_bank(store.bank_bytes(found), own_limits(found))
         return MemoryBank(bank.rows, bank.mass, bank.mass)
+
+    def _carried(
+        self, store: Store, pool: str, round_: int, present: Sequence[tuple[Upload, MemoryUpdate]]
+    ) -> list[tuple[Upload, MemoryUpdate]]:
+        """The last accepted update of each box that has sent none: what a fleet knew is not lost with one late box."""
+        have: set[tuple[str, str, str] | None] = {(one.box, one.product, one.subclass) for _, one in present}
+        width = present[0][1].rows.shape[1] if present else None
+        found = []
+        for before in range(round_ - 1, max(0, round_ - 1 - self.carry_rounds), -1):
+            for upload in store.uploads(pool=pool, round_counted=before, state=UploadState.ACCEPTED):
+                payload = store.payload(upload)
+                try:
+                    update = None if payload is None else decode_update(payload, self.limits)
+                except FederationError:  # the limits were lowered since it came
+                    continue
+                key = None if update is None else (update.box, update.product, update.subclass)
+                if update is not None and key not in have and update.rows.shape[1] == width:
+                    have.add(key)
+                    found.append((upload, update))
+        return found
 
     def _load(
         self, store: Store, pool: str, round_: int, width: int | None

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
     from pathlib import Path
 
+    import numpy.typing as npt
+
     from deploy.aggregator.canaries import Canaries
     from deploy.aggregator.gates import Examination, GateLimits
     from edge.federation.update import MemoryUpdate
@@ -143,7 +145,7 @@ class Examiner:
 
 
 def read_references(bundles: Sequence[Path]) -> dict[str, MemoryBank]:
-    """Return the memory that each bundle was packed with, by embedding id.
+    """Return the memories that bundles were packed with, by embedding id: the rows of all bundles of one.
 
     Args:
         bundles: their folders.
@@ -152,14 +154,17 @@ def read_references(bundles: Sequence[Path]) -> dict[str, MemoryBank]:
         BundleError: one is damaged.
         DataError: the memory of one cannot change, so no box has anything to send.
     """
-    found: dict[str, MemoryBank] = {}
+    found: dict[str, list[npt.NDArray[np.float32]]] = {}
     for path in bundles:
         bundle = Bundle.open(path)
         layout = bundle.manifest.memory
         if layout is None:
             raise DataError(f"references: {path}: its memory cannot change; name a bundle of the method feddymem")
-        rows = np.concatenate(packed_banks(stored_state(bundle), layout).rows)
-        share = np.full(len(rows), 1 / len(rows), np.float32)
         for embedding_id in bundle.manifest.embedding_id.values():
-            found[embedding_id] = MemoryBank(rows, share, share)
-    return found
+            found.setdefault(embedding_id, []).extend(packed_banks(stored_state(bundle), layout).rows)
+    return {embedding_id: _evenly(np.unique(np.concatenate(rows), axis=0)) for embedding_id, rows in found.items()}
+
+
+def _evenly(rows: npt.NDArray[np.float32]) -> MemoryBank:
+    share = np.full(len(rows), 1 / len(rows), np.float32)
+    return MemoryBank(rows, share, share)

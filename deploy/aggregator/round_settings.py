@@ -66,6 +66,13 @@ class RoundSettings(BaseModel):
     keep_rounds: int = Field(
         3, ge=2, title="Rounds kept", description="Rounds whose updates are kept after they were counted."
     )
+    carry_rounds: int = Field(
+        2,
+        ge=0,
+        title="Rounds carried",
+        description="For so many rounds the last accepted update of a box that has sent nothing new counts on; at most "
+        "keep_rounds. What a late or broken box knew is not lost at once.",
+    )
     keep_quarantined: int = Field(
         200, ge=1, title="Quarantined kept", description="The newest quarantined updates of a pool."
     )
@@ -74,6 +81,12 @@ class RoundSettings(BaseModel):
     def _min_boxes_close(self) -> RoundSettings:
         if self.min_boxes > self.close_at:
             raise ValueError(f"min_boxes {self.min_boxes} is above close_at {self.close_at}: raise close_at")
+        return self
+
+    @model_validator(mode="after")
+    def _carried_is_kept(self) -> RoundSettings:
+        if self.carry_rounds > self.keep_rounds:
+            raise ValueError(f"carry_rounds {self.carry_rounds} is above keep_rounds {self.keep_rounds}: raise that")
         return self
 
     @property

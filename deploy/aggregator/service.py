@@ -114,6 +114,7 @@ class Service:
                 settings=settings.merge,
                 min_boxes=settings.rounds.min_boxes,
                 limits=settings.rounds.limits,
+                carry_rounds=settings.rounds.carry_rounds,
                 references=references,
                 seed=settings.seed,
                 threads=settings.threads,

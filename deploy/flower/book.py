@@ -191,6 +191,7 @@ def open_book(path: Path, *, answer_s: float, patience_s: float = 30.0) -> Itera
         settings=settings.merge,
         min_boxes=settings.rounds.min_boxes,
         limits=settings.rounds.limits,
+        carry_rounds=settings.rounds.carry_rounds,
         references=read_references(settings.references),
         seed=settings.seed,
         threads=settings.threads,

@@ -100,6 +100,7 @@ class Fleet:
             min_boxes=self.settings.min_boxes,
             limits=self.settings.limits,
             references=self.references,
+            carry_rounds=self.settings.carry_rounds,
         )
         self.rounds = Rounds(
             self.store,
