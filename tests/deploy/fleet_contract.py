@@ -62,6 +62,7 @@ rounds:
   close_at: 2
   min_boxes: 2
   period_s: {period_s}
+  carry_rounds: 0
   embedding_ids: [{EMBEDDING}]
   products: [{PRODUCT}]
 merge:
