@@ -31,6 +31,7 @@ ENTRY_POINTS = "lineward.commands"
 VERB_HELP = {
     "aggregate": "Collect the fleet's memory updates and build a better memory.",
     "bench": "Measure this machine.",
+    "canaries": "Make what an aggregator tries updates on: patches with known defects.",
     "demo": "Run the whole main job on an example or on your own images.",
     "distill": "Teach a small network what a large one knows.",
     "doctor": "Check this machine for what a box needs.",

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 MARKER = ".lineward-demo"
 PICTURE = "alert.jpg"
-EXAMPLES = ("metal", "brick")
-"""One generated web, with as many independent pieces as calibration needs, and one photograph, which has few."""
+EXAMPLES = ("metal",)
+"""A generated web: a photograph has too few independent pieces to calibrate a threshold on."""
 
 TRAIN_IMAGES = 300
 """Of an example; a fifth of them calibrates the threshold."""
@@ -81,8 +81,16 @@ def demo(
     method: Annotated[str, typer.Option(help="pbas or memory.")] = "memory",
     preset: Annotated[str, typer.Option(help="quick or full.")] = "quick",
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    *,
+    fleet: Annotated[
+        bool | None,
+        typer.Option(
+            "--fleet/--no-fleet",
+            help="Also show three boxes that share a memory; by default without --data or --example.",
+        ),
+    ] = None,
 ) -> None:
-    """Train, pack, run a box, replay a line with defects, show the alerts."""
+    """Train, pack, run a box, replay a line with defects, show the alerts, and let a fleet share what it learns."""
     started = time.monotonic()
     console = Console()
     kinds = _kinds(data, example)
@@ -95,6 +103,10 @@ def demo(
     shown = [_show(subject, method=method, preset=preset, seed=seed, console=console) for subject in subjects]
     console.rule("Summary")
     _summarise(console, subjects, shown)
+    if fleet if fleet is not None else data is None and not example:
+        from trainer.demo_fleet import show_fleet
+
+        show_fleet(out / "fleet", preset=preset, seed=seed, console=console)
     console.print(f"{time.monotonic() - started:.0f} s in all", highlight=False)
 
 
