@@ -30,7 +30,7 @@ ENTRY_POINTS = "lineward.commands"
 # A verb's own docstring is not at hand before its room is imported.
 VERB_HELP = {
     "aggregate": "Collect the fleet's memory updates and build a better memory.",
-    "bench": "Measure this machine.",
+    "bench": "Simulate a fleet: what shared memories gain and cost.",
     "canaries": "Make what an aggregator tries updates on: patches with known defects.",
     "demo": "Run the whole main job on an example or on your own images.",
     "distill": "Teach a small network what a large one knows.",
