@@ -93,7 +93,7 @@ def enrol(
 
 @app.command()
 def revoke(box: BoxArgument, config: ConfigOption) -> None:
-    """Take a box's key back, in force within a second; what the box sent before stays."""
+    """Take a box's key back, in force within two seconds; what it sent and is not merged yet is held back."""
     from deploy.aggregator.identity import revoke as revoke_box
     from deploy.aggregator.settings import load_settings
 
