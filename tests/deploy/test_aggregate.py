@@ -109,6 +109,13 @@ def test_fewer_distinct_rows_than_asked_for_are_all_kept_with_their_boxes() -> N
     assert found[0, 1] == (pytest.approx(1 / 6), 1)
 
 
+def test_zero_and_minus_zero_are_one_row() -> None:
+    bank = aggregate([update([[0.0, 1]], box="s/a"), update([[-0.0, 1]], box="s/b")], settings=SMALL, seed=0)
+    assert bank.rows.tolist() == [[0, 1]]
+    assert bank.boxes.tolist() == [2]
+    assert not np.signbit(bank.rows).any()
+
+
 def test_mass_and_boxes_are_those_of_the_nearest_rows() -> None:
     updates = fleet(6, seed=2)
     bank = aggregate(updates, settings=SMALL, seed=0)
