@@ -143,10 +143,12 @@ class Federation:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def kill(self, process: subprocess.Popen[bytes]) -> None:
-        """SIGKILL to a program and all that it started."""
+    def kill_superlink(self, process: subprocess.Popen[bytes]) -> None:
+        """SIGKILL; what it started in sessions of their own finds out by itself, as after a crash."""
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        # A traced program outlives its tracer by a moment, and would be taken for the one that is started next.
+        self.wait_for(lambda: not self._answers())
 
     def _start(self, name: str, command: Sequence[object]) -> subprocess.Popen[bytes]:
         process = self._spawn(name, command)
@@ -175,11 +177,14 @@ class Federation:
     def _wait_for_port(self, process: subprocess.Popen[bytes]) -> None:
         def answers() -> bool:
             assert process.poll() is None, self.log("superlink")
-            with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), timeout=1):
-                return True
-            return False
+            return self._answers()
 
         self.wait_for(answers)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection((HOST, self.port), timeout=1):
+            return True
+        return False
 
 
 def missing() -> str:

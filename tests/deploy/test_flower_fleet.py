@@ -117,7 +117,7 @@ def test_killed_run_goes_on_when_it_is_submitted_again_and_nobody_speaks_to_anot
         federation.start_node(NODES[A])
         federation.submit(transport.settings, wait=False)
         federation.wait_for(lambda: uploads(tmp_path) == 1)
-        federation.kill(superlink)
+        federation.kill_superlink(superlink)
         transport.place(A, None)  # what has a receipt may be gone from the box
         federation.start_superlink()
         transport.place(B, given(updates[B]))
