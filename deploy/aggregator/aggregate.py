@@ -124,8 +124,7 @@ def aggregate(
     Every box has the same mass, however many patches stand behind its rows; a box's updates share it; within an
     update a row's mass follows its support up to a cap, and groups of one product and sub-class are capped against
     the smallest. The result depends on the set of updates and the seed: not on their order, a repeated delivery, or
-    the number of threads. On another processor it agrees to a float16 step as a rule, because sums and near ties are
-    taken in float64.
+    the number of threads. Another processor or BLAS may add products in another order and give other bits.
 
     Args:
         updates: of one embedding id, at least one.

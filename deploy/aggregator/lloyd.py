@@ -27,7 +27,7 @@ _BLOCK = 2048  # rows; with 1,024 centres a block's distances are 8 MiB
 _SHARDS = 16  # more than the threads of an aggregator; each holds one table of sums
 _CANDIDATES = 3  # rows tried for each seed; the one that lowers the error most is taken
 # float32 products are wrong by about 1e-6 of the squared norms; whatever lies closer than this is judged in float64,
-# so that another processor's order of adding cannot tip a row to another centre.
+# so that rounding in float32 does not tip a row to another centre.
 _NEAR = 1e-5
 
 
