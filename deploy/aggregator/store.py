@@ -13,10 +13,9 @@ import threading
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from deploy.aggregator import store_file
 from deploy.aggregator.records import Bank, Event, EventKind, Partial, Round, RoundState, Upload, UploadState
-from deploy.aggregator.store_file import Marks, ServiceLock
-from edge.alerts.outbox_file import DamagedError, is_damage
+from deploy.aggregator.store_file import FILE, Marks, ServiceLock
+from edge.database import DamagedError, is_damage
 from edge.errors import StoreError
 
 if TYPE_CHECKING:
@@ -363,11 +362,13 @@ class Store:
             if is_damage(error) and self._serve:
                 self._begin_anew(str(error))
                 raise StoreError(f"store {self.path}: {self.damage}; boxes send again what has no receipt") from error
-            raise store_file.translate(error, self.path) from error
+            raise FILE.explain(error, self.path) from error
 
     def _open(self) -> sqlite3.Connection:
+        if not self._serve and not self.path.is_file():
+            raise StoreError(f"store {self.path}: there is none; name the folder of an aggregator that has run")
         try:
-            return store_file.open_database(self.path, create=self._serve)
+            return FILE.open(self.path)
         except DamagedError as error:
             if not self._serve:
                 raise StoreError(
@@ -380,9 +381,9 @@ class Store:
         self._db = self._fresh(why)
 
     def _fresh(self, why: str) -> sqlite3.Connection:
-        aside = store_file.put_aside(self.path)
+        aside = FILE.put_aside(self.path)
         self.damage = f"the database was damaged ({why}) and is kept as {aside.name}; a new one was begun"
-        db = store_file.open_database(self.path, create=True)
+        db = FILE.open(self.path)
         values = (_utc_now(), EventKind.DAMAGE.value, self.damage)
         db.execute("INSERT INTO events(ts, kind, pool, box, code, text) VALUES (?, ?, '', '', '', ?)", values)
         return db

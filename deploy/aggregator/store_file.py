@@ -1,4 +1,4 @@
-"""The aggregator's file: opening, checking and putting aside the SQLite database, and the mark beside it.
+"""The aggregator's file: the database's tables, the service's lock, and the marks beside it.
 
 Knows pages and files; what a row means is the store's business.
 """
@@ -8,19 +8,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import sqlite3
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from edge.alerts.outbox_file import DamagedError, is_damage, is_full, quarantine
-from edge.errors import OutboxError, StoreError
+from edge.database import DatabaseKind
+from edge.errors import StoreError
 
-_APPLICATION_ID = 0x4C4E5741  # "LNWA"
-_USER_VERSION = 1
-_WAL_LIMIT_BYTES = 64 * 2**20
 _MARK_LIMIT_BYTES = 2**20
-BUSY_S = 5.0  # an operator's command beside the service holds the lock for milliseconds
 _SCHEMA = """
 CREATE TABLE pools(
   pool TEXT PRIMARY KEY, embedding_id TEXT NOT NULL, last_version INTEGER NOT NULL) WITHOUT ROWID;
@@ -68,81 +63,23 @@ class _Marks(BaseModel):
     pools: dict[str, PoolMark]
 
 
-def open_database(path: Path, *, create: bool) -> sqlite3.Connection:
-    """The database, checked and with its tables; others may open it too.
-
-    Raises:
-        DamagedError: its pages are broken.
-        StoreError: it cannot be opened, is another program's or version's, or is missing and not to be created.
-    """
-    if not create and not path.is_file():
-        raise StoreError(f"store {path}: there is none; name the folder of an aggregator that has run")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_S)
-    except (OSError, sqlite3.Error) as error:
-        raise StoreError(f"store {path}: {error}; name a file in a folder that this user can write to") from error
-    try:
-        _prepare(db, path)
-    except sqlite3.Error as error:
-        db.close()
-        if is_damage(error):
-            raise DamagedError(str(error)) from error
-        raise translate(error, path) from error
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def _prepare(db: sqlite3.Connection, path: Path) -> None:
-    db.execute("PRAGMA journal_mode=WAL")
-    db.execute("PRAGMA synchronous=FULL")  # a receipt means durability
-    db.execute("PRAGMA foreign_keys=ON")
-    db.execute(f"PRAGMA journal_size_limit={_WAL_LIMIT_BYTES}")
-    found = [row[0] for row in db.execute("PRAGMA quick_check(1)")]
-    if found != ["ok"]:
-        raise DamagedError(str(found[0]))
-    application = db.execute("PRAGMA application_id").fetchone()[0]
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if (application, version) == (_APPLICATION_ID, _USER_VERSION):
-        return
-    if application == _APPLICATION_ID:
-        raise StoreError(f"store {path} has schema {version}, this program knows {_USER_VERSION}; name another file")
-    if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-        raise StoreError(f"store {path} is a database of another program; name another file")
-    db.executescript(
-        f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA application_id={_APPLICATION_ID};"
-        f" PRAGMA user_version={_USER_VERSION}; COMMIT;"
-    )
-
-
-def translate(error: sqlite3.Error, path: Path) -> StoreError:
-    """SQLite's error as ours, with a cure."""
-    text = str(error)
-    if is_full(error):
-        return StoreFullError(f"store {path}: the disk is full; free space, nothing that has a receipt is lost")
-    if "locked" in text:
-        return StoreError(f"store {path} is in use by another process; end it or try again")
-    if "readonly" in text or "unable to open" in text:
-        return StoreError(f"store {path}: {text}; name a file in a folder that this user can write to")
-    return StoreError(f"store {path}: {text}; check the disk and the file's permissions")
-
-
 class StoreFullError(StoreError):
     """The disk has no room; what was to be stored is not, and may be sent again."""
 
 
-def put_aside(path: Path) -> Path:
-    """Rename a damaged database and its companions; returns the new name.
-
-    Raises:
-        StoreError: the folder does not allow it.
-    """
-    try:
-        return quarantine(path)
-    except OutboxError as error:
-        raise StoreError(f"store {path} is damaged and cannot be renamed ({error}); move it away") from error
+FILE: DatabaseKind[StoreError] = DatabaseKind(
+    name="store",
+    application_id=0x4C4E5741,  # "LNWA"
+    version=1,
+    schema=_SCHEMA,
+    error=StoreError,
+    full=StoreFullError,
+    kept="nothing that has a receipt is lost",
+    in_use="end it or try again",
+    pragmas=("foreign_keys=ON", f"journal_size_limit={64 * 2**20}"),
+    timeout_s=5.0,  # an operator's command beside the service holds the lock for milliseconds
+)
+"""The database; others may open it too."""
 
 
 class ServiceLock:

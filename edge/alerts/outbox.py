@@ -14,7 +14,8 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from edge.alerts import outbox_file
-from edge.alerts.outbox_file import DamagedError, Mark, MarkFile, boottime_ns
+from edge.alerts.outbox_file import Mark, MarkFile, boottime_ns
+from edge.database import DamagedError, is_damage, is_full
 from edge.errors import OutboxError
 
 if TYPE_CHECKING:
@@ -430,7 +431,7 @@ class Outbox:
 
     def _open(self) -> None:
         try:
-            self._db = outbox_file.connect(self.path)
+            self._db = outbox_file.FILE.open(self.path)
         except DamagedError as error:
             self._put_aside(str(error))
         else:
@@ -441,10 +442,10 @@ class Outbox:
             self._db.close()
             self._db = None
         self._in_flight.clear()
-        self.quarantined = outbox_file.quarantine(self.path)
+        self.quarantined = outbox_file.FILE.put_aside(self.path)
         self.damage = f"the outbox was damaged ({why}); it lies aside as {self.quarantined}, a new epoch has begun"
         try:
-            self._db = outbox_file.connect(self.path)
+            self._db = outbox_file.FILE.open(self.path)
         except DamagedError as error:
             raise OutboxError(f"outbox {self.path}: a new file is damaged at once ({error}); check the disk") from error
         self._load()
@@ -506,7 +507,7 @@ class Outbox:
         try:
             return self._guard(transaction)
         except OutboxError as error:
-            full = isinstance(error.__cause__, sqlite3.Error) and outbox_file.is_full(error.__cause__)
+            full = isinstance(error.__cause__, sqlite3.Error) and is_full(error.__cause__)
             if not (shed and full and self._totals.acked):
                 raise
             # Space is for what is still owed: acknowledged rows give theirs up, then one more try.
@@ -521,13 +522,13 @@ class Outbox:
             try:
                 return work(self._db)
             except sqlite3.Error as error:
-                if not outbox_file.is_damage(error):
-                    raise outbox_file.translate(error, self.path) from error
+                if not is_damage(error):
+                    raise outbox_file.FILE.explain(error, self.path) from error
                 self._put_aside(str(error))
             try:
                 return work(self._db)
             except sqlite3.Error as error:
-                raise outbox_file.translate(error, self.path) from error
+                raise outbox_file.FILE.explain(error, self.path) from error
 
     def _release_files(self) -> None:
         self._mark.close()

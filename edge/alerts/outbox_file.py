@@ -1,25 +1,20 @@
-"""The outbox's files: opening, checking and quarantining the SQLite database, and the mark beside it.
+"""The outbox's files: the database's tables, and the mark beside it.
 
 Knows pages and files; what a row means and when it goes is the outbox's business.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import secrets
-import sqlite3
 import time
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
+from edge.database import DatabaseKind
 from edge.errors import OutboxError
 
-_APPLICATION_ID = 0x4C4E5744  # "LNWD"
-_USER_VERSION = 1
-_WAL_LIMIT_BYTES = 4 * 2**20
 _MARK_BYTES = 40
 _MARK_FORM = re.compile(rb"([0-9a-f]{16}) (\d{1,19})\s*")
 _SCHEMA = """
@@ -34,8 +29,19 @@ CREATE INDEX victims ON rows(priority, seq) WHERE acked = 0 AND gap_first IS NUL
 """
 
 
-class DamagedError(Exception):
-    """The database file is not readable as one; internal to the outbox, which puts it aside."""
+FILE: DatabaseKind[OutboxError] = DatabaseKind(
+    name="outbox",
+    application_id=0x4C4E5744,  # "LNWD"
+    version=1,
+    schema=_SCHEMA,
+    error=OutboxError,
+    full=OutboxError,
+    kept="nothing that was accepted is lost",
+    in_use="give each box its own file",
+    # One process per outbox. Set before the first access, so no shared-memory file is needed either.
+    pragmas=("auto_vacuum=INCREMENTAL", "locking_mode=EXCLUSIVE", f"journal_size_limit={4 * 2**20}"),
+)
+"""The database."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,99 +69,6 @@ def boot_id() -> str:
 def new_epoch() -> str:
     """64 random bits as 16 hex digits: JSON numbers are exact to 53 bits only."""
     return secrets.token_hex(8)
-
-
-def is_damage(error: sqlite3.Error) -> bool:
-    """Whether SQLite says that the file's content is broken; its numeric codes need Python 3.11."""
-    text = str(error)
-    return "malformed" in text or "not a database" in text or "disk image" in text
-
-
-def is_full(error: sqlite3.Error) -> bool:
-    """Whether the disk, or the file's allowance, is used up."""
-    return "disk is full" in str(error)
-
-
-def connect(path: Path) -> sqlite3.Connection:
-    """The database, opened for this process alone, checked and with its tables.
-
-    Raises:
-        DamagedError: its pages are broken.
-        OutboxError: it is in use, cannot be opened, or is another program's file.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=0)
-    except (OSError, sqlite3.Error) as error:
-        raise OutboxError(f"outbox {path}: {error}; name a file in a folder that this user can write to") from error
-    try:
-        _prepare(db, path)
-    except sqlite3.Error as error:
-        db.close()
-        if is_damage(error):
-            raise DamagedError(str(error)) from error
-        raise translate(error, path) from error
-    except BaseException:
-        db.close()
-        raise
-    return db
-
-
-def _prepare(db: sqlite3.Connection, path: Path) -> None:
-    db.execute("PRAGMA auto_vacuum=INCREMENTAL")
-    # One process per outbox. Set before the first access, so no shared-memory file is needed either.
-    db.execute("PRAGMA locking_mode=EXCLUSIVE")
-    db.execute("PRAGMA journal_mode=WAL")
-    db.execute("PRAGMA synchronous=FULL")
-    db.execute(f"PRAGMA journal_size_limit={_WAL_LIMIT_BYTES}")
-    found = [row[0] for row in db.execute("PRAGMA quick_check(1)")]
-    if found != ["ok"]:
-        raise DamagedError(str(found[0]))
-    application = db.execute("PRAGMA application_id").fetchone()[0]
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if application == _APPLICATION_ID and version == _USER_VERSION:
-        return
-    if application == _APPLICATION_ID:
-        raise OutboxError(f"outbox {path} has schema {version}, this program knows {_USER_VERSION}; name another file")
-    if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-        raise OutboxError(f"outbox {path} is a database of another program; name another file")
-    db.executescript(
-        f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA application_id={_APPLICATION_ID};"
-        f" PRAGMA user_version={_USER_VERSION}; COMMIT;"
-    )
-
-
-def translate(error: sqlite3.Error, path: Path) -> OutboxError:
-    """SQLite's error as ours, with a cure."""
-    text = str(error)
-    if is_full(error):
-        return OutboxError(f"outbox {path}: the disk is full; free space, nothing that was accepted is lost")
-    if "locked" in text:
-        return OutboxError(f"outbox {path} is in use by another process; give each box its own file")
-    if "readonly" in text or "unable to open" in text:
-        return OutboxError(f"outbox {path}: {text}; name a file in a folder that this user can write to")
-    return OutboxError(f"outbox {path}: {text}; check the disk and the file's permissions")
-
-
-def quarantine(path: Path) -> Path:
-    """Rename the database and its companions aside; returns the new name of the database.
-
-    Raises:
-        OutboxError: the folder does not allow it.
-    """
-    stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-    target = path.with_name(f"{path.name}.damaged-{stamp}")
-    serial = 1
-    while target.exists():
-        serial += 1
-        target = path.with_name(f"{path.name}.damaged-{stamp}-{serial}")
-    try:
-        for suffix in ("-wal", "-shm", ""):
-            with contextlib.suppress(FileNotFoundError):
-                Path(f"{path}{suffix}").rename(f"{target}{suffix}")
-    except OSError as error:
-        raise OutboxError(f"outbox {path} is damaged and cannot be renamed: {error}; move it away") from error
-    return target
 
 
 class MarkFile:

@@ -12,8 +12,8 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from edge.alerts.outbox_file import is_damage, is_full, quarantine
-from edge.errors import OutboxError, StoreError
+from edge.database import DamagedError, DatabaseKind, is_damage
+from edge.errors import StoreError
 from edge.federation.wire import encode_update
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from edge.federation.update import MemoryUpdate
 
 _T = TypeVar("_T")
-_APPLICATION_ID = 0x4C4E5746  # "LNWF"
-_USER_VERSION = 1
 _SCHEMA = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE uploads(
@@ -37,6 +35,17 @@ CREATE TABLE parts(start INTEGER PRIMARY KEY, body BLOB NOT NULL);
 CREATE TABLE banks(
   pool TEXT PRIMARY KEY, version INTEGER NOT NULL, sha256 TEXT NOT NULL, payload BLOB NOT NULL) WITHOUT ROWID;
 """
+_FILE: DatabaseKind[StoreError] = DatabaseKind(
+    name="spool",
+    application_id=0x4C4E5746,  # "LNWF"
+    version=1,
+    schema=_SCHEMA,
+    error=StoreError,
+    full=StoreError,
+    kept="nothing that was accepted is lost",
+    in_use="give each box its own state_dir",
+    pragmas=("auto_vacuum=INCREMENTAL", "locking_mode=EXCLUSIVE"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,14 +229,14 @@ class Spool:
                 return self._transact(work, durable=durable)
             except sqlite3.Error as error:
                 if not is_damage(error):
-                    raise self._explain(error) from error
+                    raise _FILE.explain(error, self.path) from error
                 self._db.close()
                 self._put_aside(error)
             self._db = self._open()
             try:
                 return self._transact(work, durable=durable)
             except sqlite3.Error as error:
-                raise self._explain(error) from error
+                raise _FILE.explain(error, self.path) from error
 
     def _transact(self, work: Callable[[sqlite3.Connection], _T], *, durable: bool) -> _T:
         db = self._db
@@ -245,60 +254,16 @@ class Spool:
 
     def _open(self) -> sqlite3.Connection:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                return self._connect()
-            except sqlite3.Error as error:
-                if not is_damage(error):
-                    raise
-                self._put_aside(error)
-            return self._connect()
-        except sqlite3.Error as error:
-            raise self._explain(error) from error
-        except OSError as error:
-            raise StoreError(f"{self.path}: {error.strerror}; name a folder that this user may write") from error
-
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=0)
+            return _FILE.open(self.path)
+        except DamagedError as error:
+            self._put_aside(error)
         try:
-            self._prepare(db)
-        except BaseException:
-            db.close()
-            raise
-        return db
+            return _FILE.open(self.path)
+        except DamagedError as error:
+            raise StoreError(f"spool {self.path}: {error} as soon as it is made; check the disk") from error
 
-    def _prepare(self, db: sqlite3.Connection) -> None:
-        db.execute("PRAGMA auto_vacuum=INCREMENTAL")
-        db.execute("PRAGMA locking_mode=EXCLUSIVE")
-        db.execute("PRAGMA journal_mode=WAL")
-        found = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-        if found != "ok":
-            raise sqlite3.DatabaseError(f"malformed: {found}")
-        application = db.execute("PRAGMA application_id").fetchone()[0]
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            db.executescript(
-                f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA application_id={_APPLICATION_ID};"
-                f" PRAGMA user_version={_USER_VERSION}; COMMIT;"
-            )
-        elif (application, version) != (_APPLICATION_ID, _USER_VERSION):
-            raise StoreError(f"{self.path}: is a database of another program or version; name another folder")
-
-    def _put_aside(self, error: sqlite3.Error) -> None:
-        try:
-            aside = quarantine(self.path)
-        except OutboxError as failure:
-            raise StoreError(f"{self.path}: is damaged and cannot be put aside ({failure})") from error
-        self.damage = f"{error}; kept as {aside.name}"
-
-    def _explain(self, error: sqlite3.Error) -> StoreError:
-        text = str(error)
-        cure = "check the disk and the file's permissions"
-        if is_full(error):
-            text, cure = "the disk is full", "free space; nothing that was accepted is lost"
-        elif "locked" in text:
-            text, cure = "is in use by another process", "give each box its own state_dir"
-        return StoreError(f"{self.path}: {text}; {cure}")
+    def _put_aside(self, error: Exception) -> None:
+        self.damage = f"{error}; kept as {_FILE.put_aside(self.path).name}"
 
 
 def _is_whole(payload: object, sha256: str) -> bool:

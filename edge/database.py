@@ -1,0 +1,153 @@
+"""A SQLite file of ours: opened with checks, its errors typed, put aside where damaged. It must know no table."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from edge.errors import LinewardError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_E = TypeVar("_E", bound=LinewardError)
+
+
+class DamagedError(Exception):
+    """The file is not readable as a database; internal to its owner, who puts it aside."""
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether SQLite says that the file's content is broken; its numeric codes need Python 3.11."""
+    text = str(error)
+    return "malformed" in text or "not a database" in text or "disk image" in text
+
+
+def is_full(error: sqlite3.Error) -> bool:
+    """Whether the disk, or the file's allowance, is used up."""
+    return "disk is full" in str(error)
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseKind(Generic[_E]):
+    """What all files of one kind have in common.
+
+    Attributes:
+        name: for people: ``outbox``.
+        application_id: in the file's header (``PRAGMA application_id``).
+        version: of the tables (``PRAGMA user_version``).
+        schema: SQL that makes the tables.
+        error: what is raised; ``full`` where the disk is.
+        full: a kind of ``error``.
+        kept: what a full disk does not lose: ``nothing that was accepted is lost``.
+        in_use: what to do about another process that has the file.
+        pragmas: ``name=value``, before the first access; WAL and synchronous=FULL are always set.
+        timeout_s: how long to wait for another process that has the file.
+    """
+
+    name: str
+    application_id: int
+    version: int
+    schema: str
+    error: type[_E]
+    full: type[_E]
+    kept: str
+    in_use: str
+    pragmas: Sequence[str] = ()
+    timeout_s: float = 0.0
+
+    def open(self, path: Path) -> sqlite3.Connection:
+        """The database, checked and with its tables; made where it is missing.
+
+        Raises:
+            DamagedError: its pages are broken.
+            LinewardError: of type ``error``: it is in use, cannot be opened, or is another program's or version's.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=self.timeout_s)
+        except (OSError, sqlite3.Error) as error:
+            raise self._unwritable(path, str(error)) from error
+        try:
+            self._prepare(db, path)
+        except sqlite3.Error as error:
+            db.close()
+            if is_damage(error):
+                raise DamagedError(str(error)) from error
+            raise self.explain(error, path) from error
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def explain(self, error: sqlite3.Error, path: Path) -> _E:
+        """SQLite's error as ours, with a cure."""
+        text = str(error)
+        if is_full(error):
+            return self.full(f"{self.name} {path}: the disk is full; free space, {self.kept}")
+        if "locked" in text:
+            return self.error(f"{self.name} {path} is in use by another process; {self.in_use}")
+        if "readonly" in text or "unable to open" in text:
+            return self._unwritable(path, text)
+        return self.error(f"{self.name} {path}: {text}; check the disk and the file's permissions")
+
+    def put_aside(self, path: Path) -> Path:
+        """Rename a damaged database and its companions; returns the new name of the database.
+
+        Raises:
+            LinewardError: of type ``error``: the folder does not allow it.
+        """
+        stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+        target = path.with_name(f"{path.name}.damaged-{stamp}")
+        serial = 1
+        while target.exists():
+            serial += 1
+            target = path.with_name(f"{path.name}.damaged-{stamp}-{serial}")
+        try:
+            for suffix in ("-wal", "-shm", ""):
+                with contextlib.suppress(FileNotFoundError):
+                    Path(f"{path}{suffix}").rename(f"{target}{suffix}")
+        except OSError as error:
+            raise self.error(f"{self.name} {path} is damaged and cannot be renamed: {error}; move it away") from error
+        return target
+
+    def _prepare(self, db: sqlite3.Connection, path: Path) -> None:
+        for pragma in (*self.pragmas, "journal_mode=WAL", "synchronous=FULL"):
+            db.execute(f"PRAGMA {pragma}")
+        found = [row[0] for row in db.execute("PRAGMA quick_check(1)")]
+        if found != ["ok"]:
+            raise DamagedError(str(found[0]))
+        if self._is_ours(db, path):
+            return
+        try:
+            db.executescript(
+                f"BEGIN IMMEDIATE; {self.schema} PRAGMA application_id={self.application_id};"
+                f" PRAGMA user_version={self.version}; COMMIT;"
+            )
+        except sqlite3.OperationalError:
+            # Another process may have made the tables between our look and our turn.
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            if not self._is_ours(db, path):
+                raise
+
+    def _is_ours(self, db: sqlite3.Connection, path: Path) -> bool:
+        """Whether the tables are there; an empty file is nobody's yet, and any other is refused."""
+        application = db.execute("PRAGMA application_id").fetchone()[0]
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if (application, version) == (self.application_id, self.version):
+            return True
+        if application == self.application_id:
+            raise self.error(
+                f"{self.name} {path} has schema {version}, this program knows {self.version}; name another file"
+            )
+        if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            raise self.error(f"{self.name} {path} is a database of another program; name another file")
+        return False
+
+    def _unwritable(self, path: Path, text: str) -> _E:
+        return self.error(f"{self.name} {path}: {text}; name a file in a folder that this user can write to")
