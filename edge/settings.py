@@ -256,8 +256,9 @@ def _resolved(settings: BoxSettings, folder: Path) -> BoxSettings:
     if memory is not None and memory.commissioning is not None:
         memory = memory.model_copy(update={"commissioning": absolute(memory.commissioning)})
     if federation is not None:
-        keys = {name: absolute(getattr(federation, name)) for name in ("key_file", "aggregator_key_file")}
-        federation = federation.model_copy(update=keys)
+        names = ("key_file", "aggregator_key_file", "exchange")
+        paths = {name: absolute(value) for name in names if (value := getattr(federation, name)) is not None}
+        federation = federation.model_copy(update=paths)
     return settings.model_copy(
         update={
             "state_dir": absolute(settings.state_dir),

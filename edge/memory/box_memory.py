@@ -12,6 +12,7 @@ from edge.alerts.message import NoticeKind, Severity
 from edge.alerts.topics import ACCEPT_VERB, SHIP_VERB
 from edge.errors import LinewardError
 from edge.federation.client import FederationClient
+from edge.federation.folder_link import FolderLink
 from edge.federation.keys import read_key_pair, read_public_key
 from edge.memory.changeover import Changeover
 from edge.memory.keeper import MemoryKeeper
@@ -179,9 +180,17 @@ class BoxMemory:
             embedding_id=manifest.embedding_id[self._detector.status.precision],
         )
 
-    def _open_link(self, sender: Sender) -> FederationClient:
+    def _open_link(self, sender: Sender) -> FleetLink:
         federation = self._box.federation
         assert federation is not None
+        if federation.exchange is not None:
+            return FolderLink(
+                federation.exchange, fleet=sender.fleet, product=sender.product, embedding_id=sender.embedding_id
+            )
+        # The settings have all three where there is no exchange folder.
+        assert federation.aggregator is not None
+        assert federation.key_file is not None
+        assert federation.aggregator_key_file is not None
         return FederationClient(
             address=federation.aggregator,
             server_key=read_public_key(federation.aggregator_key_file).key,
