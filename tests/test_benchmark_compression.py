@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+@pytest.mark.slow  # a whole benchmark, if a small one: half a minute to a minute
 def test_compression_gives_every_bank_and_a_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["--size", "64", "--train", "16", "--test", "8", "--rows", "20", "40"]
     points = compression.main([*settings, "--image", str(tmp_path / "curve.png"), "--json", str(tmp_path / "all.json")])

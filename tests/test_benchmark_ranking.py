@@ -102,6 +102,7 @@ def test_files_without_records_are_refused(tmp_path: Path, content: str) -> None
         read_records(tmp_path / "missing.json")
 
 
+@pytest.mark.slow  # a whole benchmark, if a small one: half a minute to a minute
 def test_ranking_judges_every_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--size", "64", "--train", "16", "--test", "8", "--defects", "22"]
     few = ["memory, 60 rows", "memory, coreset", "patchcore-style s8+s16"]

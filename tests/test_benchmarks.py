@@ -57,6 +57,7 @@ def test_box_refuses_a_bundle_that_sees_nothing(
         box.write_frames(bundle, tmp_path / "frames")
 
 
+@pytest.mark.slow  # a whole benchmark, if a small one: half a minute to a minute
 def test_resolution_gives_a_table_and_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = resolution.main([TINY, "--image", str(tmp_path / "curves.png")])
     (tilings,) = found.values()
