@@ -173,6 +173,7 @@ def test_canaries_of_other_images_use_all_of_them(
     bundle: Bundle, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(making, "ALARM", 0.5)  # few and small images: some defect has to lie beyond it
+    monkeypatch.setattr(making, "_IMAGES", 100)
     other = tmp_path / "other" / "train" / "good"
     other.mkdir(parents=True)
     for path in sorted((data / "train" / "good").iterdir())[:5]:
