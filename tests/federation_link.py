@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deploy.aggregator.identity import Registry, enrol
+from deploy.aggregator.identity import Registry, enrol, revoke
 from deploy.aggregator.server import Server
 from edge.errors import FederationError
 from edge.federation.client import FederationClient
@@ -222,6 +222,14 @@ class Listener:
             assert time.monotonic() < deadline
             self.registry.refresh()
         return keys
+
+    def revoke(self, keys: KeyPair, box: str = "plant/a") -> None:
+        """Take a key back, and wait until the aggregator has read it."""
+        revoke(self.boxes, box)
+        deadline = time.monotonic() + 5
+        while keys.public in self.registry.boxes.names:
+            assert time.monotonic() < deadline
+            self.registry.refresh()
 
     def client(
         self, keys: KeyPair, box: str = "plant/a", *, address: str | None = None, **options: Any

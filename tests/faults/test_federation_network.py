@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import pytest
 import zmq
 
-from deploy.aggregator.identity import revoke
 from deploy.aggregator.server import RateLimits
 from edge.errors import FederationError
 from edge.federation.connection import LinkKind
@@ -103,7 +102,7 @@ def test_box_whose_key_was_revoked_is_not_taken_again(listener: Listener) -> Non
     """The control of the above: a box that may not come back does not."""
     keys = listener.enrol()
     assert rejoin(listener, keys, 0) is not None
-    revoke(listener.boxes, "plant/a")
+    listener.revoke(keys)
     client = listener.client(keys)
     client.submit(make_update(seed=1))
     with client:
@@ -114,10 +113,11 @@ def test_box_whose_key_was_revoked_is_not_taken_again(listener: Listener) -> Non
 
 
 def test_revocation_reaches_a_live_session(listener: Listener) -> None:
-    with listener.client(listener.enrol()) as client:
+    keys = listener.enrol()
+    with listener.client(keys) as client:
         assert client.wait_for(lambda: client.state.kind is LinkKind.CONNECTED, 5)
-        revoke(listener.boxes, "plant/a")
         began = time.monotonic()
+        listener.revoke(keys)
         client.submit(make_update())
         assert client.wait_for(lambda: client.state.kind is LinkKind.REFUSED, 5)
         assert time.monotonic() - began <= 2
