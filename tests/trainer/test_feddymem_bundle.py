@@ -22,8 +22,8 @@ from trainer.data.conveyor import write_default
 from trainer.data.generic import generic_canvases
 from trainer.export import export_run
 from trainer.fit import train
-from trainer.methods.feddymem.embed import embed_features, embed_tiles
-from trainer.methods.feddymem.model import LEVELS, FedDyMemHead
+from trainer.methods.feddymem.embed import embed_tiles
+from trainer.methods.feddymem.model import FedDyMemHead
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -132,20 +132,6 @@ def test_a_fleet_bank_is_searched_at_once_and_far_rows_do_not_saturate_int8(bund
         said = anomaly_map(rows, banks, layout, bundle.manifest.preprocessing, bundle.manifest.map_stride)
         assert np.abs(said - after).max() <= 2e-3 * np.abs(before).max()
         assert after.max() < before.max()
-
-
-def test_embed_features_gives_what_embed_tiles_gives(run: Run) -> None:
-    from functools import partial
-
-    import torch
-
-    from trainer.features import extract_tiles
-
-    assert isinstance(run.head, FedDyMemHead)
-    taps = partial(extract_tiles, trunk=run.trunk, tap_names=LEVELS, device=torch.device("cpu"))
-    found = embed_features(run.head, taps(run.holdout[:3]), batch=2)
-    # Extracted features are kept in float16.
-    np.testing.assert_allclose(found, embed_tiles(run.head, run.trunk, run.holdout[:3]), atol=5e-3)
 
 
 def test_canaries_are_rows_of_the_bundles_space_on_both_sides_of_the_threshold(

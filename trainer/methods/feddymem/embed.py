@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from trainer.backbones.efficientnet_lite import Trunk
-    from trainer.methods.base import Features
     from trainer.methods.feddymem.model import FedDyMemHead
 
 _BATCH = 16
@@ -41,10 +40,3 @@ def embed_tiles(
             taps = dict(zip(trunk.tap_names, trunk(part), strict=True))
             found.append(head.embed(*(taps[name] for name in head.tap_names)).numpy())
     return np.concatenate(found)
-
-
-def embed_features(head: FedDyMemHead, features: Features, *, batch: int = _BATCH) -> npt.NDArray[np.float32]:
-    """Return the patch rows float32 [n, L, D] of taps that were extracted before; n counts tiles."""
-    with torch.inference_mode():
-        batches = features.batches(head.tap_names, batch, device=torch.device("cpu"))
-        return np.concatenate([head.embed(*taps).numpy() for taps in batches])
