@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import time
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _E = TypeVar("_E", bound=LinewardError)
+_AGAIN_S = 0.01
 
 
 class DamagedError(Exception):
@@ -116,8 +118,10 @@ class DatabaseKind(Generic[_E]):
         return target
 
     def _prepare(self, db: sqlite3.Connection, path: Path) -> None:
-        for pragma in (*self.pragmas, "journal_mode=WAL", "synchronous=FULL"):
+        for pragma in self.pragmas:
             db.execute(f"PRAGMA {pragma}")
+        self._begin_wal(db)
+        db.execute("PRAGMA synchronous=FULL")
         found = [row[0] for row in db.execute("PRAGMA quick_check(1)")]
         if found != ["ok"]:
             raise DamagedError(str(found[0]))
@@ -134,6 +138,19 @@ class DatabaseKind(Generic[_E]):
                 db.execute("ROLLBACK")
             if not self._is_ours(db, path):
                 raise
+
+    def _begin_wal(self, db: sqlite3.Connection) -> None:
+        """Turn to write-ahead logging. SQLite does not wait for others here, whatever the timeout says."""
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            try:
+                db.execute("PRAGMA journal_mode=WAL")
+            except sqlite3.OperationalError as error:  # noqa: PERF203 (at most a hundred times a second)
+                if "locked" not in str(error) or time.monotonic() >= deadline:
+                    raise
+                time.sleep(_AGAIN_S)
+            else:
+                return
 
     def _is_ours(self, db: sqlite3.Connection, path: Path) -> bool:
         """Whether the tables are there; an empty file is nobody's yet, and any other is refused."""

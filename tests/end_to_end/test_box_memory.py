@@ -144,6 +144,7 @@ def test_switch_under_load_mixes_no_thresholds_and_names_the_memory(
             messages += collect(
                 subscriber, lambda m, v=version: isinstance(m, VerdictMessage) and m.memory.version == v
             )  # type: ignore[misc]
+        messages += collect(subscriber, lambda m: isinstance(m, CameraState) and m.memory and m.memory.version == 5)
 
     verdicts = [m for m in messages if isinstance(m, VerdictMessage)]
     assert all(verdict.decision.value != "NOT_JUDGED" for verdict in verdicts)
