@@ -154,15 +154,18 @@ class DatabaseKind(Generic[_E]):
 
     def _is_ours(self, db: sqlite3.Connection, path: Path) -> bool:
         """Whether the tables are there; an empty file is nobody's yet, and any other is refused."""
+        db.execute("BEGIN")  # one look at all three: another process may be making the tables
         application = db.execute("PRAGMA application_id").fetchone()[0]
         version = db.execute("PRAGMA user_version").fetchone()[0]
+        tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        db.execute("ROLLBACK")
         if (application, version) == (self.application_id, self.version):
             return True
         if application == self.application_id:
             raise self.error(
                 f"{self.name} {path} has schema {version}, this program knows {self.version}; name another file"
             )
-        if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        if tables:
             raise self.error(f"{self.name} {path} is a database of another program; name another file")
         return False
 
