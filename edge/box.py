@@ -9,10 +9,8 @@ import importlib.metadata
 import logging
 import os
 import platform
-import signal
 import threading
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from edge.alerts.message import NoticeKind, Severity, gap_maker
@@ -24,6 +22,7 @@ from edge.bundle import Bundle
 from edge.camera import CameraWorker
 from edge.errors import CaptureError, MessageError, OutboxError
 from edge.health.metrics import Metrics
+from edge.health.signals import stopped_by_signals
 from edge.health.watchdog import Watchdog, clock_synchronised, notify_systemd
 from edge.inference.detector import Detector
 from edge.judgement.verdicts import Judge
@@ -31,8 +30,6 @@ from edge.memory.box_memory import BoxMemory
 from edge.reporter import Reporter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from types import FrameType
 
     from edge.bundle import CalibrationScores
     from edge.camera import OnVerdict
@@ -163,7 +160,7 @@ class Box:
             LinewardError: as :meth:`start`.
         """
         drained = False
-        with self._signals():
+        with stopped_by_signals(self._stop.set, _LOG):
             self.start()
             try:
                 while not self._stop.wait(TICK_S):
@@ -369,24 +366,6 @@ class Box:
             # A status that cannot be said is a defect, but no reason to stop judging.
             self.metrics.count("status_failed")
             _LOG.error("status cannot be published: %s", error)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Stop on SIGTERM and SIGINT; in a thread other than the main one signals cannot be caught and are left."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def handle(number: int, _frame: FrameType | None) -> None:
-            _LOG.info("%s: stopping", signal.Signals(number).name)
-            self._stop.set()
-
-        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _versions(engine: str) -> dict[str, str]:

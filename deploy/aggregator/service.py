@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import signal
 import threading
 import time
 from concurrent.futures import Future
@@ -24,11 +23,11 @@ from deploy.aggregator.server import RateLimits, Server
 from deploy.aggregator.store import Store
 from edge.errors import SettingsError, StoreError
 from edge.federation.keys import read_key_pair
+from edge.health.signals import stopped_by_signals
 from edge.health.watchdog import notify_systemd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from types import FrameType
+    from collections.abc import Callable
 
     from deploy.aggregator.closing import Closing, Gate
     from deploy.aggregator.settings import AggregatorSettings
@@ -163,7 +162,7 @@ class Service:
         Raises:
             LinewardError: as :meth:`start`.
         """
-        with self._signals():
+        with stopped_by_signals(self.request_stop, LOG):
             self.start()
             try:
                 while not self._stopping.is_set():
@@ -215,21 +214,3 @@ class Service:
         with contextlib.suppress(Empty):
             while True:
                 self._rounds.alarm(*self._alarms.get_nowait())
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Stop on SIGTERM and SIGINT; in a thread other than the main one signals cannot be caught and are left."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def handle(number: int, _frame: FrameType | None) -> None:
-            LOG.info("%s: stopping", signal.Signals(number).name)
-            self.request_stop()
-
-        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

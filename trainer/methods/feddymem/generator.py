@@ -15,7 +15,7 @@ from deploy.metrics import image_auroc
 from edge.errors import DataError
 from trainer.methods.feddymem.metric import effective_rank, metric_loss
 from trainer.methods.feddymem.model import LEVELS, Generator, level_patches
-from trainer.methods.memory.reduce import greedy_coreset, nearest, weighted_average_reduce
+from trainer.methods.memory.reduce import greedy_coreset, moments, nearest, oriented, weighted_average_reduce
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -182,19 +182,9 @@ def project(generator: Generator, flat: torch.Tensor) -> torch.Tensor:
 
 def _principal(batches: Iterable[torch.Tensor], width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the mean [C0] and the leading principal directions [C0, width], largest variance first."""
-    count, first, second = 0, None, None
-    for rows in batches:
-        wide = rows.double()
-        count += len(wide)
-        first = wide.sum(0) if first is None else first + wide.sum(0)
-        second = wide.T @ wide if second is None else second + wide.T @ wide
-    assert first is not None
-    assert second is not None
-    mean = first / count
-    vectors = torch.linalg.eigh(second / count - torch.outer(mean, mean))[1].flip(1)[:, :width]
-    # An eigenvector's sign is arbitrary; fix it so that the same data give the same rows.
-    signs = torch.sign(vectors.gather(0, vectors.abs().argmax(0, keepdim=True)))
-    return mean.float(), (vectors * signs).float()
+    mean, covariance = moments(batches)
+    vectors = torch.linalg.eigh(covariance)[1].flip(1)[:, :width]
+    return mean.float(), oriented(vectors).float()
 
 
 def _sample(parts: Sequence[torch.Tensor], random: torch.Generator) -> torch.Tensor:

@@ -166,6 +166,17 @@ def whitening(batches: Iterable[torch.Tensor], share: float) -> tuple[torch.Tens
     Returns:
         Mean float32 [D] and matrix float32 [D, D] on the CPU; whitened rows are ``(rows - mean) @ matrix``.
     """
+    mean, covariance = moments(batches)
+    if not torch.isfinite(covariance).all():
+        return mean.float(), torch.full_like(covariance, torch.nan).float()
+    values, vectors = torch.linalg.eigh(covariance)
+    values = values.clamp_min(0.0)
+    floor = (share * values.mean()).clamp_min(1e-12)
+    return mean.float(), (oriented(vectors) / (values + floor).sqrt()).float()
+
+
+def moments(batches: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean [D] and covariance [D, D], float64 on the CPU, of batches of rows [n, D]; at least one batch."""
     count, first, second = 0, None, None
     for rows in batches:
         wide = rows.double()
@@ -175,12 +186,9 @@ def whitening(batches: Iterable[torch.Tensor], share: float) -> tuple[torch.Tens
     assert first is not None
     assert second is not None
     mean = (first / count).cpu()
-    covariance = (second / count).cpu() - torch.outer(mean, mean)
-    if not torch.isfinite(covariance).all():
-        return mean.float(), torch.full_like(covariance, torch.nan).float()
-    values, vectors = torch.linalg.eigh(covariance)
-    values = values.clamp_min(0.0)
-    floor = (share * values.mean()).clamp_min(1e-12)
-    # An eigenvector's sign is arbitrary; fix it so that the same data give the same rows on every machine.
-    signs = torch.sign(vectors.gather(0, vectors.abs().argmax(0, keepdim=True)))
-    return mean.float(), (vectors * signs / (values + floor).sqrt()).float()
+    return mean, (second / count).cpu() - torch.outer(mean, mean)
+
+
+def oriented(vectors: torch.Tensor) -> torch.Tensor:
+    """Return eigenvectors (columns) with their largest entry positive: equal data give equal rows everywhere."""
+    return vectors * torch.sign(vectors.gather(0, vectors.abs().argmax(0, keepdim=True)))
