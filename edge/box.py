@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from edge.bundle import CalibrationScores
     from edge.camera import OnVerdict
     from edge.federation.link import FleetLink
+    from edge.part import BoxPart
     from edge.settings import BoxSettings, CameraSettings
 
 _LOG = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ WORKERS_STOP_S = 1.2
 LAST_WORDS_S = 0.6
 PUBLISHER_STOP_S = 1.0
 WATCHDOG_LIMIT_S = 30.0
-MEMORY_STOP_S = 0.2
+PART_STOP_S = 0.2
 
 
 class Box:
@@ -71,6 +72,8 @@ class Box:
         self._reporter: Reporter | None = None
         self._link = link
         self._memory: BoxMemory | None = None
+        # What runs beside the cameras, in the order of its start; the memory is one of them.
+        self._parts: list[BoxPart] = []
         self._told_damage: str | None = None
         self._status_key: object = None
         self._status_due_ns = 0
@@ -116,6 +119,7 @@ class Box:
         )
         if settings.memory is not None:
             self._memory = BoxMemory(settings, detector, link=self._link)
+            self._parts.append(self._memory)
         judges = self._judges(bundle, detector)
         self._detector = detector
         self._versions = _versions(detector.status.engine.value)
@@ -186,13 +190,14 @@ class Box:
         deadline = time.monotonic() + WORKERS_STOP_S
         self._stop.set()
         notify_systemd("STOPPING=1")
-        if self._memory is not None:
-            self._memory.request_stop()
+        for part in self._parts:
+            part.request_stop()
         for worker in self._workers:
             if not worker.join(max(0.0, deadline - time.monotonic())):
                 _LOG.warning("camera %s does not stop; left behind", worker.name)
-        if self._memory is not None and not self._memory.stop(max(MEMORY_STOP_S, deadline - time.monotonic())):
-            _LOG.warning("the memory does not stop; left behind")
+        for part in reversed(self._parts):
+            if not part.stop(max(PART_STOP_S, deadline - time.monotonic())):
+                _LOG.warning("%s does not stop; left behind", part.name)
         if self.publisher is not None:
             self._publish(self.status())
             if self.publisher.state.kind is LinkKind.CONNECTED:
@@ -221,7 +226,7 @@ class Box:
             "latency_ms": self.metrics.percentiles(),
             "clock_synced": clock_synchronised(),
             "warnings": tuple(self._warnings()),
-            "detail": {} if self._memory is None else {"memory": self._memory.status()},
+            "detail": {part.name: said for part in self._parts if (said := part.status())},
         }
 
     def _judges(self, bundle: Bundle, detector: Detector) -> list[Judge]:
@@ -297,7 +302,7 @@ class Box:
                 watchdog=self._watchdog,
                 stop=self._stop,
                 on_verdict=self._on_verdict,
-                on_judged=None if self._memory is None else self._memory.offer,
+                observers=[] if self._memory is None else [self._memory.offer],
             )
             self._workers.append(worker)
         if self._memory is not None:
@@ -306,8 +311,8 @@ class Box:
             )
 
     def _start_workers(self) -> None:
-        if self._memory is not None:
-            self._memory.start()
+        for part in self._parts:
+            part.start()
         refused: list[CaptureError] = []
         for worker in self._workers:
             try:
@@ -349,8 +354,7 @@ class Box:
             found.append(f"messages are being lost: {self._reporter.error}")
         if self.outbox is not None and self.outbox.damage:
             found.append(f"the outbox was damaged and put aside: {self.outbox.damage}")
-        if self._memory is not None:
-            found += self._memory.warnings()
+        found += [text for part in self._parts for text in part.warnings()]
         found += [f"{name}: stuck for more than {WATCHDOG_LIMIT_S:g} s" for name in self._watchdog.stuck()]
         return found
 

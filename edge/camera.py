@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 from edge.capture.capture import CameraState, Capture, LostFrame
 from edge.capture.settings import SourceKind
 from edge.errors import CaptureError, DataError
-from edge.frames import Decision, EventPhase
+from edge.frames import Decision, EventPhase, JudgedFrame
 from edge.judgement.events import EventTracker
 from edge.settings import Mode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from edge.frames import AnomalyEvent, Frame, Verdict
+    from edge.frames import AnomalyEvent, Frame, Prediction, Verdict
     from edge.health.metrics import Metrics
     from edge.health.watchdog import Watchdog
     from edge.inference.detector import Detector
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from edge.settings import CameraSettings
 
     OnVerdict = Callable[[str, Verdict], None]
-    OnJudged = Callable[[Frame, Verdict, bool], None]
+    Observer = Callable[[JudgedFrame], None]
 
 _LOG = logging.getLogger(__name__)
 POLL_S = 0.2
@@ -57,8 +57,8 @@ class CameraWorker:
         watchdog: hears a beat per round.
         stop: set when the box stops.
         on_verdict: called with a frame's name and its verdict, in the worker's thread.
-        on_judged: called with each frame that was judged, its verdict and whether it is part of an alert, in the
-            worker's thread; must return at once.
+        observers: called with each frame that came to its end, in the worker's thread, before it is reported; they
+            must return at once and not raise.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class CameraWorker:
         watchdog: Watchdog,
         stop: threading.Event,
         on_verdict: OnVerdict | None = None,
-        on_judged: OnJudged | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.name = settings.name
         self._settings = settings
@@ -81,7 +81,7 @@ class CameraWorker:
         # During a switch of the memory there are two: frames of the old head meet the old thresholds.
         self._judges = {judge.memory_version: judge}
         self._judges_lock = threading.Lock()
-        self._on_judged = on_judged
+        self._observers = tuple(observers)
         self._reporter = reporter
         self._metrics = metrics
         self._watchdog = watchdog
@@ -215,21 +215,26 @@ class CameraWorker:
         frame = dataclasses.replace(
             frame, camera_seq=frame.camera_seq + self._seq_offset, part_id=self._part_id(frame.name)
         )
-        verdict = self._judged(frame)
-        if verdict.decision is not Decision.NOT_JUDGED:
+        prediction, verdict = self._judged(frame)
+        judged = verdict.decision is not Decision.NOT_JUDGED
+        if judged:
             stages = verdict.latency_ms
             processing = stages["preprocess"] + stages["inference"] + stages["judgement"]
             self._metrics.observe({**stages, "processing": processing})
             self._restart_s = FIRST_RESTART_S
+        events = [] if triggered else self._tracker.step(verdict, leave_level=self._judge.leave_level)
+        alarmed = verdict.decision is Decision.NOK or self._tracker.active
+        done = JudgedFrame(frame, prediction, verdict, tuple(events), alarmed=alarmed)
+        for observer in self._observers:
+            observer(done)
         self._deliver(frame.name, verdict)
         if not triggered:
-            self._report(self._tracker.step(verdict, leave_level=self._judge.leave_level))
+            self._report(events)
             self._show_stream(verdict)
-        if self._on_judged is not None and verdict.decision is not Decision.NOT_JUDGED:
-            self._on_judged(frame, verdict, verdict.decision is Decision.NOK or self._tracker.active)
 
-    def _judged(self, frame: Frame) -> Verdict:
+    def _judged(self, frame: Frame) -> tuple[Prediction | None, Verdict]:
         timeout_ms = self._settings.timeout_ms if self._settings.mode is Mode.TRIGGERED else None
+        prediction = None
         try:
             prediction = self._detector.predict(frame)
             verdict = self._judge_of(prediction.memory_version).judge(prediction)
@@ -240,16 +245,16 @@ class CameraWorker:
             if failure != self._failure:
                 _LOG.error("camera %s: a frame could not be judged: %s", self.name, failure, exc_info=error)
             self._failure = failure
-            return self._judge.not_judged(frame, failure[:200])
+            return prediction, self._judge.not_judged(frame, failure[:200])
         if self._failure:
             _LOG.info("camera %s: frames are judged again", self.name)
             self._failure = ""
         if timeout_ms is not None and verdict.latency_ms["total"] > timeout_ms:
             self._metrics.count("frames_late")
-            return self._judge.not_judged(
+            verdict = self._judge.not_judged(
                 frame, f"judged {verdict.latency_ms['total']:.0f} ms after capture, {timeout_ms:g} ms are allowed"
             )
-        return verdict
+        return prediction, verdict
 
     def _judge_of(self, memory_version: int) -> Judge:
         if memory_version != self._judge.memory_version:

@@ -166,3 +166,22 @@ class AnomalyEvent:
     regions: tuple[Region, ...] = ()
     latency_ms: dict[str, float] = field(default_factory=dict)
     memory_version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedFrame:
+    """A frame at the end of its way, as observers get it before anything is reported.
+
+    Attributes:
+        frame: as captured; a part whose frame never came has an empty image.
+        prediction: what the detector said; None where it could not say anything.
+        verdict: of this camera's judge.
+        events: phases that this frame brought, in stream mode.
+        alarmed: NOK, or part of an anomaly event.
+    """
+
+    frame: Frame
+    prediction: Prediction | None
+    verdict: Verdict
+    events: tuple[AnomalyEvent, ...] = ()
+    alarmed: bool = False

@@ -20,7 +20,10 @@ from edge.alerts.topics import check_camera, check_segment
 from edge.bundle import Engine, Precision  # noqa: TC001 (pydantic needs them at run time)
 from edge.capture.settings import SourceSettings  # noqa: TC001 (pydantic needs it at run time)
 from edge.errors import MessageError, SettingsError
+from edge.evidence.settings import EvidenceSettings  # noqa: TC001 (pydantic needs it at run time)
 from edge.federation.settings import FederationSettings  # noqa: TC001 (pydantic needs it at run time)
+from edge.health.settings import CameraHealthSettings, MetricsSettings  # noqa: TC001 (as above)
+from edge.inspection.settings import ModbusSettings, StationSettings  # noqa: TC001 (as above)
 from edge.judgement.events import EventSettings
 from edge.judgement.region_of_interest import RegionOfInterest
 from edge.judgement.threshold import Budget, ExternalThreshold
@@ -43,6 +46,10 @@ class CameraSettings(BaseModel):
 
     name: str = Field(title="Name", description="Part of the camera's topics; unique in the box, no + # or /.")
     source: SourceSettings = Field(title="Source", description="Where frames come from.")
+    enabled: bool = Field(default=True, title="Enabled", description="A disabled camera is not opened, and says so.")
+    bundle: Path | None = Field(
+        None, title="Bundle", description="Folder of the bundle that judges this camera; the box's where absent."
+    )
     mode: Mode = Field(
         Mode.STREAM, title="Judging mode", description="stream: anomaly events; triggered: a verdict per part."
     )
@@ -66,6 +73,9 @@ class CameraSettings(BaseModel):
     )
     threshold: ExternalThreshold | None = Field(
         None, title="Threshold from outside", description="Used in place of the budget where it names this bundle."
+    )
+    health: CameraHealthSettings | None = Field(
+        None, title="Camera health", description="Watches for frozen, dark, blurred or moved cameras; else off."
     )
 
     @field_validator("name")
@@ -121,7 +131,26 @@ class BoxSettings(BaseModel):
     federation: FederationSettings | None = Field(
         None, title="Federation", description="Shares the memory with a fleet; off where absent, needs memory."
     )
+    evidence: EvidenceSettings | None = Field(
+        None, title="Evidence", description="Keeps pictures of what was found; off where absent."
+    )
+    metrics: MetricsSettings | None = Field(
+        None, title="Metrics", description="Serves figures to Prometheus; off where absent."
+    )
+    modbus: ModbusSettings | None = Field(
+        None, title="Modbus", description="Serves verdicts to a PLC over Modbus TCP; off where absent."
+    )
+    engine_stall_s: float = Field(
+        20.0,
+        ge=1,
+        le=600,
+        title="Engine stall [s]",
+        description="An inference that takes longer ends the process, for its supervisor to start it again.",
+    )
     cameras: tuple[CameraSettings, ...] = Field(min_length=1, title="Cameras", description="One entry per camera.")
+    stations: tuple[StationSettings, ...] = Field(
+        (), title="Stations", description="Triggered cameras that judge parts together; each alone where absent."
+    )
 
     @field_validator("site", "box")
     @classmethod
@@ -137,6 +166,20 @@ class BoxSettings(BaseModel):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two cameras are named {twice[0]!r}; give each its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _stations_have_cameras(self) -> BoxSettings:
+        triggered = {camera.name for camera in self.cameras if camera.mode is Mode.TRIGGERED}
+        taken = {camera.name for camera in self.cameras}
+        for station in self.stations:
+            if station.name in taken:
+                raise ValueError(f"station {station.name!r}: the name is taken; give it one of its own")
+            unknown = [name for name in station.cameras if name not in triggered]
+            if unknown:
+                raise ValueError(f"station {station.name!r}: {unknown[0]!r} is no triggered camera of a single station")
+            taken.add(station.name)
+            triggered -= set(station.cameras)
         return self
 
     @model_validator(mode="after")
@@ -244,14 +287,7 @@ def _resolved(settings: BoxSettings, folder: Path) -> BoxSettings:
         for name in ("password_file", "ca_file", "cert_file", "key_file")
         if (value := getattr(broker, name)) is not None
     }
-    cameras = tuple(
-        camera
-        if camera.source.path is None
-        else camera.model_copy(
-            update={"source": camera.source.model_copy(update={"path": str(absolute(Path(camera.source.path)))})}
-        )
-        for camera in settings.cameras
-    )
+    cameras = tuple(_resolved_camera(camera, folder) for camera in settings.cameras)
     memory, federation = settings.memory, settings.federation
     if memory is not None and memory.commissioning is not None:
         memory = memory.model_copy(update={"commissioning": absolute(memory.commissioning)})
@@ -269,6 +305,16 @@ def _resolved(settings: BoxSettings, folder: Path) -> BoxSettings:
             "cameras": cameras,
         }
     )
+
+
+def _resolved_camera(camera: CameraSettings, folder: Path) -> CameraSettings:
+    update: dict[str, Any] = {}
+    if camera.bundle is not None:
+        update["bundle"] = folder / camera.bundle.expanduser()
+    if camera.source.path is not None:
+        path = str(folder / Path(camera.source.path).expanduser())
+        update["source"] = camera.source.model_copy(update={"path": path})
+    return camera.model_copy(update=update)
 
 
 def _models_in(annotation: object) -> list[type[BaseModel]]:

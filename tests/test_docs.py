@@ -25,7 +25,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_documents_hold_a_settings_file() -> None:
-    assert {page.name for page, _ in SETTINGS_FILES} >= {"README.md", "operation.md"}
+    assert {page.name for page, _ in SETTINGS_FILES} >= {"README.md", "operations.md"}
 
 
 @pytest.mark.parametrize(("page", "text"), SETTINGS_FILES, ids=[page.name for page, _ in SETTINGS_FILES])

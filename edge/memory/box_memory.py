@@ -14,6 +14,7 @@ from edge.errors import LinewardError
 from edge.federation.client import FederationClient
 from edge.federation.folder_link import FolderLink
 from edge.federation.keys import read_key_pair, read_public_key
+from edge.frames import Decision
 from edge.memory.changeover import Changeover
 from edge.memory.keeper import MemoryKeeper
 from edge.memory.learner import Sender
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from edge.bundle import CalibrationScores
     from edge.camera import CameraWorker
     from edge.federation.link import FleetLink
-    from edge.frames import Frame, Verdict
+    from edge.frames import JudgedFrame
     from edge.health.metrics import Metrics
     from edge.inference.detector import Detector
     from edge.judgement.verdicts import Judge
@@ -50,6 +51,8 @@ class BoxMemory:
         SettingsError: the bundle's memory cannot change.
         BundleError: the bundle is damaged.
     """
+
+    name = "memory"
 
     def __init__(self, settings: BoxSettings, detector: Detector, *, link: FleetLink | None = None) -> None:
         assert settings.memory is not None
@@ -151,10 +154,10 @@ class BoxMemory:
             self._link.stop(max(0.1, deadline - time.monotonic()))
         return done
 
-    def offer(self, frame: Frame, verdict: Verdict, alarmed: bool) -> None:  # noqa: FBT001 (the cameras' callback)
+    def offer(self, judged: JudgedFrame) -> None:
         """Take a judged frame, or leave it; never waits. See :meth:`MemoryKeeper.offer`."""
-        if self._keeper is not None:
-            self._keeper.offer(frame, verdict, alarmed)
+        if self._keeper is not None and judged.verdict.decision is not Decision.NOT_JUDGED:
+            self._keeper.offer(judged.frame, judged.verdict, judged.alarmed)
 
     def ref(self) -> dict[str, int]:
         """Version of the memory in force, and of the fleet's memory inside it."""

@@ -133,7 +133,7 @@ class MemoryKeeper:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    def offer(self, frame: Frame, verdict: Verdict, alarmed: bool) -> None:  # noqa: FBT001 (the cameras' callback)
+    def offer(self, frame: Frame, verdict: Verdict, alarmed: bool) -> None:  # noqa: FBT001 (a fact of the frame)
         """Take a judged frame, or leave it; never waits. Called in the thread of its camera.
 
         Args:

@@ -99,7 +99,7 @@ def work(
     detector: Any = None,
     stop: threading.Event | None = None,
     alpha: float = 0.05,
-    on_judged: Any = None,
+    observers: Any = (),
     **settings: Any,
 ) -> tuple[CameraWorker, Recorder, Metrics]:
     recorder, metrics = Recorder(), Metrics()
@@ -113,7 +113,7 @@ def work(
         metrics=metrics,
         watchdog=Watchdog(limit_s=SOON),
         stop=stop or threading.Event(),
-        on_judged=on_judged,
+        observers=observers,
     )
     return worker, recorder, metrics
 
@@ -342,15 +342,16 @@ def test_memory_without_thresholds_judges_nothing(tmp_path: Path) -> None:
 
 def test_judged_frames_are_handed_on_with_whether_they_are_part_of_an_alert(tmp_path: Path) -> None:
     events = {"enter_hits": 1, "enter_window": 1, "leave_calm": 2}
-    handed: list[tuple[int, bool]] = []
+    handed: list[tuple[int, bool, bool]] = []
     worker, _, _ = work(
         folder_of(tmp_path / "in", [CALM, HOT, CALM, CALM, 7]), mode="stream", events=events,
-        detector=Brightness(fail_on=7), on_judged=lambda frame, _, alarmed: handed.append((frame.camera_seq, alarmed)),
+        detector=Brightness(fail_on=7),
+        observers=[lambda done: handed.append((done.frame.camera_seq, done.alarmed, done.prediction is not None))],
     )  # fmt: skip
 
     finish(worker)
 
-    assert handed == [(0, False), (1, True), (2, True), (3, False)]
+    assert handed == [(0, False, True), (1, True, True), (2, True, True), (3, False, True), (4, False, False)]
 
 
 class BreakingCapture:
