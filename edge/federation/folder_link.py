@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from edge.durable_files import replace_file
 from edge.errors import DataError, FederationError
 from edge.federation.connection import LinkKind, LinkState
 from edge.federation.fields import Count, Digest, Positive  # noqa: TC001 (pydantic needs them at run time)
@@ -61,18 +62,8 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         DataError: it cannot be written; what was there is as it was.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-        handle = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        replace_file(path, content)
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}); free space or correct its folder") from error
 

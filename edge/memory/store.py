@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edge.bundle import CalibrationScores
+from edge.durable_files import rename_durably, replace_file
 from edge.errors import DataError
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class MemoryStore:
         header = {"version": memory.version, "fleet_version": memory.fleet_version, "drift": memory.drift}
         self._folder.mkdir(parents=True, exist_ok=True)
         # First the number: if the power fails between the two, a version is skipped, not given twice.
-        _replace(self._folder / _COUNTER, str(memory.version).encode("ascii"))
+        replace_file(self._folder / _COUNTER, str(memory.version).encode("ascii"))
         self._write(self._in_force, header, arrays)
 
     def read_learned(self) -> tuple[dict[str, Any], Arrays] | None:
@@ -179,26 +180,7 @@ class MemoryStore:
             np.savez(file, allow_pickle=False, **stored)
             file.flush()
             os.fsync(file.fileno())
-        _rename(partial, path)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    _rename(partial, path)
-
-
-def _rename(partial: Path, path: Path) -> None:
-    partial.replace(path)
-    # Without it a power cut may undo the rename.
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        rename_durably(partial, path)
 
 
 def _put_aside(path: Path) -> Path | None:
