@@ -36,6 +36,10 @@ class BundleError(LinewardError):
     """A bundle is incomplete, truncated, tampered with or of an unknown schema."""
 
 
+class SlotError(LinewardError):
+    """The bundle slots of a box cannot be read or changed."""
+
+
 class SettingsError(LinewardError):
     """A settings file does not parse, or has an unknown or invalid key."""
 
