@@ -106,6 +106,7 @@ class Verdict:
         latency_ms: milliseconds per stage (``preprocess``, ``inference``, ``judgement``, ``total`` since capture).
         memory_version: of the memory that judged, 0 for the one packed in the bundle; where no frame was judged, of
             the one whose threshold is shown.
+        evidence: reference of the pictures kept of it; None where none are.
     """
 
     decision: Decision
@@ -121,6 +122,7 @@ class Verdict:
     reason: str = ""
     latency_ms: dict[str, float] = field(default_factory=dict)
     memory_version: int = 0
+    evidence: str | None = None
 
 
 class EventPhase(str, Enum):
@@ -150,6 +152,7 @@ class AnomalyEvent:
         regions: of that frame.
         latency_ms: of that frame.
         memory_version: of the memory that judged that frame; it may change within one event.
+        evidence: reference of the pictures kept of the event, the same in every phase; None where none are.
     """
 
     event_id: str
@@ -166,6 +169,7 @@ class AnomalyEvent:
     regions: tuple[Region, ...] = ()
     latency_ms: dict[str, float] = field(default_factory=dict)
     memory_version: int = 0
+    evidence: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -330,9 +330,7 @@ class Judge(Message):
     p_value_floor: Probability = 0.0
 
 
-def alert_from_event(
-    event: AnomalyEvent, *, identity: Identity, judge: Judge, epoch: str, seq: int, evidence: str | None = None
-) -> Alert:
+def alert_from_event(event: AnomalyEvent, *, identity: Identity, judge: Judge, epoch: str, seq: int) -> Alert:
     """The alert of one phase of an event. NaN and infinity become null; the strongest 64 regions are kept.
 
     Raises:
@@ -343,7 +341,6 @@ def alert_from_event(
         **_judged(event, identity=identity, judge=judge),
         epoch=epoch,
         seq=seq,
-        evidence=evidence,
         event_id=event.event_id,
         phase=event.phase,
         peak_score=_finite(event.peak_score),
@@ -351,9 +348,7 @@ def alert_from_event(
     )
 
 
-def verdict_message(
-    verdict: Verdict, *, identity: Identity, judge: Judge, epoch: str, seq: int, evidence: str | None = None
-) -> VerdictMessage:
+def verdict_message(verdict: Verdict, *, identity: Identity, judge: Judge, epoch: str, seq: int) -> VerdictMessage:
     """The message of one verdict. NaN and infinity become null; the strongest 64 regions are kept.
 
     Raises:
@@ -364,7 +359,6 @@ def verdict_message(
         **_judged(verdict, identity=identity, judge=judge),
         epoch=epoch,
         seq=seq,
-        evidence=evidence,
         decision=verdict.decision,
         part_id=verdict.part_id,
         reason=verdict.reason[:1024],
@@ -508,6 +502,7 @@ def _judged(source: AnomalyEvent | Verdict, *, identity: Identity, judge: Judge)
         "p_value": _finite(source.p_value),
         "p_value_floor": judge.p_value_floor,
         "regions": _regions(source.regions),
+        "evidence": source.evidence,
         "latency_ms": {stage: float(ms) for stage, ms in source.latency_ms.items() if math.isfinite(ms)},
     }
 
