@@ -59,6 +59,8 @@ class CameraWorker:
         on_verdict: called with a frame's name and its verdict, in the worker's thread.
         observers: called with each frame that came to its end, in the worker's thread, before it is reported; they
             must return at once and not raise.
+        keep_evidence: called before them with the same; returns it with the reference of the pictures that will be
+            kept of it, where there are any. Must return at once and not raise.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class CameraWorker:
         stop: threading.Event,
         on_verdict: OnVerdict | None = None,
         observers: Sequence[Observer] = (),
+        keep_evidence: Callable[[JudgedFrame], JudgedFrame] | None = None,
     ) -> None:
         self.name = settings.name
         self._settings = settings
@@ -82,6 +85,8 @@ class CameraWorker:
         self._judges = {judge.memory_version: judge}
         self._judges_lock = threading.Lock()
         self._observers = tuple(observers)
+        self._keep_evidence = keep_evidence
+        self._event_evidence: str | None = None
         self._reporter = reporter
         self._metrics = metrics
         self._watchdog = watchdog
@@ -97,6 +102,7 @@ class CameraWorker:
         self._counts = dict.fromkeys(("judged", "ok", "nok", "not_judged", "failed", "events", "restarts"), 0)
         self._failure = ""
         self._ending = threading.Event()
+        self._ending_reason = ""
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -141,8 +147,13 @@ class CameraWorker:
             kept = {version: one for version, one in self._judges.items() if version >= present}
             self._judges = kept | {judge.memory_version: judge}
 
-    def end(self) -> None:
-        """Treat the source as ended: the frame in hand is finished, those in the queue are reported as dropped."""
+    def end(self, reason: str = "") -> None:
+        """Treat the source as ended: the frame in hand is finished, those in the queue are reported as dropped.
+
+        Args:
+            reason: why, for the camera's state.
+        """
+        self._ending_reason = reason
         self._ending.set()
 
     def join(self, timeout: float) -> bool:
@@ -204,7 +215,8 @@ class CameraWorker:
         self._capture.stop(CAPTURE_STOP_S)
         self._report_lost()
         self._report(self._tracker.finish())
-        reason = "stopped" if self._stop.is_set() else self._failure or self._capture.error or "the source has ended"
+        ended = self._ending_reason or self._failure or self._capture.error or "the source has ended"
+        reason = "stopped" if self._stop.is_set() else ended
         self._reporter.state(self.name, "not_judged", reason=reason[:200])
         self._watchdog.forget(self.name)
         self._done.set()
@@ -225,6 +237,9 @@ class CameraWorker:
         events = [] if triggered else self._tracker.step(verdict, leave_level=self._judge.leave_level)
         alarmed = verdict.decision is Decision.NOK or self._tracker.active
         done = JudgedFrame(frame, prediction, verdict, tuple(events), alarmed=alarmed)
+        if self._keep_evidence is not None:
+            done = self._keep_evidence(done)
+            verdict, events = done.verdict, list(done.events)
         for observer in self._observers:
             observer(done)
         self._deliver(frame.name, verdict)
@@ -288,7 +303,10 @@ class CameraWorker:
     def _report(self, events: list[AnomalyEvent]) -> None:
         for event in events:
             self._counts["events"] += event.phase is EventPhase.NEW
+            if event.phase is EventPhase.NEW:
+                self._event_evidence = event.evidence
             started = time.monotonic_ns()
+            event = dataclasses.replace(event, evidence=self._event_evidence)  # noqa: PLW2901 (in every phase the same)
             self._reporter.event(event, calibration_count=self._judge.calibration_count)
             self._metrics.observe({"store": (time.monotonic_ns() - started) / NS_PER_MS})
             if event.phase is not EventPhase.UPDATE:
