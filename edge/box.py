@@ -20,20 +20,20 @@ from edge.alerts.publisher import Publisher
 from edge.alerts.topics import Identity
 from edge.bundle import Bundle
 from edge.camera import CameraWorker
-from edge.errors import CaptureError, MessageError, OutboxError
+from edge.cameras import Cameras, make_judge
+from edge.errors import MessageError, OutboxError
 from edge.health.metrics import Metrics
 from edge.health.signals import stopped_by_signals
 from edge.health.watchdog import Watchdog, clock_synchronised, notify_systemd
 from edge.inference.detector import Detector
-from edge.judgement.verdicts import Judge
 from edge.memory.box_memory import BoxMemory
 from edge.reporter import Reporter
 
 if TYPE_CHECKING:
-
     from edge.bundle import CalibrationScores
     from edge.camera import OnVerdict
     from edge.federation.link import FleetLink
+    from edge.judgement.verdicts import Judge
     from edge.part import BoxPart
     from edge.settings import BoxSettings, CameraSettings
 
@@ -67,7 +67,7 @@ class Box:
         self._watchdog = Watchdog(limit_s=WATCHDOG_LIMIT_S)
         self._started_ns = time.monotonic_ns()
         self._identity = Identity(site=settings.site, box=settings.box, prefix=settings.broker.prefix)
-        self._workers: list[CameraWorker] = []
+        self.cameras = Cameras(self.metrics)
         self._detector: Detector | None = None
         self._reporter: Reporter | None = None
         self._link = link
@@ -84,12 +84,7 @@ class Box:
     @property
     def finished(self) -> bool:
         """Whether every source has ended; never so while there is a camera."""
-        return bool(self._workers) and all(worker.done for worker in self._workers)
-
-    @property
-    def workers(self) -> tuple[CameraWorker, ...]:
-        """One per camera, in the order of the settings."""
-        return tuple(self._workers)
+        return self.cameras.finished
 
     @property
     def fallback_reason(self) -> str:
@@ -128,7 +123,8 @@ class Box:
         try:
             self._open_outbox()
             self._make_workers(bundle, detector, judges)
-            self._start_workers()
+            self._start_parts()
+            self._start_cameras()
         except BaseException:
             self.stop()
             raise
@@ -178,7 +174,7 @@ class Box:
 
     def end_sources(self) -> None:
         """Treat every source as ended; :meth:`run` then drains and stops. May be called from another thread."""
-        for worker in self._workers:
+        for worker in self.cameras:
             worker.end()
 
     def request_stop(self) -> None:
@@ -192,9 +188,7 @@ class Box:
         notify_systemd("STOPPING=1")
         for part in self._parts:
             part.request_stop()
-        for worker in self._workers:
-            if not worker.join(max(0.0, deadline - time.monotonic())):
-                _LOG.warning("camera %s does not stop; left behind", worker.name)
+        self.cameras.join(deadline)
         for part in reversed(self._parts):
             if not part.stop(max(PART_STOP_S, deadline - time.monotonic())):
                 _LOG.warning("%s does not stop; left behind", part.name)
@@ -221,7 +215,7 @@ class Box:
             "memory": {"version": 0, "fleet": 0} if self._memory is None else self._memory.ref(),
             "engine": None if detector is None else detector.status.engine.value,
             "precision": None if detector is None else detector.status.precision.value,
-            "cameras": {worker.name: worker.status() for worker in self._workers},
+            "cameras": self.cameras.status(),
             "drops": self.metrics.counts(),
             "latency_ms": self.metrics.percentiles(),
             "clock_synced": clock_synchronised(),
@@ -229,38 +223,17 @@ class Box:
             "detail": {part.name: said for part in self._parts if (said := part.status())},
         }
 
-    def _judges(self, bundle: Bundle, detector: Detector) -> list[Judge]:
+    def _judges(self, bundle: Bundle, detector: Detector) -> dict[str, Judge]:
         """A judge per camera, of the memory that judged last; of the packed one where that cannot be used."""
+        cameras = [camera for camera in self.settings.cameras if camera.enabled]
 
         def make(calibration: CalibrationScores, memory_version: int) -> list[Judge]:
-            return [self._judge(camera, bundle, calibration, memory_version) for camera in self.settings.cameras]
+            return [make_judge(camera, bundle, calibration, memory_version) for camera in cameras]
 
-        restored = None if self._memory is None else self._memory.restore(make)
-        if restored is not None:
-            return restored
-        return make(bundle.calibration(detector.status.engine, detector.status.precision), 0)
-
-    def _judge(
-        self, camera: CameraSettings, bundle: Bundle, calibration: CalibrationScores, memory_version: int
-    ) -> Judge:
-        manifest = bundle.manifest
-        judge = Judge(
-            calibration=calibration,
-            pooling=manifest.pooling,
-            crop=manifest.preprocessing.crop,
-            alpha=camera.alpha,
-            leave_quantile=camera.events.leave_quantile,
-            region_of_interest=camera.region_of_interest,
-            external=camera.threshold,
-            bundle_id=bundle.id,
-            memory_version=memory_version,
-        )
-        threshold = judge.threshold
-        _LOG.info(
-            "camera %s: threshold %.6g (%s, alpha %.2g, %d calibration images in %d groups)",
-            camera.name, threshold.value, threshold.method, threshold.alpha, threshold.n, threshold.n_groups,
-        )  # fmt: skip
-        return judge
+        judges = None if self._memory is None else self._memory.restore(make)
+        if judges is None:
+            judges = make(bundle.calibration(detector.status.engine, detector.status.precision), 0)
+        return {camera.name: judge for camera, judge in zip(cameras, judges, strict=True)}
 
     def _open_outbox(self) -> None:
         settings = self.settings
@@ -281,7 +254,7 @@ class Box:
         self.publisher = Publisher(settings=settings.broker, identity=self._identity, outbox=self.outbox)
         self.publisher.start()
 
-    def _make_workers(self, bundle: Bundle, detector: Detector, judges: list[Judge]) -> None:
+    def _make_workers(self, bundle: Bundle, detector: Detector, judges: dict[str, Judge]) -> None:
         assert self.outbox is not None
         assert self.publisher is not None
         self._reporter = Reporter(
@@ -292,37 +265,40 @@ class Box:
             metrics=self.metrics,
         )
         self._tell_outbox_damage()
-        for camera, judge in zip(self.settings.cameras, judges, strict=True):
-            worker = CameraWorker(
-                settings=camera,
-                detector=detector,
-                judge=judge,
-                reporter=self._reporter,
-                metrics=self.metrics,
-                watchdog=self._watchdog,
-                stop=self._stop,
-                on_verdict=self._on_verdict,
-                observers=[] if self._memory is None else [self._memory.offer],
-            )
-            self._workers.append(worker)
+        workers = [
+            self._worker(camera, detector, judges[camera.name]) for camera in self.settings.cameras if camera.enabled
+        ]
+        self.cameras.put(self.settings.cameras, workers)
+        for camera in self.settings.cameras:
+            if not camera.enabled:
+                self._reporter.state(camera.name, "not_judged", reason="disabled")
         if self._memory is not None:
             self._memory.attach(
-                cameras=self._workers, reporter=self._reporter, publisher=self.publisher, metrics=self.metrics
+                cameras=workers, reporter=self._reporter, publisher=self.publisher, metrics=self.metrics
             )
 
-    def _start_workers(self) -> None:
+    def _worker(self, camera: CameraSettings, detector: Detector, judge: Judge) -> CameraWorker:
+        assert self._reporter is not None
+        return CameraWorker(
+            settings=camera,
+            detector=detector,
+            judge=judge,
+            reporter=self._reporter,
+            metrics=self.metrics,
+            watchdog=self._watchdog,
+            stop=self._stop,
+            on_verdict=self._on_verdict,
+            observers=[] if self._memory is None else [self._memory.offer],
+        )
+
+    def _start_parts(self) -> None:
         for part in self._parts:
             part.start()
-        refused: list[CaptureError] = []
-        for worker in self._workers:
-            try:
-                worker.start()
-            except CaptureError as error:  # noqa: PERF203 (one per camera, once)
-                # One source that is not there must not blind the others; without any there is nothing to do.
-                _LOG.error("camera %s: %s", worker.name, error)
-                self.metrics.count("captures_refused")
-                refused.append(error)
-        if len(refused) == len(self._workers):
+
+    def _start_cameras(self) -> None:
+        refused = self.cameras.start()
+        # Without any source there is nothing to do.
+        if refused and len(refused) == len(self.cameras):
             raise refused[0]
 
     def _tell_outbox_damage(self) -> None:
@@ -349,7 +325,7 @@ class Box:
         found = []
         if self.fallback_reason:
             found.append(f"fallback: {self.fallback_reason}")
-        found += [text for worker in self._workers for text in worker.warnings()]
+        found += self.cameras.warnings()
         if self._reporter is not None and self._reporter.error:
             found.append(f"messages are being lost: {self._reporter.error}")
         if self.outbox is not None and self.outbox.damage:

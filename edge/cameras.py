@@ -1,0 +1,163 @@
+"""Cameras: the workers of a box's cameras as one set, which may change while the others go on.
+
+Knows how workers are started, stopped and put in each other's place; what one of them does is its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from edge.errors import CaptureError
+from edge.judgement.verdicts import Judge
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from edge.bundle import Bundle, CalibrationScores
+    from edge.camera import CameraWorker
+    from edge.health.metrics import Metrics
+    from edge.settings import CameraSettings
+
+_LOG = logging.getLogger(__name__)
+# A worker that hangs in an engine or a driver is left behind after this long, and its successor begins.
+REMOVE_S = 2.0
+_DISABLED = "disabled"
+
+
+def make_judge(
+    camera: CameraSettings, bundle: Bundle, calibration: CalibrationScores, memory_version: int = 0
+) -> Judge:
+    """Make the judge of one camera and say its threshold in the log.
+
+    Args:
+        camera: its settings.
+        bundle: that judges it.
+        calibration: scores of good images, of the engine, precision and memory in use.
+        memory_version: of the memory, 0 for the packed one.
+
+    Raises:
+        DataError: the calibration cannot give a threshold.
+    """
+    manifest = bundle.manifest
+    judge = Judge(
+        calibration=calibration,
+        pooling=manifest.pooling,
+        crop=manifest.preprocessing.crop,
+        alpha=camera.alpha,
+        leave_quantile=camera.events.leave_quantile,
+        region_of_interest=camera.region_of_interest,
+        external=camera.threshold,
+        bundle_id=bundle.id,
+        memory_version=memory_version,
+    )
+    threshold = judge.threshold
+    _LOG.info(
+        "camera %s: threshold %.6g (%s, alpha %.2g, %d calibration images in %d groups)",
+        camera.name, threshold.value, threshold.method, threshold.alpha, threshold.n, threshold.n_groups,
+    )  # fmt: skip
+    return judge
+
+
+class Cameras:
+    """The cameras of a box in the order of its settings, disabled ones included. Safe to read from any thread.
+
+    Args:
+        metrics: counts ``captures_refused``.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._order: tuple[CameraSettings, ...] = ()
+        self._workers: dict[str, CameraWorker] = {}
+
+    def __iter__(self) -> Iterator[CameraWorker]:
+        return iter(self.workers)
+
+    def __len__(self) -> int:
+        return len(self.workers)
+
+    @property
+    def workers(self) -> tuple[CameraWorker, ...]:
+        """Of the enabled cameras."""
+        with self._lock:
+            return tuple(self._workers[camera.name] for camera in self._order if camera.name in self._workers)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every source has ended; never so while there is a camera."""
+        workers = self.workers
+        return bool(workers) and all(worker.done for worker in workers)
+
+    def get(self, name: str) -> CameraWorker | None:
+        """The worker of an enabled camera."""
+        with self._lock:
+            return self._workers.get(name)
+
+    def put(self, order: Sequence[CameraSettings], workers: Sequence[CameraWorker]) -> None:
+        """Take workers in, in place of those of the same name, and forget those that the order does not name.
+
+        Args:
+            order: of all cameras of the box.
+            workers: new ones, not yet started; those that are replaced have ended.
+        """
+        named = {camera.name for camera in order if camera.enabled}
+        with self._lock:
+            known = self._workers | {worker.name: worker for worker in workers}
+            self._order = tuple(order)
+            self._workers = {name: worker for name, worker in known.items() if name in named}
+
+    def start(self, workers: Sequence[CameraWorker] | None = None) -> list[CaptureError]:
+        """Start workers, all of them where None; one source that is not there does not blind the others.
+
+        Returns:
+            Why sources cannot be opened; their cameras' states say so too.
+        """
+        refused: list[CaptureError] = []
+        for worker in self.workers if workers is None else workers:
+            try:
+                worker.start()
+            except CaptureError as error:  # noqa: PERF203 (one per camera, once)
+                _LOG.error("camera %s: %s", worker.name, error)
+                self._metrics.count("captures_refused")
+                refused.append(error)
+        return refused
+
+    def end(self, names: Sequence[str], reason: str) -> None:
+        """End some cameras: frames in hand are finished, those in queues are reported as dropped.
+
+        Args:
+            names: of them; unknown ones are passed over.
+            reason: why, for the states.
+        """
+        ending = [worker for worker in self.workers if worker.name in names]
+        for worker in ending:
+            worker.end(reason)
+        self.join(time.monotonic() + REMOVE_S, ending)
+
+    def join(self, deadline: float, workers: Sequence[CameraWorker] | None = None) -> bool:
+        """Wait for the end of workers until a monotonic time; returns whether all ended."""
+        ended = True
+        for worker in self.workers if workers is None else workers:
+            if not worker.join(max(0.0, deadline - time.monotonic())):
+                _LOG.warning("camera %s does not stop; left behind", worker.name)
+                ended = False
+        return ended
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """What the box's status says of each camera."""
+        with self._lock:
+            known = [(camera, self._workers.get(camera.name)) for camera in self._order]
+        return {camera.name: _disabled(camera) if worker is None else worker.status() for camera, worker in known}
+
+    def warnings(self) -> list[str]:
+        """What an operator should know of the cameras."""
+        return [text for worker in self.workers for text in worker.warnings()]
+
+
+def _disabled(camera: CameraSettings) -> dict[str, Any]:
+    return {"state": _DISABLED, "error": None, "mode": camera.mode.value, "source": camera.source.label,
+            "counters": {}, "threshold": None, "failure": None}  # fmt: skip
