@@ -24,6 +24,7 @@ from edge.settings import Mode
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from edge.bundle import Bundle
     from edge.frames import AnomalyEvent, Frame, Prediction, Verdict
     from edge.health.metrics import Metrics
     from edge.health.watchdog import Watchdog
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     OnVerdict = Callable[[str, Verdict], None]
     Observer = Callable[[JudgedFrame], None]
+    KeepEvidence = Callable[[JudgedFrame, Bundle], JudgedFrame]
 
 _LOG = logging.getLogger(__name__)
 POLL_S = 0.2
@@ -59,8 +61,8 @@ class CameraWorker:
         on_verdict: called with a frame's name and its verdict, in the worker's thread.
         observers: called with each frame that came to its end, in the worker's thread, before it is reported; they
             must return at once and not raise.
-        keep_evidence: called before them with the same; returns it with the reference of the pictures that will be
-            kept of it, where there are any. Must return at once and not raise.
+        keep_evidence: called before them with the same and the bundle that judged it; returns it with the reference of
+            the pictures that will be kept of it, where there are any. Must return at once and not raise.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class CameraWorker:
         stop: threading.Event,
         on_verdict: OnVerdict | None = None,
         observers: Sequence[Observer] = (),
-        keep_evidence: Callable[[JudgedFrame], JudgedFrame] | None = None,
+        keep_evidence: KeepEvidence | None = None,
     ) -> None:
         self.name = settings.name
         self._settings = settings
@@ -238,7 +240,7 @@ class CameraWorker:
         alarmed = verdict.decision is Decision.NOK or self._tracker.active
         done = JudgedFrame(frame, prediction, verdict, tuple(events), alarmed=alarmed)
         if self._keep_evidence is not None:
-            done = self._keep_evidence(done)
+            done = self._keep_evidence(done, self._detector.bundle)
             verdict, events = done.verdict, list(done.events)
         for observer in self._observers:
             observer(done)
