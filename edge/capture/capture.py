@@ -52,7 +52,7 @@ _NOT_WELL = frozenset({CameraState.STALLED, CameraState.RECONNECTING, CameraStat
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """Counts since the start; captured = delivered + dropped + those still in the queue.
+    """Counts since the start; captured = delivered + dropped + skipped + those still in the queue.
 
     Attributes:
         captured: frames read and decoded.
@@ -60,6 +60,7 @@ class Counters:
         dropped: frames lost to the drop policy, or left in the queue by ``stop``.
         corrupt: images that could not be decoded.
         reconnects: connections made after the first one was lost.
+        skipped: frames that nobody wanted.
     """
 
     captured: int = 0
@@ -67,6 +68,7 @@ class Counters:
     dropped: int = 0
     corrupt: int = 0
     reconnects: int = 0
+    skipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,8 @@ class Capture:
         capacity: frames in the queue; the settings' where None.
         source: used instead of the settings' own source.
         on_lost: called from the capture thread (or from ``stop``) for every frame that will not be delivered.
+        wanted: asked in the capture thread, without a lock, for every frame as it comes, before any policy; one that
+            is not wanted is counted as skipped and neither queued nor reported as lost. Must return at once.
         clock: monotonic nanoseconds.
         wait: waits on an event for some seconds.
     """
@@ -117,6 +121,7 @@ class Capture:
         capacity: int | None = None,
         source: Source | None = None,
         on_lost: Callable[[LostFrame], None] | None = None,
+        wanted: Callable[[Frame], bool] | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
         wait: Wait = threading.Event.wait,
     ) -> None:
@@ -126,6 +131,7 @@ class Capture:
         self._capacity = settings.capacity if capacity is None else capacity
         self._source = build_source(settings) if source is None else source
         self._on_lost = on_lost
+        self._wanted = wanted
         self._clock = clock
         self._wait = wait
         self._stop = threading.Event()
@@ -134,7 +140,7 @@ class Capture:
         self._state = CameraState.STARTING
         self._error: str | None = None
         self._reading_since: int | None = None
-        self._counts = dict.fromkeys(("captured", "delivered", "dropped", "corrupt", "reconnects"), 0)
+        self._counts = dict.fromkeys(("captured", "delivered", "dropped", "corrupt", "reconnects", "skipped"), 0)
         self._seq = 0
         self._thread: threading.Thread | None = None
 
@@ -334,9 +340,13 @@ class Capture:
     def _offer(self, grab: Grab) -> None:
         lost: Frame | None = None
         self._enter(CameraState.STREAMING, None)
+        frame = self._frame(grab)
+        wanted = self._wanted is None or self._wanted(frame)
         with self._changed:
-            frame = self._frame(grab)
             self._counts["captured"] += 1
+            if not wanted:
+                self._counts["skipped"] += 1
+                return
             if self._policy is DropPolicy.WAIT:
                 self._changed.wait_for(lambda: len(self._queue) < self._capacity or self._stop.is_set())
             if len(self._queue) < self._capacity:
