@@ -253,22 +253,33 @@ class Availability(Message):
     value: Literal["online", "stopped", "offline"]
 
 
-class ReplayCommand(Message):
+class CommandMessage(Message):
+    """What every command may carry; the publisher looks after all three, handlers see only the ``id``."""
+
+    id: str | None = Field(None, max_length=MAX_ID, description="Comes back in the result.")
+    key: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_ID,
+        description="Draw one per command: a box does the same key once and gives its first answer again, ever after.",
+    )
+    expires_at: Utc | None = Field(None, description="Not done after this moment; refused where the box has no time.")
+
+
+class ReplayCommand(CommandMessage):
     """Asks a box to send the kept messages ``from`` .. ``to`` of an epoch again; published to ``cmd/replay``."""
 
     epoch: Epoch
     first: Seq = Field(alias="from")
     last: Seq = Field(alias="to")
-    id: str | None = Field(None, max_length=MAX_ID, description="Comes back in the result.")
 
 
-class AcceptCommand(Message):
+class AcceptCommand(CommandMessage):
     """Declares a part good: its frame feeds the memory whatever its score; published to ``cmd/accept``."""
 
     camera: str
     camera_seq: Count | None = None
     part_id: str | None = Field(None, max_length=1024)
-    id: str | None = Field(None, max_length=MAX_ID, description="Comes back in the result.")
 
     @model_validator(mode="after")
     def _names_one_frame(self) -> AcceptCommand:
@@ -277,10 +288,8 @@ class AcceptCommand(Message):
         return self
 
 
-class ShipCommand(Message):
+class ShipCommand(CommandMessage):
     """Asks a box to send what its memory has learnt to the fleet now; published to ``cmd/ship``."""
-
-    id: str | None = Field(None, max_length=MAX_ID, description="Comes back in the result.")
 
 
 class CommandResult(Message):
@@ -294,6 +303,7 @@ class CommandResult(Message):
     id: str | None = None
     count: Count = 0
     reason: str = ""
+    detail: dict[str, JsonValue] = Field(default_factory=dict, description="Whatever else the answer holds.")
 
 
 _M = TypeVar("_M", bound=Message)
@@ -311,7 +321,7 @@ _MODELS: dict[Kind, type[Message]] = {
     Kind.AVAILABLE: Availability,
     Kind.RESULT: CommandResult,
 }
-COMMANDS: dict[str, type[Message]] = {REPLAY_VERB: ReplayCommand, ACCEPT_VERB: AcceptCommand, SHIP_VERB: ShipCommand}
+COMMANDS: dict[str, type[CommandMessage]] = {REPLAY_VERB: ReplayCommand, ACCEPT_VERB: AcceptCommand, SHIP_VERB: ShipCommand}
 
 
 class Judge(Message):
