@@ -56,6 +56,10 @@ class OutboxError(LinewardError):
     """The durable outbox cannot be opened or written (a full or read-only disk, a damaged file)."""
 
 
+class EvidenceError(LinewardError):
+    """Evidence is not there, is damaged, or cannot be kept."""
+
+
 class BrokerError(LinewardError):
     """The MQTT broker refuses us (login, TLS), or its address is invalid."""
 
