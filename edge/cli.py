@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from edge.errors import BrokerError, CommandError, LinewardError, MissingExtraError, OutboxError, UsageError
+from edge.slots.cli import app as bundle_app
 
 if TYPE_CHECKING:
     from edge.alerts.settings import BrokerSettings
@@ -89,6 +90,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Anomaly detection at the edge of a production line.",
 )
+app.add_typer(bundle_app, name="bundle")
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from edge.judgement.events import EventSettings
 from edge.judgement.region_of_interest import RegionOfInterest
 from edge.judgement.threshold import Budget, ExternalThreshold
 from edge.memory.settings import MemorySettings  # noqa: TC001 (pydantic needs it at run time)
+from edge.slots.settings import TrialSettings
 
 DEFAULT_FRAME_RATE = 25.0
 
@@ -139,6 +140,9 @@ class BoxSettings(BaseModel):
     )
     modbus: ModbusSettings | None = Field(
         None, title="Modbus", description="Serves verdicts to a PLC over Modbus TCP; off where absent."
+    )
+    trial: TrialSettings = Field(
+        TrialSettings(), title="Trial", description="What a bundle newly installed into a slot has to show."
     )
     engine_stall_s: float = Field(
         20.0,

@@ -182,6 +182,10 @@ class NoticeKind(str, Enum):
     FEDERATION_REFUSED = "federation.refused"
     FEDERATION_DAMAGED = "federation.damaged"
     OUTBOX_DAMAGED = "outbox.damaged"
+    BUNDLE_ON_TRIAL = "bundle.on_trial"
+    BUNDLE_CONFIRMED = "bundle.confirmed"
+    BUNDLE_TAKEN_BACK = "bundle.taken_back"
+    SETTINGS_REFUSED = "settings.refused"
 
 
 class Notice(_Numbered):
@@ -321,7 +325,11 @@ _MODELS: dict[Kind, type[Message]] = {
     Kind.AVAILABLE: Availability,
     Kind.RESULT: CommandResult,
 }
-COMMANDS: dict[str, type[CommandMessage]] = {REPLAY_VERB: ReplayCommand, ACCEPT_VERB: AcceptCommand, SHIP_VERB: ShipCommand}
+COMMANDS: dict[str, type[CommandMessage]] = {
+    REPLAY_VERB: ReplayCommand,
+    ACCEPT_VERB: AcceptCommand,
+    SHIP_VERB: ShipCommand,
+}
 
 
 class Judge(Message):
