@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from edge.errors import LinewardError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 _E = TypeVar("_E", bound=LinewardError)
 _AGAIN_S = 0.01
@@ -49,6 +49,7 @@ class DatabaseKind(Generic[_E]):
         in_use: what to do about another process that has the file.
         pragmas: ``name=value``, before the first access; WAL and synchronous=FULL are always set.
         timeout_s: how long to wait for another process that has the file.
+        migrations: SQL that leads from the version in the key to the next; a file of a version without is refused.
     """
 
     name: str
@@ -61,6 +62,7 @@ class DatabaseKind(Generic[_E]):
     in_use: str
     pragmas: Sequence[str] = ()
     timeout_s: float = 0.0
+    migrations: Mapping[int, str] = field(default_factory=dict)
 
     def open(self, path: Path) -> sqlite3.Connection:
         """The database, checked and with its tables; made where it is missing.
@@ -125,19 +127,20 @@ class DatabaseKind(Generic[_E]):
         found = [row[0] for row in db.execute("PRAGMA quick_check(1)")]
         if found != ["ok"]:
             raise DamagedError(str(found[0]))
-        if self._is_ours(db, path):
-            return
-        try:
-            db.executescript(
-                f"BEGIN IMMEDIATE; {self.schema} PRAGMA application_id={self.application_id};"
-                f" PRAGMA user_version={self.version}; COMMIT;"
-            )
-        except sqlite3.OperationalError:
-            # Another process may have made the tables between our look and our turn.
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            if not self._is_ours(db, path):
-                raise
+        while (found_version := self._version_of(db, path)) != self.version:
+            step = self.schema if found_version is None else self.migrations[found_version]
+            version = self.version if found_version is None else found_version + 1
+            try:
+                db.executescript(
+                    f"BEGIN IMMEDIATE; {step} PRAGMA application_id={self.application_id};"
+                    f" PRAGMA user_version={version}; COMMIT;"
+                )
+            except sqlite3.OperationalError:
+                # Another process may have made the tables between our look and our turn.
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                if self._version_of(db, path) == found_version:
+                    raise
 
     def _begin_wal(self, db: sqlite3.Connection) -> None:
         """Turn to write-ahead logging. SQLite does not wait for others here, whatever the timeout says."""
@@ -152,22 +155,22 @@ class DatabaseKind(Generic[_E]):
             else:
                 return
 
-    def _is_ours(self, db: sqlite3.Connection, path: Path) -> bool:
-        """Whether the tables are there; an empty file is nobody's yet, and any other is refused."""
+    def _version_of(self, db: sqlite3.Connection, path: Path) -> int | None:
+        """Which version's tables are there, of those that lead to ours; None: an empty file, which is nobody's yet."""
         db.execute("BEGIN")  # one look at all three: another process may be making the tables
         application = db.execute("PRAGMA application_id").fetchone()[0]
-        version = db.execute("PRAGMA user_version").fetchone()[0]
+        version: int = db.execute("PRAGMA user_version").fetchone()[0]
         tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         db.execute("ROLLBACK")
-        if (application, version) == (self.application_id, self.version):
-            return True
         if application == self.application_id:
+            if all(step in self.migrations for step in range(version, self.version)) and version <= self.version:
+                return version
             raise self.error(
                 f"{self.name} {path} has schema {version}, this program knows {self.version}; name another file"
             )
         if tables:
             raise self.error(f"{self.name} {path} is a database of another program; name another file")
-        return False
+        return None
 
     def _unwritable(self, path: Path, text: str) -> _E:
         return self.error(f"{self.name} {path}: {text}; name a file in a folder that this user can write to")

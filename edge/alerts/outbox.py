@@ -8,13 +8,24 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
-import zlib
-from dataclasses import dataclass, replace
-from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edge.alerts import outbox_file
 from edge.alerts.outbox_file import Mark, MarkFile, boottime_ns
+from edge.alerts.outbox_group import GroupCommit
+from edge.alerts.outbox_rows import (
+    DAMAGED_ROW,
+    OUTBOX_FULL,
+    DeadLetter,
+    Draft,
+    GapMaker,
+    Make,
+    Priority,
+    Row,
+    Rows,
+    set_meta,
+)
 from edge.database import DamagedError, is_damage, is_full
 from edge.errors import OutboxError
 
@@ -23,73 +34,12 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from edge.alerts.outbox_group import Call
+
+__all__ = ["DAMAGED_ROW", "OUTBOX_FULL", "DeadLetter", "Draft", "GapMaker", "Make", "Outbox", "Priority", "Row"]
+
 _T = TypeVar("_T")
-# What SQLite spends on a row beside topic and payload: columns, two index entries, slack of its page.
-_ROW_OVERHEAD = 120
-_BATCH = 64
-OUTBOX_FULL = "outbox full"
-DAMAGED_ROW = "damaged row"
-
-
-class Priority(IntEnum):
-    """What may go first when the outbox is full: the lowest priority, and of it the oldest."""
-
-    LOW = 0
-    NORMAL = 1
-    HIGH = 2
-
-
-Make: TypeAlias = "Callable[[str, int], bytes]"
-
-
-class Draft(NamedTuple):
-    """A message before it has its number: ``make(epoch, seq)`` gives the payload."""
-
-    topic: str
-    make: Make
-    priority: Priority = Priority.HIGH
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A message on its way.
-
-    Attributes:
-        seq: its number, unique in this file.
-        epoch: 16 hex digits.
-        topic: where to.
-        payload: as it was appended.
-        late: it was not sent in the connection in which it was made, or is sent again.
-    """
-
-    seq: int
-    epoch: str
-    topic: str
-    payload: bytes
-    late: bool
-
-
-class GapMaker(Protocol):
-    """Gives topic and payload of the row that stands for dropped ones."""
-
-    def __call__(self, *, epoch: str, seq: int, first: int, last: int, dropped: int, reason: str) -> tuple[str, bytes]:
-        """``dropped`` of the numbers ``first`` .. ``last`` of an epoch are gone."""
-
-
-@dataclass(slots=True)
-class _Totals:
-    """What would otherwise be counted by a scan; goes back with a transaction that fails."""
-
-    last_seq: int = 0
-    depth: int = 0
-    acked: int = 0
-    bytes: int = 0
-    appended: int = 0
-    acknowledged: int = 0
-    requeued: int = 0
-    trimmed: int = 0
-    damaged: int = 0
-    dropped: int = 0
+_FEWEST_SHED = 64
 
 
 class Outbox:
@@ -101,7 +51,8 @@ class Outbox:
     Args:
         path: the database file; ``-wal`` and ``-mark`` files lie beside it.
         make_gap: writes the message that stands for dropped rows.
-        max_bytes: over it acknowledged rows go first, then waiting ones of the lowest priority, oldest first.
+        max_bytes: over it acknowledged rows go first, then dead letters, then waiting rows of the lowest priority,
+            oldest first.
         replay_rows: acknowledged rows that are kept, the newest.
         replay_seconds: of them, those acknowledged within this time are sent again after a reconnect.
         clock: nanoseconds since boot.
@@ -124,18 +75,15 @@ class Outbox:
         self.path = path
         self.quarantined: Path | None = None
         self.damage: str | None = None
-        self._make_gap = make_gap
-        self._max_bytes = max_bytes
-        self._replay_rows = replay_rows
+        self._rows = Rows(make_gap=make_gap, max_bytes=max_bytes, replay_rows=replay_rows)
         self._replay_ns = int(replay_seconds * 1e9)
         self._clock = clock
         self._lock = threading.RLock()
+        self._group: GroupCommit[Draft, list[int]] = GroupCommit(self._commit, lock=self._lock)
         self._mark = MarkFile(path)
         self._mark_errors = 0
-        self._in_flight: set[int] = set()
+        self._commits = 0
         self._listeners: list[Callable[[], None]] = []
-        self._totals = _Totals()
-        self._epoch = ""
         self._db: sqlite3.Connection | None = None
         try:
             self._open()
@@ -154,32 +102,40 @@ class Outbox:
     @property
     def epoch(self) -> str:
         """16 hex digits that new rows carry."""
-        return self._epoch
+        return self._rows.epoch
 
     @property
     def last_seq(self) -> int:
         """The highest number given so far, 0 before the first."""
-        return self._totals.last_seq
+        return self._rows.totals.last_seq
 
     @property
     def depth(self) -> int:
         """Rows that wait for an acknowledgement."""
-        return self._totals.depth
+        return self._rows.totals.depth
 
     @property
     def bytes(self) -> int:
-        """Size of all rows, acknowledged ones included."""
-        return self._totals.bytes
+        """Size of all rows, acknowledged ones and dead letters included."""
+        return self._rows.totals.bytes
+
+    @property
+    def dead(self) -> int:
+        """Dead letters that are kept."""
+        return self._rows.totals.dead
 
     @property
     def counters(self) -> dict[str, int]:
-        """``dropped`` since the file was made; appended, acknowledged, requeued, trimmed and damaged since it opened.
+        """``dropped`` since the file was made, the others since it opened.
 
-        ``trimmed`` are acknowledged rows that were forgotten, ``dropped`` waiting ones given up on purpose.
+        appended, acknowledged, requeued, ``set_aside`` as dead letters, ``trimmed``: acknowledged rows that were
+        forgotten, ``dropped``: others given up on purpose, damaged, ``commits``: disk syncs that the appended rows
+        took, mark_errors.
         """
-        names = ("appended", "acknowledged", "requeued", "trimmed", "dropped", "damaged")
+        names = ("appended", "acknowledged", "requeued", "set_aside", "trimmed", "dropped", "damaged")
         with self._lock:
-            return {name: getattr(self._totals, name) for name in names} | {"mark_errors": self._mark_errors}
+            counts = {name: getattr(self._rows.totals, name) for name in names}
+            return counts | {"commits": self._commits, "mark_errors": self._mark_errors}
 
     def add_listener(self, listener: Callable[[], None]) -> None:
         """Call ``listener`` (quick, not raising) after rows were appended, in the appending thread."""
@@ -196,22 +152,12 @@ class Outbox:
     def append_many(self, drafts: Sequence[Draft]) -> list[int]:
         """Store messages with one disk sync for all of them, all or none; returns their numbers.
 
+        Threads that call at the same time share one sync as well; each is still told of its own failure only.
+
         Raises:
             OutboxError: as :meth:`append`.
         """
-
-        def work(db: sqlite3.Connection) -> list[int]:
-            seqs = [self._insert(db, draft) for draft in drafts]
-            self._set_meta(db, "last_seq", self._totals.last_seq)
-            self._make_room(db)
-            return seqs
-
-        with self._lock:
-            seqs = self._write(work, shed=True)
-            try:
-                self._mark.write(Mark(self._epoch, self._totals.last_seq))
-            except OSError:
-                self._mark_errors += 1
+        seqs = self._group.submit(drafts)
         for listener in self._listeners:
             listener()
         return seqs
@@ -226,73 +172,83 @@ class Outbox:
         Raises:
             OutboxError: the file cannot be read.
         """
-
-        def work(db: sqlite3.Connection) -> list[Row]:
-            rows: list[Row] = []
-            # Within the index `lane`; rows in flight are few, so reading past them is cheap.
-            reach = limit + len(self._in_flight)
-            for lane in ("again = 0 AND seq > ?", "(again = 1 OR seq <= ?)"):
-                query = (
-                    f"SELECT seq, epoch, topic, payload, crc FROM rows WHERE acked = 0 AND {lane} ORDER BY seq LIMIT ?"  # noqa: S608 (two fixed texts)
-                )
-                for seq, epoch, topic, payload, crc in db.execute(query, (boundary, reach)).fetchall():
-                    if seq in self._in_flight or len(rows) >= limit:
-                        continue
-                    if not isinstance(payload, bytes) or not isinstance(topic, str) or _crc(topic, payload) != crc:
-                        damaged.append((epoch, seq))
-                        continue
-                    rows.append(Row(seq, epoch, topic, payload, late=lane.startswith("(")))
-            return rows
-
         with self._lock:
-            damaged: list[tuple[str, int]] = []
-            rows = self._read(work)
+            rows, damaged = self._guard(lambda db: self._rows.pending(db, limit, boundary))
             if damaged:
-                self._write(lambda db: self._drop_damaged(db, damaged))
+                self._write(lambda db: self._rows.drop_damaged(db, damaged))
             return rows
 
     def mark_sent(self, seqs: Iterable[int]) -> None:
         """These rows are in flight: not given out again before :meth:`release_sent`, and not dropped."""
         with self._lock:
-            fresh = set(seqs) - self._in_flight
+            fresh = set(seqs) - self._rows.in_flight
             # A gap that may have been seen is never extended: a subscriber would drop the longer one as a duplicate.
             marks = ",".join("?" * len(fresh))
             query = f"SELECT seq FROM rows WHERE gap_first IS NOT NULL AND sent = 0 AND seq IN ({marks})"  # noqa: S608
-            gaps = self._read(lambda db: db.execute(query, tuple(fresh)).fetchall())
+            gaps = self._guard(lambda db: db.execute(query, tuple(fresh)).fetchall())
             if gaps:
                 self._write(lambda db: db.executemany("UPDATE rows SET sent = 1 WHERE seq = ?", gaps))
-            self._in_flight |= fresh
+            self._rows.in_flight |= fresh
 
     def release_sent(self, seqs: Iterable[int] | None = None) -> None:
         """These rows, or all, are not in flight any more and pending again: the connection is gone."""
         with self._lock:
-            self._in_flight.difference_update(set(self._in_flight) if seqs is None else seqs)
+            flying = self._rows.in_flight
+            flying.difference_update(set(flying) if seqs is None else seqs)
 
     def acknowledge(self, seqs: Iterable[int]) -> int:
         """The broker has these rows. They are kept for the replay window; returns how many were waiting.
 
         Not synced to disk: an acknowledgement that is forgotten costs a duplicate, not a message.
         """
-
-        def work(db: sqlite3.Connection) -> int:
-            now = self._clock()
-            count = 0
-            for seq in numbers:
-                count += db.execute(
-                    "UPDATE rows SET acked = 1, again = 0, acked_at = ? WHERE seq = ? AND acked = 0", (now, seq)
-                ).rowcount
-            self._totals.depth -= count
-            self._totals.acked += count
-            self._totals.acknowledged += count
-            if self._totals.acked > self._replay_rows:
-                self._forget(db, rows=self._totals.acked - self._replay_rows)
-            return count
-
         numbers = list(seqs)
         with self._lock:
-            count = self._write(work, durable=False)
-            self._in_flight.difference_update(numbers)
+            now = self._clock()
+            count = self._write(lambda db: self._rows.acknowledge(db, numbers, now), durable=False)
+            self._rows.in_flight.difference_update(numbers)
             return count
+
+    def set_aside(self, seqs: Iterable[int], reason: str) -> list[int]:
+        """Make waiting rows dead letters: the broker refuses them for good. They are not sent, and kept in the file.
+
+        Args:
+            seqs: their numbers. Those of gap rows are left as they are: what a gap counts must still be said.
+            reason: for a person who looks at them.
+
+        Returns:
+            The numbers that are dead letters now, and were not before.
+
+        Raises:
+            OutboxError: the file cannot be written; nothing has changed.
+        """
+        numbers = list(seqs)
+        with self._lock:
+            done = self._write(lambda db: self._rows.set_aside(db, numbers, reason), durable=False)
+            self._rows.in_flight.difference_update(done)
+            return done
+
+    def dead_letters(self, limit: int) -> list[DeadLetter]:
+        """The oldest dead letters, ``limit`` at most.
+
+        Raises:
+            OutboxError: the file cannot be read.
+        """
+        with self._lock:
+            letters, damaged = self._guard(lambda db: self._rows.dead_letters(db, limit))
+            if damaged:
+                self._write(lambda db: self._rows.drop_damaged(db, damaged))
+            return letters
+
+    def requeue_dead(self) -> int:
+        """Make all dead letters pending again, late; returns how many. Listeners are called.
+
+        Raises:
+            OutboxError: the file cannot be written; nothing has changed.
+        """
+        count = self._write(self._rows.requeue_dead, durable=False)
+        for listener in self._listeners:
+            listener()
+        return count
 
     def requeue_acknowledged(self) -> int:
         """Make rows acknowledged within the replay window pending again, late; returns how many."""
@@ -308,126 +264,47 @@ class Outbox:
         with self._lock:
             if self._db is not None:
                 with contextlib.suppress(OutboxError):
-                    self._write(lambda db: self._set_meta(db, "clean", 1))
+                    self._write(lambda db: set_meta(db, "clean", 1))
                 self._release_files()
 
     def _requeue(self, condition: str, values: tuple[Any, ...]) -> int:
-        def work(db: sqlite3.Connection) -> int:
-            query = f"UPDATE rows SET acked = 0, again = 1 WHERE acked = 1 AND {condition}"  # noqa: S608 (fixed texts)
-            count = db.execute(query, values).rowcount
-            self._totals.depth += count
-            self._totals.acked -= count
-            self._totals.requeued += count
-            return count
+        return self._write(lambda db: self._rows.requeue(db, condition, values), durable=False)
 
-        with self._lock:
-            return self._write(work, durable=False)
-
-    def _insert(self, db: sqlite3.Connection, draft: Draft) -> int:
-        seq = self._totals.last_seq + 1
-        payload = draft.make(self._epoch, seq)
-        size = _size(draft.topic, payload)
-        db.execute(
-            "INSERT INTO rows(seq, epoch, topic, payload, crc, size, priority) VALUES(?, ?, ?, ?, ?, ?, ?)",
-            (seq, self._epoch, draft.topic, payload, _crc(draft.topic, payload), size, int(draft.priority)),
-        )
-        self._totals.last_seq = seq
-        self._totals.depth += 1
-        self._totals.appended += 1
-        self._totals.bytes += size
-        return seq
-
-    def _make_room(self, db: sqlite3.Connection) -> None:
-        while self._totals.bytes > self._max_bytes and self._forget(
-            db, bytes_over=self._totals.bytes - self._max_bytes
-        ):
-            pass
-        while self._totals.bytes > self._max_bytes:
-            query = (
-                "SELECT epoch, seq, size FROM rows WHERE acked = 0 AND gap_first IS NULL ORDER BY priority, seq LIMIT ?"
-            )
-            rows = db.execute(query, (_BATCH + len(self._in_flight),)).fetchall()
-            over, victims = self._totals.bytes - self._max_bytes, []
-            for epoch, seq, size in rows:
-                if over > 0 and seq not in self._in_flight:
-                    victims.append((epoch, seq))
-                    over -= size
-            if not victims:
+    def _commit(self, calls: list[Call[Draft, list[int]]]) -> None:
+        """Store what several threads append with one disk sync; each on its own where all together do not fit."""
+        try:
+            self._append(calls)
+        except OutboxError as error:
+            if len(calls) == 1:
+                calls[0].error = error
                 return
-            self._drop(db, victims, reason=OUTBOX_FULL)
+            for call in calls:
+                self._commit([call])
 
-    def _forget(self, db: sqlite3.Connection, *, rows: int = _BATCH, bytes_over: int | None = None) -> int:
-        """Delete the oldest rows that the broker has acknowledged; returns how many."""
-        gone: list[tuple[int]] = []
-        query = "SELECT seq, size, acked FROM rows WHERE acked = 1 OR again = 1 ORDER BY seq LIMIT ?"
-        for seq, size, acked in db.execute(query, (rows + len(self._in_flight),)).fetchall():
-            if (
-                (not acked and seq in self._in_flight)
-                or len(gone) >= rows
-                or (bytes_over is not None and bytes_over <= 0)
-            ):
-                continue
-            gone.append((seq,))
-            bytes_over = None if bytes_over is None else bytes_over - size
-            self._totals.bytes -= size
-            self._totals.acked -= acked
-            self._totals.depth -= 1 - acked
-        db.executemany("DELETE FROM rows WHERE seq = ?", gone)
-        self._totals.trimmed += len(gone)
-        return len(gone)
+    def _insert(self, db: sqlite3.Connection, drafts: Sequence[Draft]) -> tuple[list[int] | None, Exception | None]:
+        try:
+            return self._rows.insert(db, drafts), None
+        except sqlite3.Error:
+            raise
+        except Exception as error:  # noqa: BLE001 (a message that cannot be made concerns its own thread only)
+            return None, error
 
-    def _drop(self, db: sqlite3.Connection, victims: list[tuple[str, int]], *, reason: str) -> None:
-        """Delete waiting rows; one gap row per epoch, extended while it has not been sent, counts them."""
-        for epoch in {epoch for epoch, _ in victims}:
-            seqs = sorted(seq for e, seq in victims if e == epoch)
-            freed = 0
-            for seq in seqs:
-                freed += db.execute("SELECT size FROM rows WHERE seq = ?", (seq,)).fetchone()[0]
-                db.execute("DELETE FROM rows WHERE seq = ?", (seq,))
-            self._totals.bytes -= freed
-            self._totals.depth -= len(seqs)
-            self._write_gap(db, epoch, (seqs[0], seqs[-1], len(seqs)), reason)
+    def _append(self, calls: list[Call[Draft, list[int]]]) -> None:
+        results: list[tuple[list[int] | None, Exception | None]] = []
 
-    def _write_gap(self, db: sqlite3.Connection, epoch: str, gap: tuple[int, int, int], reason: str) -> None:
-        first, last, count = gap
-        dropped, number = count, last
-        query = (
-            "SELECT seq, gap_first, gap_last, gap_dropped, size FROM rows"
-            " WHERE acked = 0 AND again = 0 AND sent = 0 AND gap_first IS NOT NULL AND epoch = ? AND gap_reason = ?"
-        )
-        old = db.execute(query, (epoch, reason)).fetchone()
-        if old is not None:
-            number, first, last, dropped = old[0], min(first, old[1]), max(last, old[2]), dropped + old[3]
-            db.execute("DELETE FROM rows WHERE seq = ?", (number,))
-            self._totals.bytes -= old[4]
-            self._totals.depth -= 1
-        topic, payload = self._make_gap(epoch=epoch, seq=number, first=first, last=last, dropped=dropped, reason=reason)
-        size = _size(topic, payload)
-        db.execute(
-            "INSERT INTO rows(seq, epoch, topic, payload, crc, size, priority, gap_first, gap_last, gap_dropped,"
-            " gap_reason) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                number,
-                epoch,
-                topic,
-                payload,
-                _crc(topic, payload),
-                size,
-                int(Priority.HIGH),
-                first,
-                last,
-                dropped,
-                reason,
-            ),
-        )
-        self._totals.bytes += size
-        self._totals.depth += 1
-        self._totals.dropped += count
-        self._set_meta(db, "dropped", self._totals.dropped)
+        def work(db: sqlite3.Connection) -> None:
+            results[:] = [self._insert(db, call.work) for call in calls]
+            set_meta(db, "last_seq", self._rows.totals.last_seq)
+            self._rows.make_room(db)
 
-    def _drop_damaged(self, db: sqlite3.Connection, rows: list[tuple[str, int]]) -> None:
-        self._totals.damaged += len(rows)
-        self._drop(db, rows, reason=DAMAGED_ROW)
+        self._write(work, shed=True)
+        self._commits += 1
+        try:
+            self._mark.write(Mark(self._rows.epoch, self._rows.totals.last_seq))
+        except OSError:
+            self._mark_errors += 1
+        for call, (seqs, refusal) in zip(calls, results, strict=True):
+            call.result, call.error = seqs, refusal
 
     def _open(self) -> None:
         try:
@@ -441,7 +318,7 @@ class Outbox:
         if self._db is not None:
             self._db.close()
             self._db = None
-        self._in_flight.clear()
+        self._rows.in_flight.clear()
         self.quarantined = outbox_file.FILE.put_aside(self.path)
         self.damage = f"the outbox was damaged ({why}); it lies aside as {self.quarantined}, a new epoch has begun"
         try:
@@ -452,52 +329,39 @@ class Outbox:
 
     def _load(self) -> None:
         """Totals, epoch and the traces of how the last process ended."""
-        self._totals, boot = _Totals(), outbox_file.boot_id()
+        boot = outbox_file.boot_id()
         mark = self._mark.read()
 
         def work(db: sqlite3.Connection) -> None:
-            totals = self._totals
-            meta = dict(db.execute("SELECT key, value FROM meta").fetchall())
-            totals.last_seq = meta.get("last_seq", 0)
-            totals.dropped = meta.get("dropped", 0)
-            totals.depth, totals.acked, totals.bytes = db.execute(
-                "SELECT count(*) FILTER (WHERE acked = 0), count(*) FILTER (WHERE acked = 1), COALESCE(SUM(size), 0) FROM rows"  # noqa: E501
-            ).fetchone()
-            self._epoch = meta.get("epoch", "")
-            if mark is not None and mark.epoch == self._epoch and mark.seq > totals.last_seq:
+            rows = self._rows
+            meta, totals = rows.load(db), rows.totals
+            if mark is not None and mark.epoch == rows.epoch and mark.seq > totals.last_seq:
                 lost = mark.seq - totals.last_seq
                 self.damage = f"{lost} rows of the outbox were lost with its damaged log; a gap message counts them"
                 totals.damaged += lost
                 totals.last_seq, first = mark.seq, totals.last_seq + 1
-                self._set_meta(db, "last_seq", totals.last_seq)
-                self._write_gap(db, self._epoch, (first, mark.seq, lost), DAMAGED_ROW)
+                set_meta(db, "last_seq", totals.last_seq)
+                rows.write_gap(db, rows.epoch, (first, mark.seq, lost), DAMAGED_ROW)
             if meta.get("boot") != boot:
                 # Times of another boot say nothing now: the window of those rows starts again.
                 db.execute("UPDATE rows SET acked_at = ? WHERE acked = 1", (self._clock(),))
-            if not self._epoch or (meta.get("boot") != boot and not meta.get("clean")):
-                self._epoch = outbox_file.new_epoch()
-            for key, value in (("epoch", self._epoch), ("boot", boot), ("clean", 0)):
-                self._set_meta(db, key, value)
+            if not rows.epoch or (meta.get("boot") != boot and not meta.get("clean")):
+                rows.epoch = outbox_file.new_epoch()
+            for key, value in (("epoch", rows.epoch), ("boot", boot), ("clean", 0)):
+                set_meta(db, key, value)
 
         self._write(work)
 
-    @staticmethod
-    def _set_meta(db: sqlite3.Connection, key: str, value: int | str) -> None:
-        db.execute("INSERT INTO meta(key, value) VALUES(?, ?) ON CONFLICT(key) DO UPDATE SET value = ?2", (key, value))
-
-    def _read(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        return self._guard(work)
-
     def _write(self, work: Callable[[sqlite3.Connection], _T], *, durable: bool = True, shed: bool = False) -> _T:
         def transaction(db: sqlite3.Connection) -> _T:
-            before = replace(self._totals)
+            before = replace(self._rows.totals)
             db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
             db.execute("BEGIN IMMEDIATE")
             try:
                 result = work(db)
                 db.execute("COMMIT")
             except BaseException:
-                self._totals = before
+                self._rows.totals = before
                 # SQLite has rolled back by itself after some errors (a full disk), after others it has not.
                 if db.in_transaction:
                     db.execute("ROLLBACK")
@@ -508,10 +372,11 @@ class Outbox:
             return self._guard(transaction)
         except OutboxError as error:
             full = isinstance(error.__cause__, sqlite3.Error) and is_full(error.__cause__)
-            if not (shed and full and self._totals.acked):
+            if not (shed and full and self._rows.totals.acked):
                 raise
             # Space is for what is still owed: acknowledged rows give theirs up, then one more try.
-            self._write(lambda db: self._forget(db, rows=max(_BATCH, self._totals.acked // 4)), durable=False)
+            fewest = max(_FEWEST_SHED, self._rows.totals.acked // 4)
+            self._write(lambda db: self._rows.forget(db, rows=fewest), durable=False)
             return self._write(work, durable=durable)
 
     def _guard(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
@@ -535,11 +400,3 @@ class Outbox:
         if self._db is not None:
             self._db.close()
             self._db = None
-
-
-def _crc(topic: str, payload: bytes) -> int:
-    return zlib.crc32(payload, zlib.crc32(topic.encode()))
-
-
-def _size(topic: str, payload: bytes) -> int:
-    return len(topic.encode()) + len(payload) + _ROW_OVERHEAD

@@ -23,17 +23,23 @@ CREATE TABLE rows(
   seq INTEGER PRIMARY KEY, epoch TEXT NOT NULL, topic TEXT NOT NULL, payload BLOB NOT NULL, crc INTEGER NOT NULL,
   size INTEGER NOT NULL, priority INTEGER NOT NULL, acked INTEGER NOT NULL DEFAULT 0, acked_at INTEGER,
   again INTEGER NOT NULL DEFAULT 0, sent INTEGER NOT NULL DEFAULT 0, gap_first INTEGER, gap_dropped INTEGER,
-  gap_last INTEGER, gap_reason TEXT);
+  gap_last INTEGER, gap_reason TEXT, dead_reason TEXT);
 CREATE INDEX lane ON rows(seq) WHERE acked = 0;
 CREATE INDEX victims ON rows(priority, seq) WHERE acked = 0 AND gap_first IS NULL;
+CREATE INDEX dead ON rows(seq) WHERE acked = 2;
 """
+# Version 1 had no dead letters.
+_MIGRATIONS = {
+    1: "ALTER TABLE rows ADD COLUMN dead_reason TEXT; CREATE INDEX dead ON rows(seq) WHERE acked = 2;",
+}
 
 
 FILE: DatabaseKind[OutboxError] = DatabaseKind(
     name="outbox",
     application_id=0x4C4E5744,  # "LNWD"
-    version=1,
+    version=2,
     schema=_SCHEMA,
+    migrations=_MIGRATIONS,
     error=OutboxError,
     full=OutboxError,
     kept="nothing that was accepted is lost",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -35,18 +36,18 @@ def test_file_is_made_once_by_whoever_comes_first(tmp_path: Path) -> None:
 
 def test_tables_that_another_has_made_meanwhile_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.db"
-    real, looks = DatabaseKind._is_ours, []
+    real, looks = DatabaseKind._version_of, []
 
-    def late(self: DatabaseKind[StoreError], db: sqlite3.Connection, where: Path) -> bool:
+    def late(self: DatabaseKind[StoreError], db: sqlite3.Connection, where: Path) -> int | None:
         looks.append(where)
         if len(looks) == 1:  # the other process is quicker between our look and our turn
-            monkeypatch.setattr(DatabaseKind, "_is_ours", real)
+            monkeypatch.setattr(DatabaseKind, "_version_of", real)
             _opened(path)
-            monkeypatch.setattr(DatabaseKind, "_is_ours", late)
-            return False
+            monkeypatch.setattr(DatabaseKind, "_version_of", late)
+            return None
         return real(self, db, where)
 
-    monkeypatch.setattr(DatabaseKind, "_is_ours", late)
+    monkeypatch.setattr(DatabaseKind, "_version_of", late)
     db = KIND.open(path)
     assert db.execute("SELECT count(*) FROM things").fetchone() == (1,)
     db.close()
@@ -59,3 +60,51 @@ def test_file_that_cannot_be_made_keeps_its_reason(tmp_path: Path) -> None:
     )  # fmt: skip
     with pytest.raises(StoreError, match="syntax error"):
         broken.open(tmp_path / "b.db")
+
+
+NEWER = replace(
+    KIND,
+    version=3,
+    schema="CREATE TABLE things(id INTEGER PRIMARY KEY, name TEXT, size INTEGER);",
+    migrations={1: "ALTER TABLE things ADD COLUMN name TEXT;", 2: "ALTER TABLE things ADD COLUMN size INTEGER;"},
+)
+
+
+def _opened_newer(path: Path) -> int:
+    NEWER.open(path).close()
+    return 1
+
+
+def test_older_file_is_led_to_the_newer_version_step_by_step(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    _opened(path)
+    for _ in range(2):
+        db = NEWER.open(path)
+        assert db.execute("SELECT id, name, size FROM things").fetchall() == [(1, None, None)]
+        assert db.execute("PRAGMA user_version").fetchone() == (3,)
+        db.close()
+
+
+def test_older_file_is_led_on_once_by_whoever_comes_first(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(4) as pool:
+        for number in range(8):
+            path = tmp_path / f"{number}.db"
+            _opened(path)
+            assert sum(pool.map(_opened_newer, [path] * 4)) == 4
+
+
+def test_version_that_no_step_leads_on_from_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    KIND.open(path).close()
+    with pytest.raises(StoreError, match="schema 1, this program knows 3"):
+        replace(NEWER, migrations={2: "DROP TABLE things;"}).open(path)
+    _opened(path)
+
+
+def test_step_that_fails_leaves_the_older_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    KIND.open(path).close()
+    broken = replace(NEWER, version=2, migrations={1: "DROP TABLE things; CREATE NONSENSE;"})
+    with pytest.raises(StoreError, match="syntax error"):
+        broken.open(path)
+    _opened(path)

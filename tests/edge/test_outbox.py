@@ -316,9 +316,9 @@ def test_foreign_database_is_refused_and_left_alone(tmp_path: Path) -> None:
 def test_newer_schema_is_refused(tmp_path: Path) -> None:
     open_outbox(tmp_path).close()
     db = sqlite3.connect(tmp_path / "outbox.db")
-    db.execute("PRAGMA user_version=2")
+    db.execute("PRAGMA user_version=3")
     db.close()
-    with pytest.raises(OutboxError, match="schema 2"):
+    with pytest.raises(OutboxError, match="schema 3, this program knows 2"):
         open_outbox(tmp_path)
 
 
