@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import os
 import platform
 import threading
 import time
@@ -18,19 +17,18 @@ from edge.alerts.mqtt import LinkKind
 from edge.alerts.outbox import Outbox
 from edge.alerts.publisher import Publisher
 from edge.alerts.topics import Identity
-from edge.bundle import Bundle
 from edge.camera import CameraWorker
 from edge.cameras import Cameras, make_judge
 from edge.errors import MessageError, OutboxError
 from edge.health.metrics import Metrics
 from edge.health.signals import stopped_by_signals
 from edge.health.watchdog import Watchdog, clock_synchronised, notify_systemd
-from edge.inference.detector import Detector
+from edge.inference.detectors import Detectors
 from edge.memory.box_memory import BoxMemory
 from edge.reporter import Reporter
 
 if TYPE_CHECKING:
-    from edge.bundle import CalibrationScores
+    from edge.bundle import Bundle, CalibrationScores
     from edge.camera import OnVerdict
     from edge.federation.link import FleetLink
     from edge.judgement.verdicts import Judge
@@ -68,7 +66,7 @@ class Box:
         self._started_ns = time.monotonic_ns()
         self._identity = Identity(site=settings.site, box=settings.box, prefix=settings.broker.prefix)
         self.cameras = Cameras(self.metrics)
-        self._detector: Detector | None = None
+        self._detectors: Detectors | None = None
         self._reporter: Reporter | None = None
         self._link = link
         self._memory: BoxMemory | None = None
@@ -89,7 +87,7 @@ class Box:
     @property
     def fallback_reason(self) -> str:
         """Why another engine or precision judges than was asked for; empty where the one asked for does."""
-        return "" if self._detector is None else self._detector.status.fallback_reason
+        return "" if self._detectors is None else self._detectors.fallback_reason
 
     def start(self) -> None:
         """Open everything and begin to judge. A broker that is down is no error: messages wait in the outbox.
@@ -103,26 +101,17 @@ class Box:
             SettingsError: the bundle has no memory that could change, or a key of the fleet cannot be read.
         """
         settings = self.settings
-        bundle = Bundle.open(settings.bundle)
-        detector = Detector.open(
-            bundle,
-            engine=settings.engine,
-            precision=settings.precision,
-            threads=settings.threads,
-            # One camera wants the lowest latency; several share the cores side by side.
-            streams=min(len(settings.cameras), len(os.sched_getaffinity(0))),
-        )
+        self._detectors = detectors = Detectors.open(settings)
         if settings.memory is not None:
-            self._memory = BoxMemory(settings, detector, link=self._link)
+            self._memory = BoxMemory(settings, detectors.default, link=self._link)
             self._parts.append(self._memory)
-        judges = self._judges(bundle, detector)
-        self._detector = detector
-        self._versions = _versions(detector.status.engine.value)
+        judges = self._judges(detectors)
+        self._versions = _versions(*(detector.status.engine.value for detector in detectors))
         if self.fallback_reason:
             _LOG.warning("fallback: %s", self.fallback_reason)
         try:
             self._open_outbox()
-            self._make_workers(bundle, detector, judges)
+            self._make_workers(detectors, judges)
             self._start_parts()
             self._start_cameras()
         except BaseException:
@@ -203,7 +192,7 @@ class Box:
 
     def status(self) -> dict[str, Any]:
         """The fields of :class:`edge.alerts.message.Status`, as far as the box knows them."""
-        detector = self._detector
+        detector = None if self._detectors is None else self._detectors.default
         manifest = None if detector is None else detector.bundle.manifest
         return {
             "uptime_ms": (time.monotonic_ns() - self._started_ns) // 1_000_000,
@@ -223,17 +212,26 @@ class Box:
             "detail": {part.name: said for part in self._parts if (said := part.status())},
         }
 
-    def _judges(self, bundle: Bundle, detector: Detector) -> dict[str, Judge]:
+    def _judges(self, detectors: Detectors) -> dict[str, Judge]:
         """A judge per camera, of the memory that judged last; of the packed one where that cannot be used."""
-        cameras = [camera for camera in self.settings.cameras if camera.enabled]
+        found: dict[str, Judge] = {}
+        for detector in detectors:
+            cameras = [c for c in self.settings.cameras if c.enabled and detectors.of(c.name) is detector]
 
-        def make(calibration: CalibrationScores, memory_version: int) -> list[Judge]:
-            return [make_judge(camera, bundle, calibration, memory_version) for camera in cameras]
+            def make(
+                calibration: CalibrationScores,
+                memory_version: int,
+                cameras: list[CameraSettings] = cameras,
+                bundle: Bundle = detector.bundle,
+            ) -> list[Judge]:
+                return [make_judge(camera, bundle, calibration, memory_version) for camera in cameras]
 
-        judges = None if self._memory is None else self._memory.restore(make)
-        if judges is None:
-            judges = make(bundle.calibration(detector.status.engine, detector.status.precision), 0)
-        return {camera.name: judge for camera, judge in zip(cameras, judges, strict=True)}
+            has_memory = self._memory is not None and detector is detectors.default
+            judges = self._memory.restore(make) if self._memory is not None and has_memory else None
+            if judges is None:
+                judges = make(detector.bundle.calibration(detector.status.engine, detector.status.precision), 0)
+            found |= {camera.name: judge for camera, judge in zip(cameras, judges, strict=True)}
+        return found
 
     def _open_outbox(self) -> None:
         settings = self.settings
@@ -254,19 +252,19 @@ class Box:
         self.publisher = Publisher(settings=settings.broker, identity=self._identity, outbox=self.outbox)
         self.publisher.start()
 
-    def _make_workers(self, bundle: Bundle, detector: Detector, judges: dict[str, Judge]) -> None:
+    def _make_workers(self, detectors: Detectors, judges: dict[str, Judge]) -> None:
         assert self.outbox is not None
         assert self.publisher is not None
         self._reporter = Reporter(
             identity=self._identity,
             outbox=self.outbox,
             publisher=self.publisher,
-            bundle=bundle,
+            bundle=detectors.default.bundle,
             metrics=self.metrics,
         )
         self._tell_outbox_damage()
         workers = [
-            self._worker(camera, detector, judges[camera.name]) for camera in self.settings.cameras if camera.enabled
+            self._worker(camera, detectors, judges[camera.name]) for camera in self.settings.cameras if camera.enabled
         ]
         self.cameras.put(self.settings.cameras, workers)
         for camera in self.settings.cameras:
@@ -274,11 +272,16 @@ class Box:
                 self._reporter.state(camera.name, "not_judged", reason="disabled")
         if self._memory is not None:
             self._memory.attach(
-                cameras=workers, reporter=self._reporter, publisher=self.publisher, metrics=self.metrics
+                cameras=[worker for worker in workers if detectors.shares_memory(worker.name)],
+                reporter=self._reporter,
+                publisher=self.publisher,
+                metrics=self.metrics,
             )
 
-    def _worker(self, camera: CameraSettings, detector: Detector, judge: Judge) -> CameraWorker:
+    def _worker(self, camera: CameraSettings, detectors: Detectors, judge: Judge) -> CameraWorker:
         assert self._reporter is not None
+        detector = detectors.of(camera.name)
+        self._reporter.judged_by(camera.name, detector.bundle)
         return CameraWorker(
             settings=camera,
             detector=detector,
@@ -288,7 +291,7 @@ class Box:
             watchdog=self._watchdog,
             stop=self._stop,
             on_verdict=self._on_verdict,
-            observers=[] if self._memory is None else [self._memory.offer],
+            observers=[self._memory.offer] if self._memory is not None and detectors.shares_memory(camera.name) else [],
         )
 
     def _start_parts(self) -> None:
@@ -348,8 +351,8 @@ class Box:
             _LOG.error("status cannot be published: %s", error)
 
 
-def _versions(engine: str) -> dict[str, str]:
-    found = {name: _version(name) for name in ("lineward", "numpy", "paho-mqtt", engine)}
+def _versions(*engines: str) -> dict[str, str]:
+    found = {name: _version(name) for name in ("lineward", "numpy", "paho-mqtt", *engines)}
     return {"python": platform.python_version()} | found
 
 

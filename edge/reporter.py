@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edge.alerts.message import (
     BundleRef,
@@ -44,6 +44,17 @@ _NOTICE_LEVEL = {
 }
 
 
+class _Judging(NamedTuple):
+    """What a message says of the bundle behind it."""
+
+    product: str
+    bundle: BundleRef
+
+
+def _judging(bundle: Bundle) -> _Judging:
+    return _Judging(bundle.manifest.product, BundleRef(id=bundle.id, method=bundle.manifest.method))
+
+
 class Reporter:
     """Where the cameras of a box hand in what they found. Safe to call from several threads.
 
@@ -51,7 +62,7 @@ class Reporter:
         identity: of the box, for topics.
         outbox: the durable queue.
         publisher: for retained states.
-        bundle: that judges.
+        bundle: that judges every camera for which :meth:`judged_by` names no other.
         metrics: counts ``alerts``, ``verdicts``, ``notices`` and ``messages_lost``.
     """
 
@@ -67,8 +78,8 @@ class Reporter:
         self._identity = identity
         self._outbox = outbox
         self._publisher = publisher
-        self._product = bundle.manifest.product
-        self._bundle = BundleRef(id=bundle.id, method=bundle.manifest.method)
+        self._default = _judging(bundle)
+        self._bundles: dict[str, _Judging] = {}
         self._memories = {0: MemoryRef()}
         self._metrics = metrics
         self._lock = threading.Lock()
@@ -80,6 +91,11 @@ class Reporter:
         """Why the last message was lost; empty when it was stored."""
         return self._error
 
+    def judged_by(self, source: str, bundle: Bundle) -> None:
+        """Learn, before its next message, which bundle's product and method those of a camera or station name."""
+        with self._lock:
+            self._bundles[source] = _judging(bundle)
+
     def know_memory(self, version: int, *, fleet: int) -> None:
         """Learn, before it judges, which version of the fleet's memory is inside a version of the box's own."""
         with self._lock:
@@ -87,7 +103,7 @@ class Reporter:
 
     def event(self, event: AnomalyEvent, *, calibration_count: int) -> None:
         """Store one phase of an event."""
-        judge = self._judge(event.memory_version, calibration_count)
+        judge = self._judge(event.camera, event.memory_version, calibration_count)
 
         def make(epoch: str, seq: int) -> bytes:
             return encode(alert_from_event(event, identity=self._identity, judge=judge, epoch=epoch, seq=seq))
@@ -96,7 +112,7 @@ class Reporter:
 
     def verdict(self, verdict: Verdict, *, calibration_count: int) -> None:
         """Store the verdict on one part."""
-        judge = self._judge(verdict.memory_version, calibration_count)
+        judge = self._judge(verdict.camera, verdict.memory_version, calibration_count)
 
         def make(epoch: str, seq: int) -> bytes:
             return encode(verdict_message(verdict, identity=self._identity, judge=judge, epoch=epoch, seq=seq))
@@ -175,10 +191,11 @@ class Reporter:
         with self._lock:
             return self._memories.get(version, MemoryRef(version=version))
 
-    def _judge(self, memory_version: int, calibration_count: int) -> Judge:
+    def _judge(self, source: str, memory_version: int, calibration_count: int) -> Judge:
+        product, bundle = self._bundles.get(source, self._default)
         return Judge(
-            product=self._product,
-            bundle=self._bundle,
+            product=product,
+            bundle=bundle,
             memory=self._memory(memory_version),
             p_value_floor=1 / (calibration_count + 1),
         )

@@ -1,0 +1,119 @@
+"""Detectors: one per distinct bundle of a box, handed out by camera. Knows settings and bundles, no frames."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from edge.bundle import Bundle
+from edge.inference.detector import Detector
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from edge.settings import BoxSettings
+
+
+class Detectors:
+    """What judges the cameras of a box. Made by :meth:`open`; never changed, so it may be read from any thread.
+
+    A bundle is opened once however many cameras name it and by whatever path, links followed; a trunk is compiled
+    once however many bundles hold it.
+
+    Attributes:
+        default: of the box's own bundle, whose memory may change.
+        all: each once, the default first.
+        runtime: what they were asked to run on.
+    """
+
+    default: Detector
+    all: tuple[Detector, ...]
+
+    def __init__(
+        self, by_path: Mapping[Path, Detector], default: Path, cameras: Mapping[str, Path], runtime: object = None
+    ) -> None:
+        """Put detectors together.
+
+        Args:
+            by_path: the detector of each bundle folder, by its path with links followed.
+            default: folder of the box's own bundle.
+            cameras: folder of the bundle of each enabled camera, by name.
+            runtime: what they were asked to run on.
+        """
+        self._by_path = dict(by_path)
+        self.runtime = runtime
+        self._cameras = {name: self._by_path[path] for name, path in cameras.items()}
+        self.default = self._by_path[default]
+        self.all = tuple({id(one): one for one in (self.default, *self._cameras.values())}.values())
+
+    @classmethod
+    def open(cls, settings: BoxSettings, *, reuse: Detectors | None = None) -> Detectors:
+        """Open the bundles that the box and its enabled cameras name.
+
+        Args:
+            settings: of the box.
+            reuse: detectors that are in use: a bundle among them is not opened again where the settings ask for the
+                same engine, precision and threads. A folder is known by its path with links followed, so a link that
+                was switched to another bundle gives a new detector.
+
+        Raises:
+            BundleError: a bundle is damaged, or not calibrated for the engine or precision asked for.
+            EngineError: no engine runs it.
+            MissingExtraError: no engine, or not the one asked for, is installed.
+        """
+        default = settings.bundle.resolve()
+        cameras = {
+            camera.name: default if camera.bundle is None else camera.bundle.resolve()
+            for camera in settings.cameras
+            if camera.enabled
+        }
+        runtime = (settings.engine, settings.precision, settings.threads)
+        found: dict[Path, Detector] = {}
+        by_id: dict[str, Detector] = {}
+        for path in dict.fromkeys((default, *cameras.values())):
+            known = reuse.at(path) if reuse is not None and reuse.runtime == runtime else None
+            if known is None:
+                bundle = Bundle.open(path)
+                # Two folders of the same content are one bundle.
+                known = by_id.get(bundle.id) or Detector.open(
+                    bundle,
+                    engine=settings.engine,
+                    precision=settings.precision,
+                    threads=settings.threads,
+                    streams=_streams(len(cameras)),
+                )
+            found[path] = by_id[known.bundle.id] = known
+        return cls(found, default, cameras, runtime)
+
+    @property
+    def fallback_reason(self) -> str:
+        """Why another engine or precision judges than was asked for, of the bundles where that is so; else empty."""
+        told = [(one.bundle.manifest.product, one.status.fallback_reason) for one in self.all]
+        if len(self.all) == 1:
+            return told[0][1]
+        return "; ".join(f"{product}: {reason}" for product, reason in told if reason)
+
+    def __iter__(self) -> Iterator[Detector]:
+        return iter(self.all)
+
+    def at(self, path: Path) -> Detector | None:
+        """Return the detector of a bundle's folder, links followed; None where it was not opened."""
+        return self._by_path.get(path.resolve())
+
+    def of(self, camera: str) -> Detector:
+        """Return the detector that judges an enabled camera.
+
+        Raises:
+            KeyError: no enabled camera of the settings has that name.
+        """
+        return self._cameras[camera]
+
+    def shares_memory(self, camera: str) -> bool:
+        """Whether a camera is judged by the box's own bundle, and so by the memory that may change."""
+        return self._cameras.get(camera) is self.default
+
+
+def _streams(cameras: int) -> int:
+    """One camera wants the lowest latency; several share the cores side by side."""
+    return max(1, min(cameras, len(os.sched_getaffinity(0))))
