@@ -17,6 +17,7 @@ from edge.alerts.mqtt import LinkKind
 from edge.alerts.outbox import Outbox
 from edge.alerts.publisher import Publisher
 from edge.alerts.topics import Identity
+from edge.box_reload import Reloads, check_reloadable, plan_reload
 from edge.camera import CameraWorker
 from edge.cameras import Cameras, make_judge
 from edge.errors import MessageError, OutboxError
@@ -28,6 +29,8 @@ from edge.memory.box_memory import BoxMemory
 from edge.reporter import Reporter
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from edge.bundle import Bundle, CalibrationScores
     from edge.camera import OnVerdict
     from edge.federation.link import FleetLink
@@ -72,6 +75,8 @@ class Box:
         self._memory: BoxMemory | None = None
         # What runs beside the cameras, in the order of its start; the memory is one of them.
         self._parts: list[BoxPart] = []
+        self._reloads = Reloads(apply=self._apply, refused=self._tell_refusal)
+        self.restart_reason = ""
         self._told_damage: str | None = None
         self._status_key: object = None
         self._status_due_ns = 0
@@ -105,7 +110,7 @@ class Box:
         if settings.memory is not None:
             self._memory = BoxMemory(settings, detectors.default, link=self._link)
             self._parts.append(self._memory)
-        judges = self._judges(detectors)
+        judges = self._judges(detectors, settings.cameras)
         self._versions = _versions(*(detector.status.engine.value for detector in detectors))
         if self.fallback_reason:
             _LOG.warning("fallback: %s", self.fallback_reason)
@@ -113,7 +118,7 @@ class Box:
             self._open_outbox()
             self._make_workers(detectors, judges)
             self._start_parts()
-            self._start_cameras()
+            self._start_cameras(self.cameras.workers)
         except BaseException:
             self.stop()
             raise
@@ -136,11 +141,12 @@ class Box:
             self._status_due_ns = now + round(self.settings.status_every_s * 1e9)
             self._publish(status)
 
-    def run(self, *, drain_s: float = 10.0) -> bool:
+    def run(self, *, drain_s: float = 10.0, reread: Callable[[], BoxSettings] | None = None) -> bool:
         """Start, supervise until SIGTERM, SIGINT or the end of every source, and stop.
 
         Args:
             drain_s: once every source has ended, how long to wait for the broker to acknowledge all messages.
+            reread: reads the settings again on SIGHUP, for :meth:`reload`; the signal is left alone without it.
 
         Returns:
             Whether every message was acknowledged.
@@ -149,17 +155,59 @@ class Box:
             LinewardError: as :meth:`start`.
         """
         drained = False
-        with stopped_by_signals(self._stop.set, _LOG):
+        asked = None if reread is None else self._reloads.ask
+        with stopped_by_signals(self._stop.set, _LOG, reload=asked):
             self.start()
             try:
                 while not self._stop.wait(TICK_S):
                     self.supervise()
+                    if reread is not None:
+                        self._reloads.step(reread)
                     if self.finished:
                         break
                 drained = self._drain(drain_s)
             finally:
                 self.stop()
         return drained
+
+    def reload(self, settings: BoxSettings) -> None:
+        """Bring other settings into force while cameras that they do not change go on; any thread may.
+
+        What cannot change in a running box is refused as a whole: a log line, a notice, a warning in the status, and
+        the box goes on as before. A box whose memory learns ends in order instead (``restart_reason``), for its
+        supervisor to start it again: the memory belongs to its cameras and its bundle.
+        """
+        self._reloads.run(lambda: settings)
+
+    def _apply(self, settings: BoxSettings) -> None:
+        check_reloadable(self.settings, settings)
+        before = self._detectors
+        assert before is not None
+        # The cameras go on meanwhile; a link that leads to another bundle gives another detector.
+        detectors = Detectors.open(settings, reuse=before)
+        plan = plan_reload(self.settings, settings, lambda name: detectors.of(name) is not before.of(name))
+        if plan and self._memory is not None:
+            self.restart_reason = "other cameras or another bundle, and a memory that belongs to those before"
+            _LOG.warning("the box ends, to be started again: %s", self.restart_reason)
+            self._stop.set()
+            return
+        judges = self._judges(detectors, (*plan.begun, *plan.switched))
+        begun = [self._worker(camera, detectors, judges[camera.name]) for camera in plan.begun]
+        # Nothing can fail any more.
+        for camera in plan.switched:
+            self.cameras[camera.name].replace_detector(detectors.of(camera.name), judges[camera.name])
+        self.cameras.change(settings.cameras, ended=plan.ended, begun=begun)
+        self._detectors, self.settings = detectors, settings
+        self._start_cameras(begun)
+        _LOG.info(
+            "settings reloaded: %d camera(s) ended, %d begun, %d with another bundle",
+            len(plan.ended), len(plan.begun), len(plan.switched),
+        )  # fmt: skip
+
+    def _tell_refusal(self, reason: str) -> None:
+        self.metrics.count("reloads_refused")
+        if self._reporter is not None:
+            self._reporter.notice(NoticeKind.SETTINGS_REFUSED, Severity.WARNING, reason[:1000])
 
     def end_sources(self) -> None:
         """Treat every source as ended; :meth:`run` then drains and stops. May be called from another thread."""
@@ -212,11 +260,11 @@ class Box:
             "detail": {part.name: said for part in self._parts if (said := part.status())},
         }
 
-    def _judges(self, detectors: Detectors) -> dict[str, Judge]:
-        """A judge per camera, of the memory that judged last; of the packed one where that cannot be used."""
+    def _judges(self, detectors: Detectors, settings: Sequence[CameraSettings]) -> dict[str, Judge]:
+        """A judge per enabled camera, of the memory that judged last; of the packed one where that cannot be used."""
         found: dict[str, Judge] = {}
         for detector in detectors:
-            cameras = [c for c in self.settings.cameras if c.enabled and detectors.of(c.name) is detector]
+            cameras = [c for c in settings if c.enabled and detectors.of(c.name) is detector]
 
             def make(
                 calibration: CalibrationScores,
@@ -266,10 +314,7 @@ class Box:
         workers = [
             self._worker(camera, detectors, judges[camera.name]) for camera in self.settings.cameras if camera.enabled
         ]
-        self.cameras.put(self.settings.cameras, workers)
-        for camera in self.settings.cameras:
-            if not camera.enabled:
-                self._reporter.state(camera.name, "not_judged", reason="disabled")
+        self.cameras.change(self.settings.cameras, begun=workers)
         if self._memory is not None:
             self._memory.attach(
                 cameras=[worker for worker in workers if detectors.shares_memory(worker.name)],
@@ -280,11 +325,9 @@ class Box:
 
     def _worker(self, camera: CameraSettings, detectors: Detectors, judge: Judge) -> CameraWorker:
         assert self._reporter is not None
-        detector = detectors.of(camera.name)
-        self._reporter.judged_by(camera.name, detector.bundle)
         return CameraWorker(
             settings=camera,
-            detector=detector,
+            detector=detectors.of(camera.name),
             judge=judge,
             reporter=self._reporter,
             metrics=self.metrics,
@@ -298,8 +341,15 @@ class Box:
         for part in self._parts:
             part.start()
 
-    def _start_cameras(self) -> None:
-        refused = self.cameras.start()
+    def _start_cameras(self, workers: Sequence[CameraWorker]) -> None:
+        assert self._reporter is not None
+        assert self._detectors is not None
+        for worker in workers:
+            self._reporter.judged_by(worker.name, self._detectors.of(worker.name).bundle)
+        refused = self.cameras.start(workers)
+        for camera in self.settings.cameras:
+            if not camera.enabled:
+                self._reporter.state(camera.name, "not_judged", reason="disabled")
         # Without any source there is nothing to do.
         if refused and len(refused) == len(self.cameras):
             raise refused[0]
@@ -329,6 +379,7 @@ class Box:
         if self.fallback_reason:
             found.append(f"fallback: {self.fallback_reason}")
         found += self.cameras.warnings()
+        found += self._reloads.warnings()
         if self._reporter is not None and self._reporter.error:
             found.append(f"messages are being lost: {self._reporter.error}")
         if self.outbox is not None and self.outbox.damage:

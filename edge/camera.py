@@ -103,6 +103,7 @@ class CameraWorker:
         self._restart_s = FIRST_RESTART_S
         self._counts = dict.fromkeys(("judged", "ok", "nok", "not_judged", "failed", "events", "restarts"), 0)
         self._failure = ""
+        self._successor: tuple[Detector, Judge] | None = None
         self._ending = threading.Event()
         self._ending_reason = ""
         self._done = threading.Event()
@@ -148,6 +149,18 @@ class CameraWorker:
             present = self._judge.memory_version
             kept = {version: one for version, one in self._judges.items() if version >= present}
             self._judges = kept | {judge.memory_version: judge}
+
+    def replace_detector(self, detector: Detector, judge: Judge) -> None:
+        """Have another detector and its judge take over between two frames; an event that lasts ends there.
+
+        Scores of two bundles cannot be compared. May be called from another thread, before the start too.
+        """
+        with self._judges_lock:
+            self._successor = (detector, judge)
+
+    def continue_after(self, worker: CameraWorker) -> None:
+        """Number frames on from those of a worker of the same camera that has ended; before the start."""
+        self._seq_offset = self._next_seq = worker._next_seq
 
     def end(self, reason: str = "") -> None:
         """Treat the source as ended: the frame in hand is finished, those in the queue are reported as dropped.
@@ -200,6 +213,7 @@ class CameraWorker:
             while not (self._stop.is_set() or self._ending.is_set()):
                 self._watchdog.beat(self.name)
                 frame = self._capture.get(POLL_S)
+                self._succeed()
                 self._report_lost()
                 if frame is not None:
                     self._take(frame)
@@ -212,6 +226,16 @@ class CameraWorker:
             self._failure = "its worker failed, see the log"
         finally:
             self._close()
+
+    def _succeed(self) -> None:
+        with self._judges_lock:
+            if self._successor is None:
+                return
+            detector, judge = self._successor
+            self._successor, self._judges = None, {judge.memory_version: judge}
+        self._report(self._tracker.finish())
+        self._detector, self._judge = detector, judge
+        self._reporter.judged_by(self.name, detector.bundle)
 
     def _close(self) -> None:
         self._capture.stop(CAPTURE_STOP_S)

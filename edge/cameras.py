@@ -92,32 +92,42 @@ class Cameras:
         workers = self.workers
         return bool(workers) and all(worker.done for worker in workers)
 
-    def get(self, name: str) -> CameraWorker | None:
-        """The worker of an enabled camera."""
+    def __getitem__(self, name: str) -> CameraWorker:
         with self._lock:
-            return self._workers.get(name)
+            return self._workers[name]
 
-    def put(self, order: Sequence[CameraSettings], workers: Sequence[CameraWorker]) -> None:
-        """Take workers in, in place of those of the same name, and forget those that the order does not name.
+    def change(
+        self, order: Sequence[CameraSettings], *, ended: Sequence[str] = (), begun: Sequence[CameraWorker] = ()
+    ) -> None:
+        """End some cameras and take in others; those named by neither go on and notice nothing.
 
         Args:
-            order: of all cameras of the box.
-            workers: new ones, not yet started; those that are replaced have ended.
+            order: of all cameras of the box from now on.
+            ended: names of those that end: frames in hand are finished, those in queues are reported as dropped.
+            begun: workers to be started next, which number their frames on where they follow an ended one.
         """
-        named = {camera.name for camera in order if camera.enabled}
+        names = {camera.name for camera in order if camera.enabled}
+        leaving = [worker for worker in self.workers if worker.name in ended]
+        for worker in leaving:
+            worker.end("changed" if worker.name in names else "removed")
+        self.join(time.monotonic() + REMOVE_S, leaving)
+        followers = {worker.name: worker for worker in begun}
+        for worker in leaving:
+            if worker.name in followers:
+                followers[worker.name].continue_after(worker)
         with self._lock:
-            known = self._workers | {worker.name: worker for worker in workers}
+            known = self._workers | followers
             self._order = tuple(order)
-            self._workers = {name: worker for name, worker in known.items() if name in named}
+            self._workers = {name: worker for name, worker in known.items() if name in names}
 
-    def start(self, workers: Sequence[CameraWorker] | None = None) -> list[CaptureError]:
-        """Start workers, all of them where None; one source that is not there does not blind the others.
+    def start(self, workers: Sequence[CameraWorker]) -> list[CaptureError]:
+        """Start workers; one source that is not there does not blind the others.
 
         Returns:
             Why sources cannot be opened; their cameras' states say so too.
         """
         refused: list[CaptureError] = []
-        for worker in self.workers if workers is None else workers:
+        for worker in workers:
             try:
                 worker.start()
             except CaptureError as error:  # noqa: PERF203 (one per camera, once)
@@ -125,18 +135,6 @@ class Cameras:
                 self._metrics.count("captures_refused")
                 refused.append(error)
         return refused
-
-    def end(self, names: Sequence[str], reason: str) -> None:
-        """End some cameras: frames in hand are finished, those in queues are reported as dropped.
-
-        Args:
-            names: of them; unknown ones are passed over.
-            reason: why, for the states.
-        """
-        ending = [worker for worker in self.workers if worker.name in names]
-        for worker in ending:
-            worker.end(reason)
-        self.join(time.monotonic() + REMOVE_S, ending)
 
     def join(self, deadline: float, workers: Sequence[CameraWorker] | None = None) -> bool:
         """Wait for the end of workers until a monotonic time; returns whether all ended."""
