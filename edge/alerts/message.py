@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from edge.alerts.topics import ACCEPT_VERB, REPLAY_VERB, SHIP_VERB, Address, Identity, Kind, parse_topic
+from edge.alerts.topics import ACCEPT_VERB, EVIDENCE_VERB, REPLAY_VERB, SHIP_VERB, Address, Identity, Kind, parse_topic
 from edge.errors import MessageError
 from edge.frames import Decision, EventPhase  # noqa: TC001 (pydantic needs them at run time)
 
@@ -296,6 +296,30 @@ class ShipCommand(CommandMessage):
     """Asks a box to send what its memory has learnt to the fleet now; published to ``cmd/ship``."""
 
 
+class EvidenceCommand(CommandMessage):
+    """Asks a box for the pictures that it keeps: which there are, the files of one, or a part of a file."""
+
+    reference: str | None = Field(
+        None,
+        min_length=1,
+        max_length=256,
+        description="The evidence of an alert; what there is is listed where absent.",
+    )
+    file: str | None = Field(
+        None, min_length=1, max_length=64, description="One of its files; all are named where absent."
+    )
+    offset: Count = Field(0, description="First byte of the file that is wanted; up to 131,072 are answered.")
+    camera: str | None = Field(None, max_length=200, description="Lists only this camera's.")
+    day: str | None = Field(None, pattern=r"^[0-9]{8}$", description="Lists only this day's, yyyymmdd in UTC.")
+    limit: int | None = Field(None, ge=1, le=500, description="Most that are listed, the newest; 50 where absent.")
+
+    @model_validator(mode="after")
+    def _file_is_of_one(self) -> EvidenceCommand:
+        if self.reference is None and (self.file is not None or self.offset):
+            raise ValueError("file and offset need a reference")
+        return self
+
+
 class CommandResult(Message):
     """The answer to a command. ``count``: messages that will be sent again, frames that fed, or rows that go out."""
 
@@ -312,7 +336,7 @@ class CommandResult(Message):
 
 _M = TypeVar("_M", bound=Message)
 Numbered: TypeAlias = Alert | VerdictMessage | Gap | Notice
-Command: TypeAlias = ReplayCommand | AcceptCommand | ShipCommand
+Command: TypeAlias = ReplayCommand | AcceptCommand | ShipCommand | EvidenceCommand
 AnyMessage: TypeAlias = Numbered | Status | CameraState | Availability | Command | CommandResult
 
 _MODELS: dict[Kind, type[Message]] = {
@@ -329,6 +353,7 @@ COMMANDS: dict[str, type[CommandMessage]] = {
     REPLAY_VERB: ReplayCommand,
     ACCEPT_VERB: AcceptCommand,
     SHIP_VERB: ShipCommand,
+    EVIDENCE_VERB: EvidenceCommand,
 }
 
 

@@ -18,6 +18,7 @@ RESULT_SEGMENT = "result"
 REPLAY_VERB = "replay"
 ACCEPT_VERB = "accept"
 SHIP_VERB = "ship"
+EVIDENCE_VERB = "evidence"
 
 
 class Kind(str, Enum):
