@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     OnVerdict = Callable[[str, Verdict], None]
     Observer = Callable[[JudgedFrame], None]
-    KeepEvidence = Callable[[JudgedFrame, Bundle], JudgedFrame]
+    KeepEvidence = Callable[[JudgedFrame, Bundle, Mode], JudgedFrame]
 
 _LOG = logging.getLogger(__name__)
 POLL_S = 0.2
@@ -264,7 +264,7 @@ class CameraWorker:
         alarmed = verdict.decision is Decision.NOK or self._tracker.active
         done = JudgedFrame(frame, prediction, verdict, tuple(events), alarmed=alarmed)
         if self._keep_evidence is not None:
-            done = self._keep_evidence(done, self._detector.bundle)
+            done = self._keep_evidence(done, self._detector.bundle, self._settings.mode)
             verdict, events = done.verdict, list(done.events)
         for observer in self._observers:
             observer(done)
