@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from edge.bundle import Bundle, CalibrationScores
     from edge.camera import OnVerdict
+    from edge.evidence.keeper import EvidenceKeeper
     from edge.federation.link import FleetLink
     from edge.judgement.verdicts import Judge
     from edge.part import BoxPart
@@ -73,6 +74,7 @@ class Box:
         self._reporter: Reporter | None = None
         self._link = link
         self._memory: BoxMemory | None = None
+        self._evidence: EvidenceKeeper | None = None
         # What runs beside the cameras, in the order of its start; the memory is one of them.
         self._parts: list[BoxPart] = []
         self._reloads = Reloads(apply=self._apply, refused=self._tell_refusal)
@@ -311,6 +313,7 @@ class Box:
             metrics=self.metrics,
         )
         self._tell_outbox_damage()
+        self._evidence = self._keep_evidence()
         workers = [
             self._worker(camera, detectors, judges[camera.name]) for camera in self.settings.cameras if camera.enabled
         ]
@@ -334,8 +337,22 @@ class Box:
             watchdog=self._watchdog,
             stop=self._stop,
             on_verdict=self._on_verdict,
+            keep_evidence=None if self._evidence is None else self._evidence.keep,
             observers=[self._memory.offer] if self._memory is not None and detectors.shares_memory(camera.name) else [],
         )
+
+    def _keep_evidence(self) -> EvidenceKeeper | None:
+        settings = self.settings
+        if settings.evidence is None:
+            return None
+        # Imported here: without evidence its pictures need no OpenCV.
+        from edge.evidence.keeper import EVIDENCE_FOLDER, EvidenceKeeper  # noqa: PLC0415
+
+        assert self.publisher is not None
+        keeper = EvidenceKeeper(settings.evidence, root=settings.state_dir / EVIDENCE_FOLDER, metrics=self.metrics)
+        keeper.attach(self.publisher)
+        self._parts.append(keeper)
+        return keeper
 
     def _start_parts(self) -> None:
         for part in self._parts:
