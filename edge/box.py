@@ -20,19 +20,21 @@ from edge.alerts.topics import Identity
 from edge.box_reload import Reloads, check_reloadable, plan_reload
 from edge.camera import CameraWorker
 from edge.cameras import Cameras, make_judge
-from edge.errors import MessageError, OutboxError
+from edge.errors import LinewardError, MessageError, OutboxError
 from edge.health.metrics import Metrics
 from edge.health.signals import stopped_by_signals
 from edge.health.watchdog import Watchdog, clock_synchronised, notify_systemd
 from edge.inference.detectors import Detectors
 from edge.memory.box_memory import BoxMemory
 from edge.reporter import Reporter
+from edge.slots.slots import Slots
+from edge.slots.watch import SlotWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from edge.bundle import Bundle, CalibrationScores
-    from edge.camera import OnVerdict
+    from edge.camera import Observer, OnVerdict
     from edge.evidence.keeper import EvidenceKeeper
     from edge.federation.link import FleetLink
     from edge.judgement.verdicts import Judge
@@ -75,6 +77,7 @@ class Box:
         self._link = link
         self._memory: BoxMemory | None = None
         self._evidence: EvidenceKeeper | None = None
+        self._slot_watch: SlotWatch | None = None
         # What runs beside the cameras, in the order of its start; the memory is one of them.
         self._parts: list[BoxPart] = []
         self._reloads = Reloads(apply=self._apply, refused=self._tell_refusal)
@@ -107,12 +110,10 @@ class Box:
             CaptureError: none of the files and folders that are the sources can be opened.
             SettingsError: the bundle has no memory that could change, or a key of the fleet cannot be read.
         """
-        settings = self.settings
-        self._detectors = detectors = Detectors.open(settings)
-        if settings.memory is not None:
-            self._memory = BoxMemory(settings, detectors.default, link=self._link)
+        detectors, judges = self._open_bundles()
+        self._detectors = detectors
+        if self._memory is not None:
             self._parts.append(self._memory)
-        judges = self._judges(detectors, settings.cameras)
         self._versions = _versions(*(detector.status.engine.value for detector in detectors))
         if self.fallback_reason:
             _LOG.warning("fallback: %s", self.fallback_reason)
@@ -125,6 +126,27 @@ class Box:
             self.stop()
             raise
         notify_systemd("READY=1")
+
+    def _open_bundles(self) -> tuple[Detectors, dict[str, Judge]]:
+        """Open what judges; a bundle on trial that cannot be opened makes way for the one before."""
+        settings, slots = self.settings, Slots.of(self.settings.bundle)
+        watch = None if slots is None else SlotWatch(slots, settings.trial)
+        if watch is not None:
+            watch.before_open()
+            self._parts.append(watch)
+            self._slot_watch = watch
+        try:
+            return self._open_once(settings)
+        except LinewardError as error:
+            if watch is None or not watch.cannot_open(error):
+                raise
+            return self._open_once(settings)
+
+    def _open_once(self, settings: BoxSettings) -> tuple[Detectors, dict[str, Judge]]:
+        detectors = Detectors.open(settings)
+        if settings.memory is not None:
+            self._memory = BoxMemory(settings, detectors.default, link=self._link)
+        return detectors, self._judges(detectors, settings.cameras)
 
     def supervise(self) -> None:
         """Publish the status when it has changed or is due; tell systemd that all loops go round."""
@@ -318,6 +340,12 @@ class Box:
             self._worker(camera, detectors, judges[camera.name]) for camera in self.settings.cameras if camera.enabled
         ]
         self.cameras.change(self.settings.cameras, begun=workers)
+        if self._slot_watch is not None:
+            self._slot_watch.attach(
+                switch=lambda: self._reloads.apply(lambda: self.settings),
+                notify=self._reporter.notice,
+                judges=lambda camera: self._detectors is not None and self._detectors.shares_memory(camera),
+            )
         if self._memory is not None:
             self._memory.attach(
                 cameras=[worker for worker in workers if detectors.shares_memory(worker.name)],
@@ -338,8 +366,16 @@ class Box:
             stop=self._stop,
             on_verdict=self._on_verdict,
             keep_evidence=None if self._evidence is None else self._evidence.keep,
-            observers=[self._memory.offer] if self._memory is not None and detectors.shares_memory(camera.name) else [],
+            observers=self._observers(camera, detectors),
         )
+
+    def _observers(self, camera: CameraSettings, detectors: Detectors) -> list[Observer]:
+        found: list[Observer] = []
+        if self._slot_watch is not None:
+            found.append(self._slot_watch.observe)
+        if self._memory is not None and detectors.shares_memory(camera.name):
+            found.append(self._memory.offer)
+        return found
 
     def _keep_evidence(self) -> EvidenceKeeper | None:
         settings = self.settings

@@ -104,15 +104,24 @@ class Reloads:
 
     def run(self, reread: Callable[[], BoxSettings]) -> None:
         """Read settings and bring them into force; what is wrong with them is logged and shown, and changes nothing."""
+        try:
+            self.apply(reread)
+        except LinewardError as error:
+            self._refusal = str(error)
+            self._refused(self._refusal)
+        else:
+            self._refusal = ""
+
+    def apply(self, read: Callable[[], BoxSettings]) -> None:
+        """Read settings and bring them into force; what is wrong with them is the caller's to tell.
+
+        Raises:
+            LinewardError: they cannot be read or cannot come into force; nothing has changed.
+        """
         with self._one:
             notify_systemd(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
-                self._apply(reread())
-            except LinewardError as error:
-                self._refusal = str(error)
-                self._refused(self._refusal)
-            else:
-                self._refusal = ""
+                self._apply(read())
             finally:
                 notify_systemd("READY=1")
 

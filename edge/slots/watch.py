@@ -48,7 +48,7 @@ class SlotWatch:
         self._settings = settings
         self._switch: Callable[[], None] = _unattached
         self._notify: Notify = _unattached
-        self._cameras: frozenset[str] = frozenset()
+        self._judges: Callable[[str], bool] = _unattached
         self._told: list[tuple[NoticeKind, Severity, str]] = []
         self._frames: queue.Queue[TrialFrame] = queue.Queue(_WAITING)
         self._stop = threading.Event()
@@ -82,16 +82,16 @@ class SlotWatch:
         self._back(f"it cannot be opened: {error}")
         return True
 
-    def attach(self, *, switch: Callable[[], None], notify: Notify, cameras: frozenset[str]) -> None:
+    def attach(self, *, switch: Callable[[], None], notify: Notify, judges: Callable[[str], bool]) -> None:
         """Say how to switch and to whom to speak.
 
         Args:
             switch: puts the bundle that the link leads to in place of the one that judges; returns when it judges,
                 raises a LinewardError when it cannot.
             notify: as :meth:`edge.reporter.Reporter.notice`.
-            cameras: that the bundle of the slots judges.
+            judges: whether the bundle of the slots judges a camera.
         """
-        self._switch, self._notify, self._cameras = switch, notify, cameras
+        self._switch, self._notify, self._judges = switch, notify, judges
 
     def start(self) -> None:
         """Begin to watch."""
@@ -122,7 +122,7 @@ class SlotWatch:
 
     def observe(self, judged: JudgedFrame) -> None:
         """Take a frame of a camera; never waits."""
-        if judged.frame.camera in self._cameras and (frame := TrialFrame.of(judged)) is not None:
+        if self._judges(judged.frame.camera) and (frame := TrialFrame.of(judged)) is not None:
             try:
                 self._frames.put_nowait(frame)
             except queue.Full:
@@ -225,5 +225,5 @@ class SlotWatch:
         self._told.append((NoticeKind.BUNDLE_TAKEN_BACK, Severity.ALARM, text[:1024]))
 
 
-def _unattached(*_: object) -> None:
+def _unattached(*_: object) -> Any:  # noqa: ANN401 (stands for any function)
     raise SlotError("the box has not said how to switch its bundle")
