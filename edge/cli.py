@@ -11,9 +11,10 @@ import importlib.metadata
 import logging
 import os
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -49,6 +50,8 @@ LINE_FIELDS = (
     "value", "kind", "severity", "decision", "phase", "state", "part_id", "event_id", "score", "threshold", "p_value",
     "reason", "text",
 )  # fmt: skip
+# sysexits.h EX_TEMPFAIL: ended in order, to be started again by whoever supervises it.
+RESTART_EXIT = 75
 DEFAULT_BROKER = "mqtt://localhost:1883"
 
 BrokerOption = Annotated[str, typer.Option(help="mqtt[s]://[user@]host[:port]")]
@@ -125,9 +128,10 @@ def run(
     *,
     print_schema: Annotated[bool, typer.Option("--print-schema", help="Print the YAML file's JSON Schema.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Only read the YAML file.")] = False,
+    log_format: Annotated[str, typer.Option(help="text, or json for one object per line.")] = "text",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:
-    """Run a box until it is told to stop, or until all of its files have been judged."""
+    """Run a box until it is told to stop, or until all of its files have been judged; SIGHUP reads the file again."""
     # Read when numpy is loaded. On a box its matrix products are the memory's alone, which has time: with threads of
     # their own they would spin on the cores that the engine judges with.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -142,10 +146,12 @@ def run(
     if check:
         typer.echo(f"{config}: {len(settings.cameras)} camera(s), bundle {settings.bundle}")
         return
-    _log_to_stderr(verbose=verbose)
+    _log_to_stderr(verbose=verbose, form=log_format, site=settings.site, box=settings.box)
     from edge.box import Box
 
-    Box(settings).run()
+    box = Box(settings)
+    box.run(reread=lambda: load_settings(config))
+    _leave(RESTART_EXIT if box.restart_reason else 0)
 
 
 @app.command()
@@ -391,12 +397,23 @@ def _replay_settings(**values: Any) -> BoxSettings:  # noqa: ANN401 (pydantic ch
         raise UsageError(f"replay: {explain(error, BoxSettings)}") from error
 
 
-def _log_to_stderr(*, verbose: bool, level: int = logging.INFO) -> None:
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.DEBUG if verbose else level,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+def _log_to_stderr(*, verbose: bool, level: int = logging.INFO, form: str = "text", **fields: str) -> None:
+    from edge.health.logs import LogFormat, configure_logs
+
+    forms = [one.value for one in LogFormat]
+    if form not in forms:
+        raise UsageError(f"--log-format {form}: choose one of {', '.join(forms)}")
+    configure_logs(logging.DEBUG if verbose else level, form=LogFormat(form), fields=fields)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without waiting for a thread that hangs in a driver or an engine; everything was closed."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if threading.active_count() > 1:
+        os._exit(code)
+    raise typer.Exit(code)
 
 
 def _line(topic: str, message: Any) -> str:  # noqa: ANN401 (one of the published messages)
