@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from edge.errors import BrokerError, CommandError, LinewardError, MissingExtraError, OutboxError, UsageError
+from edge.evidence.cli import app as evidence_app
 from edge.slots.cli import app as bundle_app
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ app = typer.Typer(
     help="Anomaly detection at the edge of a production line.",
 )
 app.add_typer(bundle_app, name="bundle")
+app.add_typer(evidence_app, name="evidence")
 
 
 def main() -> None:
