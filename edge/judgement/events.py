@@ -5,6 +5,7 @@ A pure state machine: time comes in with the verdicts. It knows nothing of maps,
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections import deque
 from typing import TYPE_CHECKING
@@ -25,11 +26,19 @@ class EventSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     enter_hits: int = Field(
-        3, ge=1, title="Hits to enter (N)", description="Frames at or above the threshold that begin an event ..."
+        3, ge=1, title="Hits to enter (N)", description="Frames at or above the enter level that begin an event ..."
     )
     enter_window: int = Field(5, ge=1, title="Window to enter (M)", description="... among this many judged frames.")
     leave_calm: int = Field(
         10, ge=1, title="Calm frames to leave (K)", description="Frames in a row below the leave level that end it."
+    )
+    enter_quantile: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        title="Enter quantile",
+        description="A frame is a hit from this quantile of the good calibration scores, at least the threshold; the "
+        "threshold itself where absent.",
     )
     leave_quantile: float = Field(
         0.95,
@@ -59,8 +68,10 @@ def _new_id() -> str:
 class EventTracker:
     """The event life cycle of one camera.
 
-    A frame is a hit at or above the threshold (hysteresis: enter level), calm below the leave level, and neither in
-    between. Frames that were not judged count for nothing: they neither begin an event nor help to end one.
+    A frame is a hit at or above the enter level, calm below the leave level, and neither in between: leave level <=
+    threshold <= enter level. A frame between threshold and enter level is NOK, but begins no event. Frames that were
+    not judged count for nothing: they neither begin an event nor help to end one. Time is that of the frames' capture
+    on the monotonic clock, so no setting of the wall clock matters.
     """
 
     def __init__(self, settings: EventSettings, *, new_id: Callable[[], str] = _new_id) -> None:
@@ -85,12 +96,13 @@ class EventTracker:
         """Of the event that lasts; None where none does."""
         return self._event_id or None
 
-    def step(self, verdict: Verdict, *, leave_level: float) -> list[AnomalyEvent]:
+    def step(self, verdict: Verdict, *, leave_level: float, enter_level: float = -math.inf) -> list[AnomalyEvent]:
         """Take one verdict, in order of capture.
 
         Args:
             verdict: of one frame.
             leave_level: raw score below which the frame is calm; at most the verdict's threshold.
+            enter_level: raw score from which a frame that is NOK is a hit.
 
         Returns:
             The phases that this frame brings, none or one.
@@ -101,7 +113,7 @@ class EventTracker:
             return self._go_on(verdict, leave_level)
         if self._cool_until_ns is not None and verdict.captured_ns < self._cool_until_ns:
             return []
-        self._window.append(verdict.decision is Decision.NOK)
+        self._window.append(verdict.decision is Decision.NOK and verdict.score >= enter_level)
         if sum(self._window) < self._settings.enter_hits:
             return []
         self._event_id = self._new_id()

@@ -5,6 +5,7 @@ Pure geometry; knows nothing of scores, thresholds or cameras, nor of OpenCV: se
 
 from __future__ import annotations
 
+from pathlib import Path  # noqa: TC003 (pydantic needs it at run time)
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,7 +56,7 @@ class Polygon(BaseModel):
 
 
 class RegionOfInterest(BaseModel):
-    """Where defects matter: inside any of ``include`` (empty: everywhere) and outside all of ``exclude``."""
+    """Where defects matter: inside any of ``include`` (empty: everywhere), outside ``exclude``, white in ``mask``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -65,11 +66,16 @@ class RegionOfInterest(BaseModel):
     exclude: tuple[Rectangle | Polygon, ...] = Field(
         (), title="Exclude", description="Shapes that are not judged, whatever include says."
     )
+    mask: Path | None = Field(
+        None,
+        title="Mask",
+        description="A grey PNG, white where defects matter: as large as the camera's frames, or scaled uniformly.",
+    )
 
     @property
     def everywhere(self) -> bool:
         """Whether nothing is drawn."""
-        return not self.include and not self.exclude
+        return not self.include and not self.exclude and self.mask is None
 
 
 def covered_box(crop: Crop | None, *, frame_width: int, frame_height: int) -> Box:
@@ -79,13 +85,22 @@ def covered_box(crop: Crop | None, *, frame_width: int, frame_height: int) -> Bo
     return (float(crop.x), float(crop.y), float(crop.w), float(crop.h))
 
 
-def rasterise(region: RegionOfInterest, box: Box, map_shape: tuple[int, int]) -> npt.NDArray[np.bool_] | None:
+def rasterise(
+    region: RegionOfInterest,
+    box: Box,
+    map_shape: tuple[int, int],
+    *,
+    drawn: npt.NDArray[np.bool_] | None = None,
+    frame_shape: tuple[int, int] = (0, 0),
+) -> npt.NDArray[np.bool_] | None:
     """Turn a region of interest into map cells.
 
     Args:
         region: what the settings draw.
         box: the part of the camera frame that the map covers.
         map_shape: (h, w) of the map.
+        drawn: the region's mask bool [H, W], of any scale; None where it has none.
+        frame_shape: (H, W) of the camera frame, which the mask covers.
 
     Returns:
         bool [h, w], True where at least half of the cell's area counts; None where the whole map counts.
@@ -93,7 +108,7 @@ def rasterise(region: RegionOfInterest, box: Box, map_shape: tuple[int, int]) ->
     Raises:
         SettingsError: no cell is left.
     """
-    if region.everywhere:
+    if region.everywhere and drawn is None:
         return None
     height, width = map_shape
     x = box[0] + (np.arange(width * SAMPLES, dtype=np.float64) + 0.5) * (box[2] / (width * SAMPLES))
@@ -103,6 +118,8 @@ def rasterise(region: RegionOfInterest, box: Box, map_shape: tuple[int, int]) ->
         counts |= _inside(shape.outline(), x, y)
     for shape in region.exclude:
         counts &= ~_inside(shape.outline(), x, y)
+    if drawn is not None:
+        counts &= _sampled(drawn, x / frame_shape[1], y / frame_shape[0])
     share = counts.reshape(height, SAMPLES, width, SAMPLES).mean(axis=(1, 3))
     mask: npt.NDArray[np.bool_] = share >= 0.5  # noqa: PLR2004 (half)
     if not mask.any():
@@ -111,6 +128,17 @@ def rasterise(region: RegionOfInterest, box: Box, map_shape: tuple[int, int]) ->
             "that this bundle judges; draw it in pixels of the camera frame"
         )
     return None if mask.all() else mask
+
+
+def _sampled(
+    drawn: npt.NDArray[np.bool_], x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]
+) -> npt.NDArray[np.bool_]:
+    """Return the mask at fractions of the frame's width and height; a crop beyond the frame counts nowhere."""
+    column, row = np.floor(x * drawn.shape[1]).astype(int), np.floor(y * drawn.shape[0]).astype(int)
+    inside = (row < drawn.shape[0])[:, np.newaxis] & (column < drawn.shape[1])[np.newaxis, :]
+    last_row, last_column = drawn.shape[0] - 1, drawn.shape[1] - 1
+    inside &= drawn[np.minimum(row, last_row)[:, np.newaxis], np.minimum(column, last_column)[np.newaxis, :]]
+    return np.asarray(inside, dtype=np.bool_)
 
 
 def _inside(

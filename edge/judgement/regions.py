@@ -25,6 +25,7 @@ def find_regions(
     *,
     mask: npt.NDArray[np.bool_] | None = None,
     limit: int = 16,
+    min_cells: int = 1,
 ) -> tuple[Region, ...]:
     """Find connected regions at or above the threshold (8 neighbours).
 
@@ -34,6 +35,7 @@ def find_regions(
         box: the part of the camera frame that the map covers.
         mask: bool [h, w], True where the map counts; None everywhere.
         limit: most regions to return.
+        min_cells: cells that a region needs to count.
 
     Returns:
         The regions in pixels of the camera frame, highest peak first, larger first among equal peaks.
@@ -47,7 +49,8 @@ def find_regions(
     peaks = np.full(count, -np.inf, dtype=np.float64)
     np.maximum.at(peaks, labels[hot], anomaly_map[hot].astype(np.float64))
     areas = stats[:, cv2.CC_STAT_AREA]
-    order = sorted(range(1, count), key=lambda label: (-peaks[label], -int(areas[label])))[:limit]
+    large = [label for label in range(1, count) if areas[label] >= min_cells]
+    order = sorted(large, key=lambda label: (-peaks[label], -int(areas[label])))[:limit]
     return tuple(_scaled(stats[label], float(peaks[label]), anomaly_map.shape, box) for label in order)
 
 

@@ -87,12 +87,11 @@ class Threshold:
     method: Literal["empirical", "tail_fit", "external"]
 
 
-class ExternalThreshold(BaseModel):
-    """A threshold set from outside; it holds only for the bundle and memory version that it names."""
+class _BoundThreshold(BaseModel):
+    """Names the bundle and the memory that a raw score belongs to."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    value: float = Field(allow_inf_nan=False, title="Value", description="Raw score at and above which a frame is NOK.")
     bundle_id: str = Field(
         pattern=r"^[0-9a-f]{64}$", title="Bundle", description="Id of the bundle for which the value was chosen."
     )
@@ -103,15 +102,90 @@ class ExternalThreshold(BaseModel):
         description="Version of the memory for which the value was chosen; 0 is the one packed in the bundle.",
     )
 
+    def _other(self, *, bundle_id: str, memory_version: int) -> str:
+        if bundle_id != self.bundle_id:
+            return f"it was set for bundle {self.bundle_id[:12]}, not {bundle_id[:12]}"
+        if memory_version != self.memory_version:
+            return f"it was set for memory version {self.memory_version}, not {memory_version}"
+        return ""
+
+
+class ExternalThreshold(_BoundThreshold):
+    """A threshold set from outside; it holds only for the bundle and memory version that it names."""
+
+    value: float = Field(allow_inf_nan=False, title="Value", description="Raw score at and above which a frame is NOK.")
+
     def mismatch(self, *, bundle_id: str, memory_version: int) -> str:
         """Return why the threshold must not be used here; empty where it may."""
-        if bundle_id != self.bundle_id:
-            return f"external threshold ignored: it was set for bundle {self.bundle_id[:12]}, not {bundle_id[:12]}"
-        if memory_version != self.memory_version:
-            return (
-                f"external threshold ignored: it was set for memory version {self.memory_version}, not {memory_version}"
-            )
-        return ""
+        other = self._other(bundle_id=bundle_id, memory_version=memory_version)
+        return other and f"external threshold ignored: {other}"
+
+
+class RunTimeThreshold(_BoundThreshold):
+    """A threshold given to a running box; it wins over the one in the settings while it holds.
+
+    Attributes:
+        value: raw score at and above which a frame is NOK; None for what the budget gives.
+        scope: of the camera when it was given, see :attr:`~edge.judgement.verdicts.Judge.scope`; a score under another
+            mask or smallest area is another score.
+        given_at: UTC, RFC 3339, for people.
+    """
+
+    value: float | None = Field(allow_inf_nan=False)
+    scope: str = Field("", max_length=64)
+    given_at: str = Field("", max_length=40)
+
+    def mismatch(self, *, bundle_id: str, memory_version: int, scope: str) -> str:
+        """Return why the threshold must not be used here; empty where it may."""
+        other = self._other(bundle_id=bundle_id, memory_version=memory_version)
+        if not other and self.scope != scope:
+            other = "the camera's region, mask or smallest area was another one"
+        return other and f"threshold given at run time ignored: {other}"
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Which of the thresholds given from outside holds.
+
+    Attributes:
+        value: raw; None where the budget decides.
+        source: ``run time``, ``settings`` or ``budget``.
+        notice: why a threshold that was given is not used; empty where all are.
+    """
+
+    value: float | None
+    source: Literal["run time", "settings", "budget"]
+    notice: str = ""
+
+
+def choose_threshold(
+    *,
+    run_time: RunTimeThreshold | None,
+    external: ExternalThreshold | None,
+    bundle_id: str,
+    memory_version: int,
+    scope: str,
+) -> Chosen:
+    """Choose between a threshold given at run time, that of the settings, and the budget, in this order.
+
+    Args:
+        run_time: given by a command, with a value or with None for the budget.
+        external: of the settings.
+        bundle_id: of the bundle in use.
+        memory_version: of the memory in use.
+        scope: of the camera's region, mask and smallest area.
+    """
+    notice = ""
+    if run_time is not None:
+        notice = run_time.mismatch(bundle_id=bundle_id, memory_version=memory_version, scope=scope)
+        if not notice:
+            return Chosen(run_time.value, "run time")
+    if external is not None:
+        other = external.mismatch(bundle_id=bundle_id, memory_version=memory_version)
+        if not other:
+            return Chosen(external.value, "settings", notice)
+        notice = f"{notice}; {other}" if notice else other
+    return Chosen(None, "budget", notice)
 
 
 def p_value(score: float, scores: npt.NDArray[np.floating]) -> float:
@@ -192,6 +266,25 @@ def leave_level(
     values, weights, _ = _weighted(scores, groups)
     # As for the threshold, a score that equals the quantile is still calm.
     return min(float(np.nextafter(_quantile(values, weights, quantile), np.inf)), threshold)
+
+
+def enter_level(
+    scores: npt.NDArray[np.floating], groups: npt.NDArray[np.str_] | None, quantile: float | None, threshold: float
+) -> float:
+    """Return the raw score at and above which a frame is a hit that may begin an event, at least the threshold.
+
+    Args:
+        scores: float [n], raw scores of held-out good images.
+        groups: unicode [n] or None, as in :func:`fit_threshold`.
+        quantile: of good scores that do not reach the level, in (0, 1); None for the threshold itself.
+        threshold: the raw threshold in force.
+
+    Raises:
+        DataError: as in :func:`fit_threshold`.
+    """
+    if quantile is None:
+        return threshold
+    return max(threshold, fit_threshold(scores, groups, 1 - quantile).value)
 
 
 def _at_least(left: float, right: float) -> bool:
