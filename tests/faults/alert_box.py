@@ -1,30 +1,118 @@
-"""A box that does nothing but alert, to be killed: prints ``epoch seq`` once a row is accepted, as fast as it can."""
+"""A box that does nothing but alert, to be killed: it notes in a history what it does with every message."""
 
 from __future__ import annotations
 
+import argparse
+import secrets
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from edge.alerts.message import gap_maker
-from edge.alerts.outbox import Outbox
+from edge.alerts.message import alert_from_event, encode, gap_maker
+from edge.alerts.outbox import Draft, Outbox, Priority
 from edge.alerts.publisher import Publisher
 from edge.alerts.settings import BrokerSettings
-from tests.alert_values import IDENTITY, draft
+from tests.alert_values import IDENTITY, JUDGE, event
+from tests.faults.history import Kind, Recorder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from edge.alerts.outbox import Row
 
 
-def main(path: str, url: str, interval_s: str) -> None:
-    outbox = Outbox(Path(path), make_gap=gap_maker(IDENTITY))
-    settings = BrokerSettings(url=url, backoff_min_s=0.05, backoff_max_s=0.2, keepalive_s=5)
-    Publisher(settings=settings, identity=IDENTITY, outbox=outbox).start()
-    topic, make, priority = draft()
+class RecordingOutbox(Outbox):
+    """An outbox of alerts that notes every step of them. ``synced``: False for one that leaves syncing to the disk."""
+
+    def __init__(self, path: Path, history: Path, *, synced: bool = True, **options: Any) -> None:
+        self._recorder = Recorder(history)
+        self._synced = synced
+        self._contents: dict[int, tuple[str, str]] = {}
+        self._given: dict[int, Row] = {}
+        super().__init__(path, make_gap=gap_maker(IDENTITY), **options)
+
+    def alert(self, priority: Priority = Priority.HIGH, *, count: int = 1) -> list[int]:
+        """Append alerts that are like no others."""
+        return self.append_many([self._draft(priority) for _ in range(count)])
+
+    def append_many(self, drafts: Sequence[Draft]) -> list[int]:
+        seqs = super().append_many(drafts)
+        for seq in seqs:
+            epoch, content = self._contents.pop(seq)
+            self._recorder.note(Kind.ENQUEUED, IDENTITY.box, epoch=epoch, seq=seq, content=content)
+        return seqs
+
+    def pending(self, limit: int, *, boundary: int = 0) -> list[Row]:
+        rows = super().pending(limit, boundary=boundary)
+        self._given.update((row.seq, row) for row in rows)
+        return rows
+
+    def mark_sent(self, seqs: Iterable[int]) -> None:
+        numbers = list(seqs)
+        super().mark_sent(numbers)
+        for seq in numbers:
+            row = self._given[seq]
+            self._recorder.note(Kind.PUBLISHED, IDENTITY.box, epoch=row.epoch, seq=seq, late=row.late)
+
+    def acknowledge(self, seqs: Iterable[int]) -> int:
+        numbers = list(seqs)
+        for seq in numbers:
+            self._recorder.note(Kind.ACKNOWLEDGED, IDENTITY.box, epoch=self._given.pop(seq).epoch, seq=seq)
+        return super().acknowledge(numbers)
+
+    def release_sent(self, seqs: Iterable[int] | None = None) -> None:
+        if seqs is None:
+            self._recorder.note(Kind.SESSION, IDENTITY.box)
+        super().release_sent(seqs)
+
+    def _draft(self, priority: Priority) -> Draft:
+        name = secrets.token_hex(16)
+
+        def make(epoch: str, seq: int) -> bytes:
+            content = f"{name} new"
+            self._recorder.note(Kind.ATTEMPTED, IDENTITY.box, epoch=epoch, seq=seq, content=content)
+            self._contents[seq] = (epoch, content)
+            found = event(event_id=name)
+            return encode(alert_from_event(found, identity=IDENTITY, judge=JUDGE, epoch=epoch, seq=seq))
+
+        return Draft(IDENTITY.alert("cam"), make, priority)
+
+    def _write(self, work: Any, *, durable: bool = True, shed: bool = False) -> Any:
+        return super()._write(work, durable=durable and self._synced, shed=shed)
+
+
+def settings_for(url: str) -> BrokerSettings:
+    """Short waits: it is the faults that shall take time."""
+    return BrokerSettings(url=url, backoff_min_s=0.05, backoff_max_s=0.2, keepalive_s=5)
+
+
+def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--outbox", type=Path, required=True)
+    parser.add_argument("--history", type=Path, required=True)
+    parser.add_argument("--url", required=True)
+    parser.add_argument("--rate", type=float, default=20.0, help="alerts per second")
+    parser.add_argument("--rows", type=int, help="end after so many and once the broker has them")
+    parser.add_argument("--unsynced", action="store_true", help="leave syncing to the disk")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parse_options(arguments)
+    outbox = RecordingOutbox(options.outbox, options.history, synced=not options.unsynced)
+    publisher = Publisher(settings=settings_for(options.url), identity=IDENTITY, outbox=outbox)
+    publisher.start()
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
     pause = threading.Event()
-    while True:
-        seq = outbox.append(topic, make, priority=priority)
-        sys.stdout.write(f"{outbox.epoch} {seq}\n")
-        sys.stdout.flush()
-        pause.wait(float(interval_s))
+    while options.rows is None or outbox.counters["appended"] < options.rows:
+        outbox.alert()
+        pause.wait(1 / options.rate)
+    publisher.wait_until_drained(30)
+    publisher.stop()
+    outbox.close()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])
