@@ -121,7 +121,10 @@ class Box:
             self._open_outbox()
             self._make_workers(detectors, judges)
             self._start_parts()
-            self._start_cameras(self.cameras.workers)
+            refused = self._start_cameras(self.cameras.workers)
+            # Without any source there is nothing to do.
+            if refused and len(refused) == len(self.cameras):
+                raise refused[0]
         except BaseException:
             self.stop()
             raise
@@ -394,7 +397,7 @@ class Box:
         for part in self._parts:
             part.start()
 
-    def _start_cameras(self, workers: Sequence[CameraWorker]) -> None:
+    def _start_cameras(self, workers: Sequence[CameraWorker]) -> list[CaptureError]:
         assert self._reporter is not None
         assert self._detectors is not None
         for worker in workers:
@@ -403,9 +406,7 @@ class Box:
         for camera in self.settings.cameras:
             if not camera.enabled:
                 self._reporter.state(camera.name, "not_judged", reason="disabled")
-        # Without any source there is nothing to do.
-        if refused and len(refused) == len(self.cameras):
-            raise refused[0]
+        return refused
 
     def _tell_outbox_damage(self) -> None:
         """Raise a notice once for each damage of the outbox, found at its opening or while it is used."""
