@@ -196,7 +196,7 @@ class CameraWorker:
     def warnings(self) -> list[str]:
         """What an operator should know of this camera."""
         threshold = self._judge.threshold
-        found = [self._judge.notice] if self._judge.notice else []
+        found = list(self._judge.warnings)
         if threshold.method == "tail_fit":
             found.append(
                 f"the budget of {self._settings.budget_text(threshold.alpha)} is not supported: {threshold.n} "
@@ -260,7 +260,7 @@ class CameraWorker:
             processing = stages["preprocess"] + stages["inference"] + stages["judgement"]
             self._metrics.observe({**stages, "processing": processing})
             self._restart_s = FIRST_RESTART_S
-        events = [] if triggered else self._tracker.step(verdict, leave_level=self._judge.leave_level)
+        events = [] if triggered else self._step(verdict)
         alarmed = verdict.decision is Decision.NOK or self._tracker.active
         done = JudgedFrame(frame, prediction, verdict, tuple(events), alarmed=alarmed)
         if self._keep_evidence is not None:
@@ -272,6 +272,10 @@ class CameraWorker:
         if not triggered:
             self._report(events)
             self._show_stream(verdict)
+
+    def _step(self, verdict: Verdict) -> list[AnomalyEvent]:
+        judge = self._judge
+        return self._tracker.step(verdict, leave_level=judge.leave_level, enter_level=judge.enter_level)
 
     def _judged(self, frame: Frame) -> tuple[Prediction | None, Verdict]:
         timeout_ms = self._settings.timeout_ms if self._settings.mode is Mode.TRIGGERED else None

@@ -11,6 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from edge.errors import CaptureError
+from edge.judgement.mask_image import read_mask
 from edge.judgement.verdicts import Judge
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from edge.bundle import Bundle, CalibrationScores
     from edge.camera import CameraWorker
     from edge.health.metrics import Metrics
+    from edge.judgement.threshold import RunTimeThreshold
     from edge.settings import CameraSettings
 
 _LOG = logging.getLogger(__name__)
@@ -28,7 +30,11 @@ _DISABLED = "disabled"
 
 
 def make_judge(
-    camera: CameraSettings, bundle: Bundle, calibration: CalibrationScores, memory_version: int = 0
+    camera: CameraSettings,
+    bundle: Bundle,
+    calibration: CalibrationScores,
+    memory_version: int = 0,
+    run_time: RunTimeThreshold | None = None,
 ) -> Judge:
     """Make the judge of one camera and say its threshold in the log.
 
@@ -37,19 +43,25 @@ def make_judge(
         bundle: that judges it.
         calibration: scores of good images, of the engine, precision and memory in use.
         memory_version: of the memory, 0 for the packed one.
+        run_time: a threshold that was given to the running box.
 
     Raises:
         DataError: the calibration cannot give a threshold.
+        SettingsError: the mask of its region of interest cannot be used.
     """
-    manifest = bundle.manifest
+    manifest, drawn = bundle.manifest, camera.region_of_interest.mask
     judge = Judge(
         calibration=calibration,
         pooling=manifest.pooling,
         crop=manifest.preprocessing.crop,
         alpha=camera.alpha,
         leave_quantile=camera.events.leave_quantile,
+        enter_quantile=camera.events.enter_quantile,
         region_of_interest=camera.region_of_interest,
+        mask=None if drawn is None else read_mask(drawn),
+        min_area=camera.min_area,
         external=camera.threshold,
+        run_time=run_time,
         bundle_id=bundle.id,
         memory_version=memory_version,
     )

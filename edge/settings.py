@@ -25,6 +25,7 @@ from edge.federation.settings import FederationSettings  # noqa: TC001 (pydantic
 from edge.health.settings import CameraHealthSettings, MetricsSettings  # noqa: TC001 (as above)
 from edge.inspection.settings import ModbusSettings, StationSettings  # noqa: TC001 (as above)
 from edge.judgement.events import EventSettings
+from edge.judgement.min_area import MinArea  # noqa: TC001 (pydantic needs it at run time)
 from edge.judgement.region_of_interest import RegionOfInterest
 from edge.judgement.threshold import Budget, ExternalThreshold
 from edge.memory.settings import MemorySettings  # noqa: TC001 (pydantic needs it at run time)
@@ -56,6 +57,9 @@ class CameraSettings(BaseModel):
     )
     region_of_interest: RegionOfInterest = Field(
         RegionOfInterest(), title="Region of interest", description="Where defects matter; everywhere by default."
+    )
+    min_area: MinArea | None = Field(
+        None, title="Smallest area", description="A defect smaller than it does not alarm; any may where absent."
     )
     budget: Budget = Field(Budget(), title="False-alarm budget", description="Sets the threshold.")
     frame_rate: float | None = Field(
@@ -315,6 +319,9 @@ def _resolved_camera(camera: CameraSettings, folder: Path) -> CameraSettings:
     update: dict[str, Any] = {}
     if camera.bundle is not None:
         update["bundle"] = folder / camera.bundle.expanduser()
+    if (mask := camera.region_of_interest.mask) is not None:
+        region = camera.region_of_interest.model_copy(update={"mask": folder / mask.expanduser()})
+        update["region_of_interest"] = region
     if camera.source.path is not None:
         path = str(folder / Path(camera.source.path).expanduser())
         update["source"] = camera.source.model_copy(update={"path": path})
