@@ -121,10 +121,7 @@ class Box:
             self._open_outbox()
             self._make_workers(detectors, judges)
             self._start_parts()
-            refused = self._start_cameras(self.cameras.workers)
-            # Without any source there is nothing to do.
-            if refused and len(refused) == len(self.cameras):
-                raise refused[0]
+            self._start_cameras(self.cameras.workers, some=True)
         except BaseException:
             self.stop()
             raise
@@ -397,7 +394,7 @@ class Box:
         for part in self._parts:
             part.start()
 
-    def _start_cameras(self, workers: Sequence[CameraWorker]) -> list[CaptureError]:
+    def _start_cameras(self, workers: Sequence[CameraWorker], *, some: bool = False) -> None:
         assert self._reporter is not None
         assert self._detectors is not None
         for worker in workers:
@@ -406,7 +403,9 @@ class Box:
         for camera in self.settings.cameras:
             if not camera.enabled:
                 self._reporter.state(camera.name, "not_judged", reason="disabled")
-        return refused
+        # Without any source there is nothing to do.
+        if some and refused and len(refused) == len(self.cameras):
+            raise refused[0]
 
     def _tell_outbox_damage(self) -> None:
         """Raise a notice once for each damage of the outbox, found at its opening or while it is used."""
