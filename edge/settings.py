@@ -23,7 +23,7 @@ from edge.errors import MessageError, SettingsError
 from edge.evidence.settings import EvidenceSettings  # noqa: TC001 (pydantic needs it at run time)
 from edge.federation.settings import FederationSettings  # noqa: TC001 (pydantic needs it at run time)
 from edge.health.settings import CameraHealthSettings, MetricsSettings  # noqa: TC001 (as above)
-from edge.inspection.settings import ModbusSettings, StationSettings  # noqa: TC001 (as above)
+from edge.inspection.settings import ModbusSettings, StationSettings, check_alone, check_station
 from edge.judgement.events import EventSettings
 from edge.judgement.min_area import MinArea  # noqa: TC001 (pydantic needs it at run time)
 from edge.judgement.region_of_interest import RegionOfInterest
@@ -188,6 +188,11 @@ class BoxSettings(BaseModel):
                 raise ValueError(f"station {station.name!r}: {unknown[0]!r} is no triggered camera of a single station")
             taken.add(station.name)
             triggered -= set(station.cameras)
+            its = [camera for camera in self.cameras if camera.name in station.cameras]
+            check_station(station, its, modbus=self.modbus is not None)
+        for camera in self.cameras:
+            if camera.name in triggered:
+                check_alone(camera)
         return self
 
     @model_validator(mode="after")
