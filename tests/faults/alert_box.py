@@ -92,7 +92,8 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--outbox", type=Path, required=True)
     parser.add_argument("--history", type=Path, required=True)
     parser.add_argument("--url", required=True)
-    parser.add_argument("--rate", type=float, default=20.0, help="alerts per second")
+    parser.add_argument("--rate", type=float, default=20.0, help="alerts per second of each thread")
+    parser.add_argument("--threads", type=int, default=1, help="that alert")
     parser.add_argument("--rows", type=int, help="end after so many and once the broker has them")
     parser.add_argument("--unsynced", action="store_true", help="leave syncing to the disk")
     return parser.parse_args(arguments)
@@ -106,9 +107,17 @@ def main(arguments: Sequence[str]) -> None:
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     pause = threading.Event()
-    while options.rows is None or outbox.counters["appended"] < options.rows:
-        outbox.alert()
-        pause.wait(1 / options.rate)
+
+    def alert() -> None:
+        while options.rows is None or outbox.counters["appended"] < options.rows:
+            outbox.alert()
+            pause.wait(1 / options.rate)
+
+    threads = [threading.Thread(target=alert, daemon=True) for _ in range(options.threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     publisher.wait_until_drained(30)
     publisher.stop()
     outbox.close()
