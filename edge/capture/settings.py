@@ -6,22 +6,30 @@ This module must not import OpenCV: settings are read and checked on machines th
 from __future__ import annotations
 
 import re
+import shlex
 from enum import Enum
+from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 # user:password@ of a URL, wherever it stands in a text. Up to the last "@" of the word: an unescaped password may hold
 # "/" or "@", and hiding too much is the safe mistake.
 _CREDENTIALS = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)\S*@")
 # Query values that cameras use for logins, such as ?user=admin&password=1234 or &token=...
 _SECRET_QUERY = re.compile(r"(?i)(?P<key>[?&;](?:user(?:name)?|pass(?:word)?|passwd|pwd|token|key|auth)=)[^&;#\s]*")
+# Properties of GStreamer's sources, such as user-id=admin user-pw="a b"; a caps field never has these names.
+_SECRET_PROPERTY = re.compile(
+    r"""(?i)(?P<key>(?<![\w-])(?:user|proxy)-(?:id|pw)|(?<![\w-])pass(?:word|wd|phrase))=(?:"[^"]*"|'[^']*'|\S+)"""
+)
+_FOURCC = 4
 _URL_SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "tcp")
 
 
 def redact(text: str) -> str:
-    """Return a text with the credentials of every URL in it replaced by ``***``."""
-    return _SECRET_QUERY.sub(r"\g<key>***", _CREDENTIALS.sub(r"\g<scheme>***@", text))
+    """Return a text with the credentials of every URL and GStreamer property in it replaced by ``***``."""
+    text = _SECRET_QUERY.sub(r"\g<key>***", _CREDENTIALS.sub(r"\g<scheme>***@", text))
+    return _SECRET_PROPERTY.sub(r"\g<key>=***", text)
 
 
 class SourceKind(str, Enum):
@@ -30,6 +38,40 @@ class SourceKind(str, Enum):
     FOLDER = "folder"
     VIDEO = "video"
     CAMERA = "camera"
+    GSTREAMER = "gstreamer"
+    GENICAM = "genicam"
+
+
+class TriggerMode(str, Enum):
+    """What makes a source give a frame (GenICam SFNC, chapter Acquisition Control).
+
+    ``free``: it gives frames at its own rate. ``software``: one per :meth:`edge.capture.capture.Capture.fire`.
+    ``hardware``: one per pulse on a line of the camera.
+    """
+
+    FREE = "free"
+    SOFTWARE = "software"
+    HARDWARE = "hardware"
+
+
+_TRIGGERS = {
+    SourceKind.FOLDER: frozenset({TriggerMode.FREE, TriggerMode.SOFTWARE}),
+    SourceKind.VIDEO: frozenset({TriggerMode.FREE, TriggerMode.SOFTWARE}),
+    SourceKind.CAMERA: frozenset({TriggerMode.FREE}),
+    SourceKind.GSTREAMER: frozenset({TriggerMode.FREE}),
+    SourceKind.GENICAM: frozenset(TriggerMode),
+}
+_PLACES = {
+    SourceKind.FOLDER: ("path",),
+    SourceKind.VIDEO: ("path",),
+    SourceKind.CAMERA: ("url", "device"),
+    SourceKind.GSTREAMER: ("pipeline",),
+    SourceKind.GENICAM: ("device",),
+}
+GENICAM_FORMATS = (
+    "Mono8", "BayerGR8", "BayerRG8", "BayerGB8", "BayerBG8", "RGB8", "BGR8", "YUV422_8", "YUV422_8_UYVY",
+)  # fmt: skip
+"""Pixel formats (GenICam PFNC) that are turned into BGR."""
 
 
 class DropPolicy(str, Enum):
@@ -47,14 +89,51 @@ class DropPolicy(str, Enum):
     WAIT = "wait"
 
 
+class GenicamSettings(BaseModel):
+    """What is asked of a GenICam camera beside size, rate and pixel format; names in brackets are features (SFNC)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    exposure_us: float | None = Field(
+        None, gt=0, le=1e7, title="Exposure [µs]", description="ExposureTime; the camera's own setting where absent."
+    )
+    gain: float | None = Field(None, title="Gain", description="Gain, in the camera's unit; its own where absent.")
+    offset_x: int = Field(0, ge=0, le=65535, title="Offset x", description="OffsetX: left edge of the sensor's window.")
+    offset_y: int = Field(0, ge=0, le=65535, title="Offset y", description="OffsetY: top edge of the sensor's window.")
+    trigger_source: str = Field(
+        "Line1", pattern=r"^[A-Za-z0-9_]+$", title="Trigger source", description="TriggerSource of a hardware trigger."
+    )
+    trigger_activation: Literal["RisingEdge", "FallingEdge", "AnyEdge", "LevelHigh", "LevelLow"] = Field(
+        "RisingEdge", title="Trigger activation", description="TriggerActivation of a hardware trigger."
+    )
+    trigger_delay_us: float | None = Field(
+        None, ge=0, le=1e7, title="Trigger delay [µs]", description="TriggerDelay, for either trigger."
+    )
+    packet_size: int | None = Field(
+        None,
+        ge=220,
+        le=16384,
+        title="Packet size [bytes]",
+        description="GevSCPSPacketSize (GigE Vision); the largest that arrives is found out where absent.",
+    )
+    packet_delay_ns: int | None = Field(
+        None, ge=0, le=10**9, title="Packet delay [ns]", description="GevSCPD, for cameras that share a network link."
+    )
+    buffers: int = Field(
+        6, ge=2, le=64, title="Stream buffers", description="Frames that the driver may fill ahead; allocated once."
+    )
+
+
 class SourceSettings(BaseModel):
-    """One source of frames: exactly one of ``path``, ``url`` and ``device``, as ``kind`` asks."""
+    """One source of frames: exactly one of ``path``, ``url``, ``device`` and ``pipeline``, as ``kind`` asks."""
 
     # A rejected value may hold a password, so validation errors must not repeat their input.
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     kind: SourceKind = Field(
-        title="Kind", description="folder: images sorted by name; video: a file; camera: a local device or a stream."
+        title="Kind",
+        description="folder: images sorted by name; video: a file; camera: a local device or a stream; gstreamer: a "
+        "pipeline; genicam: a GigE Vision or USB3 Vision camera.",
     )
     path: str | None = Field(
         None, min_length=1, title="Path", description="The folder of images or the video file (folder, video)."
@@ -67,20 +146,47 @@ class SourceSettings(BaseModel):
         description="rtsp, http, ... address of a network camera (camera). Credentials in it are never logged.",
     )
     device: int | str | None = Field(
-        None, title="Device", description="Index of a local camera, or its path such as /dev/video0 (camera)."
+        None,
+        title="Device",
+        description="Index or path such as /dev/video0 (camera); id, serial number or IP address (genicam).",
+    )
+    pipeline: str | None = Field(
+        None,
+        min_length=1,
+        repr=False,
+        title="Pipeline",
+        description="As on gst-launch-1.0's command line, without a sink (gstreamer). Credentials are never logged.",
+    )
+    trigger: TriggerMode = Field(
+        TriggerMode.FREE,
+        title="Trigger",
+        description="free; software: a frame per command (genicam, folder, video); hardware: per pulse (genicam).",
+    )
+    pixel_format: str | None = Field(
+        None,
+        title="Pixel format",
+        description="Four letters such as YUYV, asked of a local camera; a PFNC name such as BayerRG8 (genicam).",
+    )
+    genicam: GenicamSettings = Field(
+        GenicamSettings(), title="GenICam", description="Exposure, trigger line and network of a genicam source."
     )
     fps: float | None = Field(
         None,
         gt=0,
         le=1000,
         title="Frames per second",
-        description="Pace of a folder or video, as fast as frames are judged where absent; asked of a local camera.",
+        description="Pace of a folder or video, as fast as frames are judged where absent; asked of a local or genicam "
+        "camera.",
     )
     loop: bool = Field(
         default=False, title="Loop", description="Start again at the end of a folder or video instead of ending."
     )
-    width: int | None = Field(None, ge=16, le=16384, title="Width", description="Pixels, asked of a local camera.")
-    height: int | None = Field(None, ge=16, le=16384, title="Height", description="Pixels, asked of a local camera.")
+    width: int | None = Field(
+        None, ge=16, le=16384, title="Width", description="Pixels, asked of the camera; not of a URL."
+    )
+    height: int | None = Field(
+        None, ge=16, le=16384, title="Height", description="Pixels, asked of the camera; not of a URL."
+    )
     policy: DropPolicy | None = Field(
         None,
         title="Drop policy",
@@ -100,6 +206,13 @@ class SourceSettings(BaseModel):
         title="Stall time",
         description="Seconds without a frame before the source counts as stalled.",
     )
+    abandon_seconds: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        title="Abandon time",
+        description="A driver that does not return for so many seconds is left behind, and the camera opened anew.",
+    )
     reconnect_seconds: float = Field(
         30.0,
         gt=0,
@@ -110,13 +223,17 @@ class SourceSettings(BaseModel):
 
     @field_validator("device")
     @classmethod
-    def _device_is_named(cls, device: int | str | None) -> int | str | None:
-        if isinstance(device, str):
-            if device.isdecimal():
-                return int(device)
-            if not device.startswith("/dev/"):
-                raise ValueError("device is neither an index nor a path under /dev")
-        elif isinstance(device, int) and device < 0:
+    def _device_suits_the_kind(cls, device: int | str | None, info: ValidationInfo) -> int | str | None:
+        if device is None:
+            return None
+        if info.data.get("kind") is SourceKind.GENICAM:
+            # A serial number without quotation marks is a number in YAML.
+            return str(device)
+        if isinstance(device, str) and device.isdecimal():
+            return int(device)
+        if isinstance(device, str) and not device.startswith("/dev/"):
+            raise ValueError("device is neither an index nor a path under /dev")
+        if isinstance(device, int) and device < 0:
             raise ValueError("device must be 0 or more")
         return device
 
@@ -127,22 +244,54 @@ class SourceSettings(BaseModel):
             raise ValueError(f"url must start with one of {', '.join(_URL_SCHEMES)} and name a host")
         return url
 
+    @field_validator("pipeline")
+    @classmethod
+    def _pipeline_is_words(cls, pipeline: str | None) -> str | None:
+        if pipeline is not None:
+            try:
+                words = shlex.split(pipeline)
+            except ValueError:
+                raise ValueError("pipeline has a quotation mark that is not closed") from None
+            if not words or words[-1] == "!" or words[0] == "!":
+                raise ValueError("pipeline must begin and end with an element, and name no sink")
+            if any(word.startswith("-") for word in words):
+                raise ValueError("pipeline takes elements and caps, no options")
+        return pipeline
+
     @model_validator(mode="after")
     def _one_place(self) -> SourceSettings:
-        given = [name for name in ("path", "url", "device") if getattr(self, name) is not None]
-        if self.kind is SourceKind.CAMERA:
-            if len(given) != 1 or given == ["path"]:
-                raise ValueError("kind camera needs exactly one of url and device, and no path")
-            if self.loop:
-                raise ValueError("loop is for folders and videos; a camera has no end")
-        elif given != ["path"]:
-            raise ValueError(f"kind {self.kind.value} needs path, and neither url nor device")
+        kind, places = self.kind.value, _PLACES[self.kind]
+        given = [name for name in ("path", "url", "device", "pipeline") if getattr(self, name) is not None]
+        if len(given) != 1 or given[0] not in places:
+            wanted = f"exactly one of {' and '.join(places)}" if len(places) > 1 else places[0]
+            raise ValueError(f"kind {kind} needs {wanted}, and nothing else of path, url, device and pipeline")
+        if self.loop and self.live:
+            raise ValueError("loop is for folders and videos; a camera has no end")
+        if self.trigger not in _TRIGGERS[self.kind]:
+            can = ", ".join(sorted(mode.value for mode in _TRIGGERS[self.kind]))
+            raise ValueError(f"kind {kind} has no trigger {self.trigger.value}; it can: {can}")
+        if self.genicam != GenicamSettings() and self.kind is not SourceKind.GENICAM:
+            raise ValueError(f"genicam is for kind genicam, not for {kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _pixel_format_suits_the_kind(self) -> SourceSettings:
+        name = self.pixel_format
+        if name is None:
+            return self
+        if self.kind is SourceKind.GENICAM:
+            if name not in GENICAM_FORMATS:
+                raise ValueError(f"pixel_format of a genicam camera must be one of {', '.join(GENICAM_FORMATS)}")
+        elif self.kind is not SourceKind.CAMERA or self.url is not None:
+            raise ValueError("pixel_format is for a local camera and for genicam")
+        elif len(name) != _FOURCC or not name.isascii():
+            raise ValueError("pixel_format of a local camera must have four letters, such as MJPG or YUYV")
         return self
 
     @property
     def live(self) -> bool:
         """Whether the source is a camera: it has no end, cannot wait, and is reconnected."""
-        return self.kind is SourceKind.CAMERA
+        return self.kind not in (SourceKind.FOLDER, SourceKind.VIDEO)
 
     @property
     def drop_policy(self) -> DropPolicy:
@@ -154,6 +303,5 @@ class SourceSettings(BaseModel):
     @property
     def label(self) -> str:
         """The place, for people, without credentials."""
-        if self.url is not None:
-            return redact(self.url)
-        return str(self.path if self.path is not None else self.device)
+        place = next(one for one in (self.url, self.pipeline, self.path, self.device) if one is not None)
+        return redact(str(place))

@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from edge.capture.building import build_source
 from edge.capture.capture import CameraState, Capture, LostFrame
+from edge.capture.opencv import VideoSource
 from edge.capture.settings import DropPolicy, SourceSettings, redact
-from edge.capture.sources import FolderSource, Grab, VideoSource, build_source
+from edge.capture.sources import FolderSource, Grab
 from edge.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -179,7 +181,9 @@ def test_drop_policy_chooses_and_counts(policy: DropPolicy, kept: list[int]) -> 
     lost: list[LostFrame] = []
     read_all, hold = threading.Event(), threading.Event()
     source = ScriptedSource([6, read_all.set, hold.wait])
-    capture = Capture(name="a", settings=CAMERA, policy=policy, capacity=2, source=source, on_lost=lost.append)
+    capture = Capture(
+        name="a", settings=CAMERA, policy=policy, capacity=2, make_source=lambda: source, on_lost=lost.append
+    )
     capture.start()
     assert read_all.wait(WAIT_SECONDS)
     assert [capture.get(WAIT_SECONDS).camera_seq for _ in kept] == kept
@@ -215,7 +219,7 @@ def test_camera_away_at_start_is_retried_with_bounded_backoff(caplog: pytest.Log
     caplog.set_level(logging.INFO)
     fake = FakeTime(limit=6)
     source = ScriptedSource([CaptureError("away rtsp://admin:hunter2@cam/1") for _ in range(9)])
-    capture = Capture(name="a", settings=CAMERA, source=source, clock=fake.clock, wait=fake.wait)
+    capture = Capture(name="a", settings=CAMERA, make_source=lambda: source, clock=fake.clock, wait=fake.wait)
     capture.start()
     assert fake.done.wait(WAIT_SECONDS)
     assert capture.state is CameraState.RECONNECTING
@@ -231,7 +235,9 @@ def test_camera_away_at_start_is_retried_with_bounded_backoff(caplog: pytest.Log
 def test_camera_lost_is_reconnected_and_numbers_go_on() -> None:
     fake = FakeTime(limit=3)
     source = ScriptedSource([2, None, CaptureError("away"), 3])
-    capture = Capture(name="a", settings=CAMERA, capacity=9, source=source, clock=fake.clock, wait=fake.wait)
+    capture = Capture(
+        name="a", settings=CAMERA, capacity=9, make_source=lambda: source, clock=fake.clock, wait=fake.wait
+    )
     capture.start()
     assert [capture.get(WAIT_SECONDS).camera_seq for _ in range(5)] == [0, 1, 2, 3, 4]
     assert fake.done.wait(WAIT_SECONDS)
@@ -246,7 +252,7 @@ def test_camera_silent_is_stalled_until_the_next_frame() -> None:
     fake = FakeTime()
     silent, speak, hold = threading.Event(), threading.Event(), threading.Event()
     source = ScriptedSource([1, silent.set, speak.wait, 1, hold.wait])
-    capture = Capture(name="a", settings=CAMERA, source=source, clock=fake.clock, wait=fake.wait)
+    capture = Capture(name="a", settings=CAMERA, make_source=lambda: source, clock=fake.clock, wait=fake.wait)
     capture.start()
     assert capture.get(WAIT_SECONDS) is not None
     assert silent.wait(WAIT_SECONDS)
@@ -263,7 +269,7 @@ def test_camera_silent_is_stalled_until_the_next_frame() -> None:
 
 def test_driver_failure_ends_in_failed_and_is_counted_nowhere_else(caplog: pytest.LogCaptureFixture) -> None:
     source = ScriptedSource([1, ZeroDivisionError("rtsp://admin:hunter2@cam/1")])
-    with Capture(name="a", settings=CAMERA, source=source) as capture:
+    with Capture(name="a", settings=CAMERA, make_source=lambda: source) as capture:
         assert capture.get(WAIT_SECONDS) is not None
         assert capture.get(WAIT_SECONDS) is None
         assert capture.state is CameraState.FAILED
@@ -305,7 +311,7 @@ def test_video_buffers_are_used_again_once_nobody_holds_them(tmp_path: Path) -> 
     assert len(set(addresses)) == 3
     del held[0]
     assert source.read().image.ctypes.data == first
-    assert [buffer.ctypes.data for buffer in source._pool._buffers] == addresses[:2]
+    assert list(source._pool.addresses) == addresses[:2]
     source.close()
 
 
