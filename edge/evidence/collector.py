@@ -166,7 +166,7 @@ class Collector:
         raw, before = picture.raw_bytes, list[Picture]()
         for earlier in reversed(lane.recent):
             # The nearest first: they tell the most.
-            if not self._fits(raw + earlier.raw_bytes):
+            if self.waiting_bytes + raw + earlier.raw_bytes > self._limit:
                 break
             raw += earlier.raw_bytes
             before.insert(0, earlier)

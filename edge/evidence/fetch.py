@@ -37,7 +37,9 @@ class EvidenceClient:
     def __init__(self, commander: Commander, *, timeout: float = 10.0) -> None:
         self._commander, self._timeout = commander, timeout
 
-    def references(self, *, camera: str | None = None, day: str | None = None, limit: int = 50) -> list[tuple[str, int]]:
+    def references(
+        self, *, camera: str | None = None, day: str | None = None, limit: int = 50
+    ) -> list[tuple[str, int]]:
         """References and bytes of what is kept, newest first.
 
         Args:
