@@ -25,6 +25,8 @@ from edge.health.metrics import Metrics
 from edge.health.signals import stopped_by_signals
 from edge.health.watchdog import Watchdog, clock_synchronised, notify_systemd
 from edge.inference.detectors import Detectors
+from edge.judgement.given_thresholds import THRESHOLDS_FILE, GivenThresholds
+from edge.judgement.threshold_commands import ThresholdCommands
 from edge.memory.box_memory import BoxMemory
 from edge.reporter import Reporter
 from edge.slots.slots import Slots
@@ -86,6 +88,7 @@ class Box:
         self._status_key: object = None
         self._status_due_ns = 0
         self._versions: dict[str, str] = {}
+        self._given = GivenThresholds(settings.state_dir / THRESHOLDS_FILE)
         self.outbox: Outbox | None = None
         self.publisher: Publisher | None = None
 
@@ -296,7 +299,8 @@ class Box:
                 cameras: list[CameraSettings] = cameras,
                 bundle: Bundle = detector.bundle,
             ) -> list[Judge]:
-                return [make_judge(camera, bundle, calibration, memory_version) for camera in cameras]
+                of = self._given.of
+                return [make_judge(one, bundle, calibration, memory_version, of(one.name)) for one in cameras]
 
             has_memory = self._memory is not None and detector is detectors.default
             judges = self._memory.restore(make) if self._memory is not None and has_memory else None
@@ -336,6 +340,9 @@ class Box:
         )
         self._tell_outbox_damage()
         self._evidence = self._keep_evidence()
+        thresholds = ThresholdCommands(self._given, cameras=self.cameras, notify=self._reporter.notice)
+        thresholds.attach(self.publisher)
+        self._parts.append(thresholds)
         workers = [
             self._worker(camera, detectors, judges[camera.name]) for camera in self.settings.cameras if camera.enabled
         ]

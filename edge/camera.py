@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from edge.health.metrics import Metrics
     from edge.health.watchdog import Watchdog
     from edge.inference.detector import Detector
+    from edge.judgement.threshold import RunTimeThreshold
     from edge.judgement.verdicts import Judge
     from edge.reporter import Reporter
     from edge.settings import CameraSettings
@@ -86,6 +87,7 @@ class CameraWorker:
         # During a switch of the memory there are two: frames of the old head meet the old thresholds.
         self._judges = {judge.memory_version: judge}
         self._judges_lock = threading.Lock()
+        self._met = judge
         self._observers = tuple(observers)
         self._keep_evidence = keep_evidence
         self._event_evidence: str | None = None
@@ -150,6 +152,19 @@ class CameraWorker:
             kept = {version: one for version, one in self._judges.items() if version >= present}
             self._judges = kept | {judge.memory_version: judge}
 
+    def set_threshold(self, given: RunTimeThreshold | None) -> Judge:
+        """Have frames from the next one on meet a threshold given at run time, or none; from any thread.
+
+        Returns:
+            The judge of the memory in force, with it.
+        """
+        with self._judges_lock:
+            self._judges = {version: one.with_threshold(given) for version, one in self._judges.items()}
+            if self._successor is not None:
+                self._successor = (self._successor[0], self._successor[1].with_threshold(given))
+            self._judge = self._judges.get(self._judge.memory_version, self._judge)
+            return self._judge
+
     def replace_detector(self, detector: Detector, judge: Judge) -> None:
         """Have another detector and its judge take over between two frames; an event that lasts ends there.
 
@@ -190,6 +205,7 @@ class CameraWorker:
             "source": self._settings.source.label,
             "counters": captured | self._counts,
             "threshold": dataclasses.asdict(threshold),
+            "levels": {name: getattr(self._judge, name) for name in ("enter_level", "leave_level", "threshold_source")},
             "failure": self._failure or None,
         }
 
@@ -274,7 +290,7 @@ class CameraWorker:
             self._show_stream(verdict)
 
     def _step(self, verdict: Verdict) -> list[AnomalyEvent]:
-        judge = self._judge
+        judge = self._met  # the threshold may be set anew at any moment
         return self._tracker.step(verdict, leave_level=judge.leave_level, enter_level=judge.enter_level)
 
     def _judged(self, frame: Frame) -> tuple[Prediction | None, Verdict]:
@@ -302,14 +318,13 @@ class CameraWorker:
         return prediction, verdict
 
     def _judge_of(self, memory_version: int) -> Judge:
-        if memory_version != self._judge.memory_version:
-            with self._judges_lock:
-                if memory_version not in self._judges:
-                    raise DataError(
-                        f"memory version {memory_version} judges, but no thresholds were made for it; restart the box"
-                    )
-                self._judge = self._judges[memory_version]
-        return self._judge
+        with self._judges_lock:
+            if memory_version not in self._judges:
+                raise DataError(
+                    f"memory version {memory_version} judges, but no thresholds were made for it; restart the box"
+                )
+            self._judge = self._met = self._judges[memory_version]
+        return self._met
 
     def _deliver(self, name: str, verdict: Verdict) -> None:
         judged = verdict.decision is not Decision.NOT_JUDGED

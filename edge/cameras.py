@@ -170,4 +170,4 @@ class Cameras:
 
 def _disabled(camera: CameraSettings) -> dict[str, Any]:
     return {"state": _DISABLED, "error": None, "mode": camera.mode.value, "source": camera.source.label,
-            "counters": {}, "threshold": None, "failure": None}  # fmt: skip
+            "counters": {}, "threshold": None, "levels": None, "failure": None}  # fmt: skip

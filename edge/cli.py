@@ -247,7 +247,7 @@ def key(
 
 @app.command()
 def command(
-    verb: Annotated[str, typer.Argument(help="accept, replay or ship.")],
+    verb: Annotated[str, typer.Argument(help="accept, replay, ship, threshold or evidence.")],
     site: Annotated[str, typer.Option(help="Site of the box.", show_default=False)],
     box: Annotated[str, typer.Option(help="Name of the box.", show_default=False)],
     fields: Annotated[
@@ -268,7 +268,7 @@ def command(
         name, equals, value = field.partition("=")
         if not name or not equals:
             raise UsageError(f"--set {field}: write it as NAME=VALUE")
-        given[name] = value
+        given[name] = None if value == "null" else value
     settings = _broker(broker, password_file=password_file, ca_file=ca_file, prefix=prefix)
     _log_to_stderr(verbose=False, level=logging.ERROR)
     with Commander(settings, site=site, box=box) as commander:

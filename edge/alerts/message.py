@@ -25,7 +25,17 @@ from pydantic import (
     model_validator,
 )
 
-from edge.alerts.topics import ACCEPT_VERB, EVIDENCE_VERB, REPLAY_VERB, SHIP_VERB, Address, Identity, Kind, parse_topic
+from edge.alerts.topics import (
+    ACCEPT_VERB,
+    EVIDENCE_VERB,
+    REPLAY_VERB,
+    SHIP_VERB,
+    THRESHOLD_VERB,
+    Address,
+    Identity,
+    Kind,
+    parse_topic,
+)
 from edge.errors import MessageError
 from edge.frames import Decision, EventPhase  # noqa: TC001 (pydantic needs them at run time)
 
@@ -182,6 +192,16 @@ class NoticeKind(str, Enum):
     FEDERATION_REFUSED = "federation.refused"
     FEDERATION_DAMAGED = "federation.damaged"
     OUTBOX_DAMAGED = "outbox.damaged"
+    THRESHOLD_SET = "threshold.set"
+    THRESHOLD_IGNORED = "threshold.ignored"
+    THRESHOLD_DAMAGED = "threshold.damaged"
+    CAMERA_FROZEN = "camera.frozen"
+    CAMERA_DARK = "camera.dark"
+    CAMERA_OVEREXPOSED = "camera.overexposed"
+    CAMERA_BLURRED = "camera.blurred"
+    CAMERA_MOVED = "camera.moved"
+    CAMERA_SLOW = "camera.slow"
+    CAMERA_BASELINE = "camera.baseline"
     BUNDLE_ON_TRIAL = "bundle.on_trial"
     BUNDLE_CONFIRMED = "bundle.confirmed"
     BUNDLE_TAKEN_BACK = "bundle.taken_back"
@@ -206,6 +226,7 @@ class OutboxStatus(Message):
     depth: Count = Field(description="Messages not yet acknowledged by the broker.")
     bytes: Count
     dropped: Count = Field(description="Rows dropped on purpose since the outbox was made.")
+    dead: Count = Field(0, description="Messages that the broker refuses for good, kept for a person to look at.")
     counters: dict[str, int] = Field(default_factory=dict)
 
 
@@ -296,6 +317,13 @@ class ShipCommand(CommandMessage):
     """Asks a box to send what its memory has learnt to the fleet now; published to ``cmd/ship``."""
 
 
+class DeadLettersCommand(CommandMessage):
+    """Asks what the broker refused for good, the oldest first, or to try all of it again: ``cmd/dead_letters``."""
+
+    action: Literal["list", "requeue"] = "list"
+    limit: int = Field(50, ge=1, le=200, description="Most that are listed.")
+
+
 class EvidenceCommand(CommandMessage):
     """Asks a box for the pictures that it keeps: which there are, the files of one, or a part of a file."""
 
@@ -320,6 +348,15 @@ class EvidenceCommand(CommandMessage):
         return self
 
 
+class ThresholdCommand(CommandMessage):
+    """Sets the threshold of a camera from the next frame on; published to ``cmd/threshold``."""
+
+    camera: str
+    value: float | None = Field(description="Raw score at and above which a frame is NOK; null for the budget's.")
+    bundle_id: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of the bundle that the value was chosen for.")
+    memory_version: Count = Field(description="Of the memory that the value was chosen for; 0 is the packed one.")
+
+
 class CommandResult(Message):
     """The answer to a command. ``count``: messages that will be sent again, frames that fed, or rows that go out."""
 
@@ -336,7 +373,7 @@ class CommandResult(Message):
 
 _M = TypeVar("_M", bound=Message)
 Numbered: TypeAlias = Alert | VerdictMessage | Gap | Notice
-Command: TypeAlias = ReplayCommand | AcceptCommand | ShipCommand | EvidenceCommand
+Command: TypeAlias = ReplayCommand | AcceptCommand | ShipCommand | EvidenceCommand | ThresholdCommand
 AnyMessage: TypeAlias = Numbered | Status | CameraState | Availability | Command | CommandResult
 
 _MODELS: dict[Kind, type[Message]] = {
@@ -353,6 +390,8 @@ COMMANDS: dict[str, type[CommandMessage]] = {
     REPLAY_VERB: ReplayCommand,
     ACCEPT_VERB: AcceptCommand,
     SHIP_VERB: ShipCommand,
+    DEAD_LETTERS_VERB: DeadLettersCommand,
+    THRESHOLD_VERB: ThresholdCommand,
     EVIDENCE_VERB: EvidenceCommand,
 }
 

@@ -18,6 +18,8 @@ RESULT_SEGMENT = "result"
 REPLAY_VERB = "replay"
 ACCEPT_VERB = "accept"
 SHIP_VERB = "ship"
+DEAD_LETTERS_VERB = "dead_letters"
+THRESHOLD_VERB = "threshold"
 EVIDENCE_VERB = "evidence"
 
 
