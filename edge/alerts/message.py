@@ -27,6 +27,7 @@ from pydantic import (
 
 from edge.alerts.topics import (
     ACCEPT_VERB,
+    DEAD_LETTERS_VERB,
     EVIDENCE_VERB,
     REPLAY_VERB,
     SHIP_VERB,
@@ -373,7 +374,9 @@ class CommandResult(Message):
 
 _M = TypeVar("_M", bound=Message)
 Numbered: TypeAlias = Alert | VerdictMessage | Gap | Notice
-Command: TypeAlias = ReplayCommand | AcceptCommand | ShipCommand | EvidenceCommand | ThresholdCommand
+Command: TypeAlias = (
+    ReplayCommand | AcceptCommand | ShipCommand | EvidenceCommand | ThresholdCommand | DeadLettersCommand
+)
 AnyMessage: TypeAlias = Numbered | Status | CameraState | Availability | Command | CommandResult
 
 _MODELS: dict[Kind, type[Message]] = {

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
-from paho.mqtt.properties import Properties  # noqa: TC002 (in signatures that paho calls)
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
 
-from edge.alerts.settings import BrokerSettings, Protocol, check_secret_file
+from edge.alerts.settings import BrokerSettings, Protocol
+from edge.alerts.tls import tls_context, tls_trouble
 from edge.errors import BrokerError, OutboxError, SettingsError
 
 if TYPE_CHECKING:
@@ -35,6 +37,11 @@ LOG = logging.getLogger("lineward.mqtt")
 _GOODBYE_S = 1.0
 # mosquitto 2.0 does not say that another client took the session over; what it looks like is all there is to go by.
 _SHORT_LIVES = 3
+# Messages that a broker may send us before one is acknowledged, and how long each may be: what we hold is bounded.
+_RECEIVE_MAXIMUM = 64
+_MAX_PACKET_BYTES = 512 * 1024
+# MQTT 5, clause 3.2.2.3.6: the most that a packet can have where a broker names no limit.
+_NO_PACKET_LIMIT = 268_435_460
 _SHORT_LIVED = " soon after each connect; does another client use this client_id? Give each box its own name"
 
 
@@ -60,18 +67,32 @@ class LinkState:
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """The broker has accepted us and takes ``receive_maximum`` unacknowledged messages at a time."""
+    """The broker has accepted us.
+
+    Attributes:
+        receive_maximum: unacknowledged messages that it takes at a time.
+        maximum_packet: bytes of a packet that it takes.
+    """
 
     receive_maximum: int
+    maximum_packet: int = _NO_PACKET_LIMIT
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """There is no connection (any more). ``other_protocol``: the broker may take the other version of MQTT."""
+    """There is no connection (any more).
+
+    Attributes:
+        reason: why, with the cure where there is one.
+        refused: somebody has to change something.
+        other_protocol: the broker may take the other version of MQTT.
+        disliked: the broker hung up because of a message that we sent, without saying which.
+    """
 
     reason: str
     refused: bool = False
     other_protocol: bool = False
+    disliked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +105,16 @@ class Acked:
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """A message from the broker."""
+    """A message from the broker; ``mid`` is to be acknowledged, 0 where there is nothing to acknowledge.
+
+    ``repeated``: the broker has sent it under this number before (DUP, MQTT 5 clause 3.3.1.1).
+    """
 
     topic: str
     payload: bytes
     retained: bool
+    mid: int = 0
+    repeated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,22 +153,35 @@ class Link:
         protocol: 5 or 3.1.1.
         will: published by the broker when the connection dies.
         inbox: gets every event; callbacks do nothing else, so they cannot deadlock with paho's locks.
+        acknowledges: whoever takes messages from the inbox calls :meth:`acknowledge` for each once it is handled (MQTT
+            5, clause 4.3.2); else they are acknowledged as they come in.
     """
 
     def __init__(
-        self, *, settings: BrokerSettings, client_id: str, protocol: Protocol, will: Will | None, inbox: Inbox
+        self,
+        *,
+        settings: BrokerSettings,
+        client_id: str,
+        protocol: Protocol,
+        will: Will | None,
+        inbox: Inbox,
+        acknowledges: bool = False,
     ) -> None:
         self._settings = settings
         self._inbox = inbox
         self._five = protocol is Protocol.V5
         self._accepted = False
+        self._acknowledges = acknowledges
+        self._last_words = _LastWords()
         self._client = Client(
             CallbackAPIVersion.VERSION2,
             client_id=client_id,
             clean_session=None if self._five else True,
             protocol=MQTTProtocolVersion.MQTTv5 if self._five else MQTTProtocolVersion.MQTTv311,
             reconnect_on_failure=False,
+            manual_ack=acknowledges,
         )
+        self._client.enable_logger(self._last_words.logger)
         self._client.connect_timeout = settings.connect_timeout_s
         # Our own window is what limits; paho's, fixed once connected, must never queue.
         self._client.max_inflight_messages_set(0)
@@ -170,12 +209,15 @@ class Link:
         keepalive = self._settings.keepalive_s
         try:
             if self._five:
-                self._client.connect(self._settings.host, self._settings.port, keepalive, clean_start=True)
+                limits = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]  # paho has no types here
+                limits.ReceiveMaximum, limits.MaximumPacketSize = _RECEIVE_MAXIMUM, _MAX_PACKET_BYTES
+                self._client.connect(
+                    self._settings.host, self._settings.port, keepalive, clean_start=True, properties=limits
+                )
             else:
                 self._client.connect(self._settings.host, self._settings.port, keepalive)
         except ssl.SSLError as error:
-            reason = getattr(error, "verify_message", "") or error.reason or str(error)
-            raise BrokerError(f"TLS: {reason}; check ca_file, the broker's certificate and its host name") from error
+            raise BrokerError(tls_trouble(error, self._settings)) from error
         sock = self._client.socket()
         if isinstance(sock, socket.socket):
             # Nagle's algorithm holds back the second small packet: 40 ms on some stacks.
@@ -191,6 +233,11 @@ class Link:
     def subscribe(self, filters: Sequence[str]) -> None:
         """Ask for topics with QoS 1."""
         self._client.subscribe([(name, 1) for name in filters])
+
+    def acknowledge(self, message: Incoming) -> None:
+        """Tell the broker that a message was handled; nothing where the link acknowledges by itself."""
+        if self._acknowledges and message.mid:
+            self._client.ack(message.mid, 1)
 
     def close(self, *, goodbye: bool) -> None:
         """End the connection. With ``goodbye`` the broker is told, and drops our will."""
@@ -211,7 +258,12 @@ class Link:
     ) -> None:
         if not reason.is_failure:
             self._accepted = True
-            self._inbox.put(Connected(getattr(properties, "ReceiveMaximum", 65_535)))
+            self._inbox.put(
+                Connected(
+                    getattr(properties, "ReceiveMaximum", 65_535),
+                    getattr(properties, "MaximumPacketSize", _NO_PACKET_LIMIT),
+                )
+            )
             return
         name = str(reason)
         if "rotocol version" in name or "rotocol error" in name:
@@ -222,11 +274,17 @@ class Link:
     def _on_disconnect(
         self, _client: Client, _data: object, flags: DisconnectFlags, reason: ReasonCode, _properties: Properties | None
     ) -> None:
+        name = str(reason)
         if flags.is_disconnect_packet_from_server:
-            self._inbox.put(Lost(_with_cure(str(reason)), refused=str(reason) not in _PASSING))
+            self._inbox.put(Lost(_with_cure(name), refused=name not in _PASSING, disliked=name in _DISLIKES))
+        elif self._accepted:
+            self._inbox.put(Lost("the connection was lost"))
+        elif refusal := tls_trouble(self._last_words.text, self._settings) if self._settings.tls else "":
+            # With TLS 1.3 a broker looks at our certificate after the handshake has succeeded on our side.
+            self._inbox.put(Lost(refusal, refused=True))
         else:
             # A broker that speaks 3.1.1 only may hang up on a version 5 CONNECT instead of answering it.
-            self._inbox.put(Lost("the connection was lost", other_protocol=self._five and not self._accepted))
+            self._inbox.put(Lost(_hung_up(self._settings), other_protocol=self._five))
 
     def _on_publish(
         self, _client: Client, _data: object, mid: int, reason: ReasonCode, _properties: Properties
@@ -243,7 +301,30 @@ class Link:
             topic = message.topic
         except UnicodeDecodeError:
             topic = ""
-        self._inbox.put(Incoming(topic, bytes(message.payload), message.retain))
+        mid = message.mid if message.qos else 0
+        self._inbox.put(Incoming(topic, bytes(message.payload), message.retain, mid, bool(message.dup)))
+
+
+class _LastWords(logging.Handler):
+    """Keeps the last error that paho logs: the only place where it names the TLS alert that ended a connection."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.text = ""
+        # Not in the registry of loggers: it goes with its connection.
+        self.logger = logging.Logger("paho", logging.ERROR)  # noqa: LOG001
+        self.logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text = record.getMessage()
+
+
+def _hung_up(settings: BrokerSettings) -> str:
+    """Why a broker may hang up before it has answered CONNECT."""
+    text = "the broker hung up before it answered"
+    if not settings.tls:
+        return f"{text}; does this port want TLS (mqtts://)?"
+    return text if settings.cert_file else f"{text}; does it want a client certificate (cert_file and key_file)?"
 
 
 # Reasons that pass by themselves; every other refusal needs somebody to change something.
@@ -251,6 +332,11 @@ _PASSING = frozenset({
     "Server unavailable", "Server busy", "Server shutting down", "Quota exceeded", "Connection rate exceeded",
     "Keep alive timeout", "Receive maximum exceeded", "Message rate too high", "Administrative action",
     "Unspecified error", "Normal disconnection", "Success",
+})  # fmt: skip
+# A DISCONNECT with one of these says that a packet of ours is at fault, without naming it (MQTT 5, clause 4.13).
+_DISLIKES = frozenset({
+    "Packet too large", "Malformed packet", "Protocol error", "Topic name invalid", "Payload format invalid",
+    "Implementation specific error", "Not authorized", "Retain not supported",
 })  # fmt: skip
 _CURES = {
     "Not authorized": "check username and password_file, and the broker's access list",
@@ -268,26 +354,6 @@ def _with_cure(reason: str) -> str:
     return f"{reason}; {cure}" if cure else reason
 
 
-def tls_context(settings: BrokerSettings) -> ssl.SSLContext:
-    """The context of an mqtts connection: the broker's certificate and host name are always checked.
-
-    Raises:
-        SettingsError: a file is missing, no PEM, or a key open to everybody.
-    """
-    if settings.key_file is not None:
-        check_secret_file(settings.key_file)
-    try:
-        context = ssl.create_default_context(cafile=None if settings.ca_file is None else str(settings.ca_file))
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if settings.cert_file is not None:
-            context.load_cert_chain(
-                str(settings.cert_file), None if settings.key_file is None else str(settings.key_file)
-            )
-    except (OSError, ssl.SSLError) as error:
-        raise SettingsError(f"ca_file, cert_file, key_file: {error}; name PEM files that this user can read") from error
-    return context
-
-
 class Reconnector:
     """The one task that keeps a connection up: connects, lets ``serve`` use it, waits, connects again.
 
@@ -300,6 +366,7 @@ class Reconnector:
         will: what the broker says when we are gone.
         serve: called in the task's thread with each open link, its inbox and what the broker granted. Returns why it
             ended: :class:`Lost`, or None when :attr:`stopping` made it leave. OutboxError ends the connection.
+        acknowledges: ``serve`` acknowledges what it takes from the inbox, see :class:`Link`.
     """
 
     def __init__(
@@ -309,7 +376,9 @@ class Reconnector:
         client_id: str,
         will: Will | None,
         serve: Callable[[Link, Inbox, Connected], Lost | None],
+        acknowledges: bool = False,
     ) -> None:
+        self._acknowledges = acknowledges
         self.stopping = threading.Event()
         self.connections = 0
         self._settings = settings
@@ -393,7 +462,12 @@ class Reconnector:
         inbox: Inbox = SimpleQueue()
         self._inbox = inbox
         link = Link(
-            settings=self._settings, client_id=self._client_id, protocol=self._protocol, will=self._will, inbox=inbox
+            settings=self._settings,
+            client_id=self._client_id,
+            protocol=self._protocol,
+            will=self._will,
+            inbox=inbox,
+            acknowledges=self._acknowledges,
         )
         goodbye = False
         try:

@@ -5,27 +5,27 @@ Nothing is sent that is not on disk first; the caller never waits for the networ
 
 from __future__ import annotations
 
-import json
 import logging
+import random
 import time
 from collections import deque
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from queue import Empty
 from typing import TYPE_CHECKING, Any
 
+from edge.alerts.commands import INTERRUPTED, Commands, id_of
+from edge.alerts.home_assistant import BIRTH, HomeAssistant
+from edge.alerts.ledger import Ledger
 from edge.alerts.message import (
-    MAX_ID,
-    MAX_PAYLOAD_BYTES,
     Availability,
     CameraState,
+    CommandMessage,
     CommandResult,
-    Message,
+    DeadLettersCommand,
     ReplayCommand,
     Status,
     build,
     encode,
-    mark_late,
     parse,
 )
 from edge.alerts.mqtt import (
@@ -41,14 +41,18 @@ from edge.alerts.mqtt import (
     Subscribed,
     Will,
 )
-from edge.alerts.topics import REPLAY_VERB, Identity, Kind, parse_topic, subscriptions
-from edge.errors import MessageError, OutboxError
+from edge.alerts.refused import Refused
+from edge.alerts.retained import Retained
+from edge.alerts.session import Session
+from edge.alerts.topics import DEAD_LETTERS_VERB, REPLAY_VERB, Identity, Kind, parse_topic, subscriptions
+from edge.errors import MessageError, OutboxError, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
     from typing import TypeAlias
 
+    from edge.alerts.commands import Clock
     from edge.alerts.message import AnyMessage
     from edge.alerts.outbox import Outbox
     from edge.alerts.settings import BrokerSettings
@@ -56,24 +60,11 @@ if TYPE_CHECKING:
     CommandHandler: TypeAlias = Callable[[AnyMessage], dict[str, Any] | None]
 
 LOG = logging.getLogger("lineward.publisher")
-# Another try for a message that the broker has refused, and for acknowledgements that the disk has refused.
-_RETRY_S = 5.0
 _STOPPED_S = 2.0
 # Answers that wait for room in flight; whoever floods a box with commands loses the oldest.
 _MAX_RESULTS = 64
-
-
-@dataclass(slots=True)
-class _Session:
-    """What is true of one connection only."""
-
-    link: Link
-    window: int
-    boundary: int
-    outstanding: dict[int, int | str] = field(default_factory=dict)
-    refused: set[int | str] = field(default_factory=set)
-    acknowledged: list[int] = field(default_factory=list)
-    retry_at: float | None = None
+# Many boxes hear Home Assistant start at the same moment; they shall not all answer at that moment.
+_BIRTH_DELAY_S = 1.0
 
 
 class Publisher:
@@ -85,33 +76,49 @@ class Publisher:
     Args:
         settings: the broker.
         identity: who the box is; its prefix must be that of the settings.
-        outbox: the rows to send.
+        outbox: the rows to send; what must be remembered of commands is kept in a file beside its own.
+        clock: what the expiry of commands is judged by.
 
     Raises:
         MessageError: the prefixes differ.
     """
 
-    def __init__(self, *, settings: BrokerSettings, identity: Identity, outbox: Outbox) -> None:
+    def __init__(
+        self, *, settings: BrokerSettings, identity: Identity, outbox: Outbox, clock: Clock | None = None
+    ) -> None:
         if identity.prefix != settings.prefix:
             raise MessageError(
                 f"prefix: {identity.prefix!r} of the box is not {settings.prefix!r} of the broker settings"
             )
         self._identity = identity
         self._outbox = outbox
-        self._retained: dict[str, bytes] = {}
-        self._dirty: set[str] = set()
+        path = outbox.path.with_name(f"{outbox.path.stem}-ledger.db")
+        self._ledger = Ledger(path, interrupted=INTERRUPTED)
+        self._retained = Retained(self._ledger)
+        self._commands = Commands(self._ledger, clock=clock)
+        self._refused = Refused()
+        self._careful = 0
         self._wanted_window = settings.max_inflight
-        self._unsent = 0
+        self._session: Session | None = None
         self._replayed = False
-        self._counters = dict.fromkeys(("published", "acknowledged", "refused", "commands"), 0)
+        self._counters = dict.fromkeys(("published", "acknowledged", "refused", "commands", "commands_failed"), 0)
         self._answers: deque[CommandResult] = deque(maxlen=_MAX_RESULTS)
-        self._handlers: dict[str, CommandHandler] = {REPLAY_VERB: self._replay}
+        self._handlers: dict[str, CommandHandler] = {
+            REPLAY_VERB: self._replay,
+            DEAD_LETTERS_VERB: self._dead_letters,
+        }
+        self._home_assistant: HomeAssistant | None = None
+        self._birth_at: float | None = None
+        if settings.home_assistant is not None:
+            self._home_assistant = HomeAssistant(settings.home_assistant, identity)
+            self._retain(self._home_assistant.box_configs())
         client_id = settings.client_id or f"lineward-{identity.site}-{identity.box}"
         self._reconnector = Reconnector(
             settings=settings,
             client_id=client_id,
             will=Will(identity.available, self._availability("offline")),
             serve=self._serve,
+            acknowledges=True,
         )
         outbox.add_listener(self._reconnector.wake)
 
@@ -141,6 +148,7 @@ class Publisher:
     def stop(self, timeout: float = _STOPPED_S) -> None:
         """Say ``stopped`` and disconnect; rows that are left stay in the outbox."""
         self._reconnector.stop(timeout)
+        self._ledger.close()
 
     def on_command(self, verb: str, handler: CommandHandler) -> None:
         """Have commands of a verb answered by ``handler`` from now on.
@@ -156,7 +164,8 @@ class Publisher:
         Raises:
             MessageError: a field is unknown or has a wrong value.
         """
-        self._answers.append(self._result(verb, **values))
+        self._result(verb, **values)  # refused before anything is noted
+        self._settle_command(verb, values)
         self._reconnector.wake()
 
     def publish_status(self, values: dict[str, Any]) -> None:
@@ -171,9 +180,13 @@ class Publisher:
             "depth": self._outbox.depth,
             "bytes": self._outbox.bytes,
             "dropped": counters["dropped"],
+            "dead": self._outbox.dead,
             "counters": counters | self.counters,
         }
-        self._retain(self._identity.status, build(Status, **{"outbox": outbox, **self._signed(), **values}))
+        self._commands.note_time()
+        known = {"outbox": outbox, **self._signed(), **values}
+        known["warnings"] = (*known.get("warnings", ()), *self.warnings())
+        self._retain({self._identity.status: encode(build(Status, **known))})
 
     def publish_state(self, camera: str, values: dict[str, Any]) -> None:
         """Set the retained state of a camera: fields of :class:`~edge.alerts.message.CameraState`.
@@ -182,7 +195,32 @@ class Publisher:
             MessageError: a field is unknown or has a wrong value, or the camera's name cannot be in a topic.
         """
         topic = self._identity.state(camera)
-        self._retain(topic, build(CameraState, **{"camera": camera, **self._signed(), **values}))
+        payload = encode(build(CameraState, **{"camera": camera, **self._signed(), **values}))
+        if self._home_assistant is not None and self._retained.current(topic) is None:
+            self._retain(self._home_assistant.configs(camera), passing=True)
+        self._retain({topic: payload}, passing=True)
+
+    def keep_cameras(self, names: Iterable[str]) -> None:
+        """Clear what is retained for all cameras and stations but these, those of earlier runs included."""
+        topics = set() if self._home_assistant is None else set(self._home_assistant.box_configs())
+        for name in names:
+            topics.add(self._identity.state(name))
+            if self._home_assistant is not None:
+                topics |= self._home_assistant.configs(name).keys()
+        self._retained.keep(topics)
+        self._reconnector.wake()
+
+    def warnings(self) -> list[str]:
+        """What an operator should know of messages and commands; part of every status that is published."""
+        found = []
+        if self._outbox.dead:
+            found.append(f"{self._outbox.dead} messages are dead letters: the broker refuses them; see the command"
+                         f" {DEAD_LETTERS_VERB}")  # fmt: skip
+        if self._ledger.damage:
+            found.append(f"the ledger of commands was damaged: {self._ledger.damage}")
+        if trouble := self._commands.set_back():
+            found.append(trouble)
+        return found
 
     def wait_until_connected(self, timeout: float) -> bool:
         """Wait for a connection; False when there is none after ``timeout`` seconds."""
@@ -193,16 +231,18 @@ class Publisher:
 
         def drained() -> bool:
             # Connected is not enough: the rows of the replay window are pending again a moment later.
-            return self._replayed and self._outbox.depth == 0 and not self._dirty and self._unsent == 0
+            if not self._replayed or self._outbox.depth or self._retained.waiting:
+                return False
+            return self._session is not None and self._session.unsent == 0
 
         return self._reconnector.wait_for(drained, timeout)
 
     def _signed(self) -> dict[str, Any]:
         return {"ts": datetime.now(timezone.utc), "site": self._identity.site, "box": self._identity.box}
 
-    def _retain(self, topic: str, message: Message) -> None:
-        self._retained[topic] = encode(message)
-        self._dirty.add(topic)
+    def _retain(self, payloads: dict[str, bytes], *, passing: bool = False) -> None:
+        for topic, payload in payloads.items():
+            self._retained.put(topic, payload, passing=passing)
         self._reconnector.wake()
 
     def _availability(self, value: str) -> bytes:
@@ -211,30 +251,45 @@ class Publisher:
     def _serve(self, link: Link, inbox: Inbox, granted: Connected) -> Lost | None:
         self._outbox.release_sent()
         self._outbox.requeue_acknowledged()
-        session = _Session(link, min(self._wanted_window, granted.receive_maximum), self._outbox.last_seq)
-        link.subscribe(subscriptions(self._identity.prefix, site=self._identity.site, box=self._identity.box,
-                                     kinds=frozenset({Kind.COMMAND})))  # fmt: skip
-        self._retained[self._identity.available] = self._availability("online")
+        session = self._session = Session(
+            link,
+            granted,
+            outbox=self._outbox,
+            retained=self._retained,
+            refused=self._refused,
+            window=self._wanted_window,
+            careful=self._careful,
+            unproving=self._identity.available,
+            counters=self._counters,
+        )
+        filters = subscriptions(self._identity.prefix, site=self._identity.site, box=self._identity.box,
+                                kinds=frozenset({Kind.COMMAND}))  # fmt: skip
+        if self._home_assistant is not None:
+            filters.append(self._home_assistant.status_topic)
+        link.subscribe(filters)
+        self._retained.put(self._identity.available, self._availability("online"))
         # Whatever the broker has forgotten, an actuator must not act on: everything retained is said again.
-        self._dirty.update(self._retained)
+        self._retained.again()
         self._replayed = True
+        lost: Lost | None = None
         try:
             while not self._reconnector.stopping.is_set():
                 self._send(session)
-                lost = self._take(session, inbox)
+                lost = self._take(session, inbox, wait=session.wait_s())
                 if lost is not None:
                     # mosquitto 2.0 hangs up after it has refused a message; the refusal is what a person must read.
-                    return Lost(self.state.reason, refused=True) if session.refused else lost
+                    self._careful = max(session.careful, session.blame(lost))
+                    return Lost(session.trouble, refused=True) if session.refused_last else lost
             return self._say_stopped(session, inbox)
         finally:
             self._replayed = False
-            self._settle(session)
+            session.settle()
             self._outbox.release_sent()
 
-    def _take(self, session: _Session, inbox: Inbox, *, wait: float | None = None) -> Lost | None:
+    def _take(self, session: Session, inbox: Inbox, *, wait: float | None = None) -> Lost | None:
         """Wait for one event and handle it with all that are there by then."""
-        if session.retry_at is not None:
-            left = max(0.0, session.retry_at - time.monotonic())
+        if self._birth_at is not None:
+            left = max(0.0, self._birth_at - time.monotonic())
             wait = left if wait is None else min(wait, left)
         try:
             event = inbox.get(timeout=wait)
@@ -242,129 +297,104 @@ class Publisher:
                 if isinstance(event, Lost):
                     return event
                 if isinstance(event, Acked):
-                    self._on_acked(session, event)
+                    session.on_acked(event)
                 elif isinstance(event, Subscribed) and event.refusal:
                     LOG.warning("the broker refuses the subscription to commands: %s", event.refusal)
-                elif isinstance(event, Incoming) and not event.retained:
-                    # A retained command would run again after each reconnect; commands are for now or never.
-                    self._on_command(event)
+                elif isinstance(event, Incoming):
+                    self._on_message(session, event)
                 event = inbox.get_nowait()
         except Empty:
-            self._settle(session)
+            session.settle()
+            self._reconnector.set_state(LinkState(LinkKind.CONNECTED, session.trouble))
+            self._reconnector.notify()
         return None
 
-    def _send(self, session: _Session) -> None:
-        for topic in sorted(self._dirty):
-            if len(session.outstanding) >= session.window:
-                return
-            self._dirty.discard(topic)
-            self._publish(session, topic, self._retained[topic], retain=True, what=topic)
-        while self._answers and len(session.outstanding) < session.window:
+    def _send(self, session: Session) -> None:
+        if self._birth_at is not None and time.monotonic() >= self._birth_at:
+            self._birth_at = None
+            self._retained.again()
+        session.send_retained()
+        while self._answers and session.room > 0:
             result = self._answers.popleft()
-            self._publish(session, self._identity.result(result.verb), encode(result), retain=False, what="result")
-        room = session.window - len(session.outstanding)
-        if room <= 0:
-            return
-        rows = self._outbox.pending(room, boundary=session.boundary)
-        if rows:
-            # Before they leave: a gap row must be known as seen even if the process dies in the next line.
-            self._outbox.mark_sent(row.seq for row in rows)
-        for row in rows:
-            payload = mark_late(row.payload) if row.late else row.payload
-            self._publish(session, row.topic, payload, retain=False, what=row.seq)
+            session.publish(self._identity.result(result.verb), encode(result))
+        session.send_rows()
 
-    def _publish(self, session: _Session, topic: str, payload: bytes, *, retain: bool, what: int | str) -> None:
-        mid = session.link.publish(topic, payload, retain=retain)
-        if mid is not None:
-            self._counters["published"] += 1
-            session.outstanding[mid] = what
-            self._unsent = len(session.outstanding)
-        # None: the connection is gone. Its Lost is in the inbox already; the next connection sends this again.
-
-    def _on_acked(self, session: _Session, event: Acked) -> None:
-        what = session.outstanding.pop(event.mid, None)
-        self._unsent = len(session.outstanding)
-        if what is None:
-            return
-        if not event.refusal:
-            if isinstance(what, int):
-                session.acknowledged.append(what)
-            if what in session.refused:
-                session.refused.discard(what)
-                self._show(session)
-            return
-        self._counters["refused"] += 1
-        session.refused.add(what)
-        if session.retry_at is None:
-            session.retry_at = time.monotonic() + _RETRY_S
-        self._show(session, f"the broker refuses messages of this box ({event.refusal}); let it publish under"
-                   f" {self._identity.root}/")  # fmt: skip
-
-    def _show(self, session: _Session, trouble: str = "") -> None:
-        if trouble or not session.refused:
-            self._reconnector.set_state(LinkState(LinkKind.CONNECTED, trouble))
-
-    def _settle(self, session: _Session) -> None:
-        """Record acknowledgements, and give refused messages another try when their time has come."""
-        due = session.retry_at is not None and time.monotonic() >= session.retry_at
-        if due:
-            session.retry_at = None
-            self._outbox.release_sent(seq for seq in session.refused if isinstance(seq, int))
-            self._dirty.update(topic for topic in session.refused if topic in self._retained)
-        if session.acknowledged and (due or session.retry_at is None or session.refused):
-            try:
-                self._counters["acknowledged"] += self._outbox.acknowledge(session.acknowledged)
-            except OutboxError as error:
-                # They stay in flight, so nothing is sent twice; a disk with space again takes them then.
-                session.retry_at = time.monotonic() + _RETRY_S
-                self._show(session, str(error))
-            else:
-                session.acknowledged.clear()
-                if due:
-                    self._show(session)
-        self._reconnector.notify()
-
-    def _say_stopped(self, session: _Session, inbox: Inbox) -> Lost | None:
-        self._retained[self._identity.available] = self._availability("stopped")
-        self._publish(
-            session, self._identity.available, self._retained[self._identity.available], retain=True, what="stopped"
-        )
+    def _say_stopped(self, session: Session, inbox: Inbox) -> Lost | None:
+        payload = self._availability("stopped")
+        self._retained.put(self._identity.available, payload)
+        session.publish(self._identity.available, payload, retain=True)
         deadline = time.monotonic() + _STOPPED_S
-        while session.outstanding and time.monotonic() < deadline:
+        while session.unsent and time.monotonic() < deadline:
             lost = self._take(session, inbox, wait=max(0.0, deadline - time.monotonic()))
             if lost is not None:
                 return lost
         return None
+
+    def _on_message(self, session: Session, event: Incoming) -> None:
+        try:
+            if self._home_assistant is not None and event.topic == self._home_assistant.status_topic:
+                if event.payload == BIRTH and not event.retained:
+                    self._birth_at = time.monotonic() + random.uniform(0, _BIRTH_DELAY_S)  # noqa: S311 (no secret)
+            elif not event.retained and not session.is_repeat(event):
+                # A retained command would run again after each reconnect; commands are for now or never.
+                self._on_command(event)
+        finally:
+            # Only now (MQTT 5, clause 4.3.2): a command with a key is on disk, any other was handled.
+            session.link.acknowledge(event)
 
     def _on_command(self, event: Incoming) -> None:
         self._counters["commands"] += 1
         verb = REPLAY_VERB
         try:
             verb = parse_topic(event.topic).leaf
-            values: dict[str, Any] | None
             if verb in self._handlers:
-                values = self._handlers[verb](parse(event.topic, event.payload, prefix=self._identity.prefix))
-            else:
-                known = ", ".join(sorted(self._handlers))
-                values = {"ok": False, "id": _id_of(event.payload), "reason": f"unknown command; known are: {known}"}
-        except (MessageError, OutboxError) as error:
-            values = {"ok": False, "id": _id_of(event.payload), "reason": str(error)[:500]}
-        if values is not None:
-            self._answers.append(self._result(verb, **values))
+                self._obey(verb, parse(event.topic, event.payload, prefix=self._identity.prefix))
+                return
+            known = ", ".join(sorted(self._handlers))
+            reason = f"unknown command; known are: {known}"
+        except MessageError as error:
+            reason = str(error)[:500]
+        self._answers.append(self._result(verb, ok=False, id=id_of(event.payload), reason=reason))
+
+    def _obey(self, verb: str, command: AnyMessage) -> None:
+        assert isinstance(command, CommandMessage)
+        admission = self._commands.admit(verb, command)
+        if admission.answer is not None:
+            self._answers.append(self._result(verb, **admission.answer))
+        if admission.command is None:
+            return
+        number = admission.command.id
+        try:
+            values = self._handlers[verb](admission.command)  # type: ignore[arg-type]  # each command is an AnyMessage
+            if values is not None:
+                self._settle_command(verb, values | {"id": number})
+        except (MessageError, OutboxError, StoreError) as error:
+            self._settle_command(verb, {"ok": False, "id": number, "reason": str(error)[:500]})
+        except Exception:
+            # Whatever a handler does wrong, the box goes on publishing.
+            self._counters["commands_failed"] += 1
+            LOG.exception("command %s failed", verb)
+            self._settle_command(verb, {"ok": False, "id": number, "reason": "it failed; the box's log says why"})
+
+    def _settle_command(self, verb: str, values: dict[str, Any]) -> None:
+        for answer in self._commands.settle(values):
+            self._answers.append(self._result(verb, **answer))
 
     def _replay(self, command: AnyMessage) -> dict[str, Any]:
         assert isinstance(command, ReplayCommand)
-        count = self._outbox.requeue_range(command.epoch, command.first, command.last)
-        return {"ok": True, "id": command.id, "count": count}
+        return {"ok": True, "count": self._outbox.requeue_range(command.epoch, command.first, command.last)}
+
+    def _dead_letters(self, command: AnyMessage) -> dict[str, Any]:
+        assert isinstance(command, DeadLettersCommand)
+        if command.action == "requeue":
+            if self._session is not None:
+                self._session.forgive()
+            return {"ok": True, "count": self._outbox.requeue_dead()}
+        letters = [
+            {"epoch": one.epoch, "seq": one.seq, "topic": one.topic, "reason": one.reason, "bytes": len(one.payload)}
+            for one in self._outbox.dead_letters(command.limit)
+        ]
+        return {"ok": True, "count": self._outbox.dead, "detail": {"letters": letters}}
 
     def _result(self, verb: str, **values: Any) -> CommandResult:  # noqa: ANN401 (checked by the model)
         return build(CommandResult, site=self._identity.site, box=self._identity.box, verb=verb, **values)
-
-
-def _id_of(payload: bytes) -> str | None:
-    """The id of a command that is refused, so that whoever sent it knows the answer for its own."""
-    try:
-        found = json.loads(payload).get("id") if len(payload) <= MAX_PAYLOAD_BYTES else None
-    except (ValueError, AttributeError, RecursionError):
-        return None
-    return found if isinstance(found, str) and len(found) <= MAX_ID else None

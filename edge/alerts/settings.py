@@ -28,6 +28,21 @@ class Protocol(str, Enum):
     V311 = "3.1.1"
 
 
+class HomeAssistantSettings(BaseModel):
+    """Discovery by Home Assistant: a device per camera and station, made and removed with them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    prefix: str = Field(
+        "homeassistant", title="Discovery prefix", description="As set in Home Assistant's MQTT integration."
+    )
+
+    @field_validator("prefix")
+    @classmethod
+    def _valid_prefix(cls, value: str) -> str:
+        return _checked_prefix(value)
+
+
 class BrokerSettings(BaseModel):
     """The broker and how hard to hold on to it."""
 
@@ -90,6 +105,9 @@ class BrokerSettings(BaseModel):
     backoff_max_s: float = Field(
         MAX_BACKOFF_S, gt=0, le=MAX_BACKOFF_S, title="Longest wait [s]", description="Between two attempts."
     )
+    home_assistant: HomeAssistantSettings | None = Field(
+        None, title="Home Assistant", description="Announces the cameras to Home Assistant; off where absent."
+    )
 
     @field_validator("url")
     @classmethod
@@ -103,10 +121,7 @@ class BrokerSettings(BaseModel):
     @field_validator("prefix")
     @classmethod
     def _valid_prefix(cls, value: str) -> str:
-        try:
-            return check_prefix(value)
-        except MessageError as error:
-            raise ValueError(str(error)) from error
+        return _checked_prefix(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> BrokerSettings:
@@ -159,6 +174,13 @@ class BrokerSettings(BaseModel):
         if not lines or not lines[0]:
             raise SettingsError(f"password_file {self.password_file} is empty; its first line must be the password")
         return lines[0]
+
+
+def _checked_prefix(value: str) -> str:
+    try:
+        return check_prefix(value)
+    except MessageError as error:
+        raise ValueError(str(error)) from error
 
 
 def check_secret_file(path: Path) -> None:

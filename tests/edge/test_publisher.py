@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from edge.alerts import publisher as publisher_module
+from edge.alerts import refused as refused_module
+from edge.alerts import session as session_module
 from edge.alerts.message import (
     Alert,
     Availability,
@@ -271,7 +272,7 @@ def test_missing_login_is_refused(make_mosquitto: Callable[..., Mosquitto]) -> N
 def test_forbidden_topic_keeps_the_row_and_says_what_to_allow(
     make_mosquitto: Callable[..., Mosquitto], outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher_module, "_RETRY_S", 0.5)
+    monkeypatch.setattr(refused_module, "RETRY_S", 0.5)
     broker = make_mosquitto(acl="topic read #\ntopic write lineward/plant/box1/available\n")
     with publisher_for(broker, outbox) as publisher:
         outbox.append_many([draft()])
@@ -288,7 +289,7 @@ def test_forbidden_topic_keeps_the_row_and_says_what_to_allow(
 def test_acknowledgements_wait_for_a_full_disk(
     mosquitto: Mosquitto, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher_module, "_RETRY_S", 0.2)
+    monkeypatch.setattr(session_module, "PAUSE_S", 0.2)
     real, full = outbox.acknowledge, threading.Event()
 
     def acknowledge(seqs: Iterable[int]) -> int:
