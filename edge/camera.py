@@ -44,6 +44,7 @@ POLL_S = 0.2
 FIRST_RESTART_S = 1.0
 CAPTURE_STOP_S = 0.5
 NS_PER_MS = 1e6
+CAPTURE_COUNTS = ("captured", "dropped", "corrupt", "reconnects", "resized", "abandoned", "skipped")
 _LOST = frozenset({CameraState.RECONNECTING, CameraState.FAILED, CameraState.ENDED})
 _NOT_WELL = frozenset({CameraState.STALLED, CameraState.RECONNECTING, CameraState.FAILED})
 
@@ -99,7 +100,7 @@ class CameraWorker:
         self._tracker = EventTracker(settings.events)
         self._lost: queue.SimpleQueue[LostFrame] = queue.SimpleQueue()
         self._capture = self._new_capture()
-        self._captured_before = dict.fromkeys(("captured", "dropped", "corrupt", "reconnects"), 0)
+        self._captured_before = dict.fromkeys(CAPTURE_COUNTS, 0)
         self._seq_offset = 0
         self._next_seq = 0
         self._restart_s = FIRST_RESTART_S
@@ -220,6 +221,7 @@ class CameraWorker:
                 f"{self._settings.budget_text(threshold.smallest_supported_alpha)} at best; the threshold is "
                 "extrapolated from them"
             )
+        found += self._capture.remarks
         if self._failure:
             found.append(self._failure)
         return [f"{self.name}: {text}" for text in found]

@@ -10,6 +10,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from edge.capture.states import CameraState
 from edge.errors import CaptureError
 from edge.judgement.mask_image import read_mask
 from edge.judgement.verdicts import Judge
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 # A worker that hangs in an engine or a driver is left behind after this long, and its successor begins.
 REMOVE_S = 2.0
-_DISABLED = "disabled"
 
 
 def make_judge(
@@ -169,5 +169,13 @@ class Cameras:
 
 
 def _disabled(camera: CameraSettings) -> dict[str, Any]:
-    return {"state": _DISABLED, "error": None, "mode": camera.mode.value, "source": camera.source.label,
-            "counters": {}, "threshold": None, "levels": None, "failure": None}  # fmt: skip
+    return {
+        "state": CameraState.DISABLED.value,
+        "error": None,
+        "mode": camera.mode.value,
+        "source": camera.source.label,
+        "counters": {},
+        "threshold": None,
+        "levels": None,
+        "failure": None,
+    }

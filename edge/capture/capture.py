@@ -47,7 +47,6 @@ class Capture:
     Args:
         name: of the camera, as in the box's settings.
         settings: which source.
-        enabled: False leaves the source unopened, in the state DISABLED.
         policy: what happens when the queue is full; the settings' where None.
         capacity: frames in the queue; the settings' where None.
         make_source: makes the source, and another one when it has to be abandoned; the settings' own where None.
@@ -63,7 +62,6 @@ class Capture:
         *,
         name: str,
         settings: SourceSettings,
-        enabled: bool = True,
         policy: DropPolicy | None = None,
         capacity: int | None = None,
         make_source: Callable[[], Source] | None = None,
@@ -85,8 +83,8 @@ class Capture:
             capacity=settings.capacity if capacity is None else capacity,
             changed=self._changed,
         )
-        self._state = CameraState.STARTING if enabled else CameraState.DISABLED
-        self._error: str | None = None if enabled else "disabled in the settings"
+        self._state = CameraState.STARTING
+        self._error: str | None = None
         self._counts = dict.fromkeys(("corrupt", "reconnects", "resized", "abandoned", "skipped"), 0)
         self._seq = 0
         self._size: tuple[int, ...] | None = None
@@ -147,15 +145,13 @@ class Capture:
             return self._state in FINAL and not len(self._queue)
 
     def start(self) -> None:
-        """Open a file or folder at once, a camera in the background, and begin to read. A disabled one stays closed.
+        """Open a file or folder at once, a camera in the background, and begin to read.
 
         Raises:
             CaptureError: the file or folder cannot be opened. A camera that is away is no error: it is tried again.
         """
         if self._reader is not None:
             raise CaptureError(f"{self.name}: already started; make a new Capture to read the source again")
-        if self._state is CameraState.DISABLED:
-            return
         reader = self._reader = self._new_reader()
         if not self._settings.live:
             try:

@@ -12,7 +12,8 @@ class CameraState(str, Enum):
 
     ``starting``: no frame came yet. ``streaming``: frames come; with a trigger, the camera is armed. ``stalled``: it
     is connected and silent, or its driver does not return. ``reconnecting``: it is away and tried again.
-    ``disabled``: the settings say not to open it. ``ended``, ``failed``: no frame will come any more.
+    ``disabled``: the settings say not to open it, there is no capture. ``ended``, ``failed``: no frame will come any
+    more.
     """
 
     STARTING = "starting"
@@ -24,7 +25,7 @@ class CameraState(str, Enum):
     FAILED = "failed"
 
 
-FINAL = frozenset({CameraState.DISABLED, CameraState.ENDED, CameraState.FAILED})
+FINAL = frozenset({CameraState.ENDED, CameraState.FAILED})
 """No frame will come any more."""
 NOT_WELL = frozenset({CameraState.STALLED, CameraState.RECONNECTING, CameraState.FAILED})
 """An operator should look."""
