@@ -5,9 +5,7 @@ Knows the parts and their order; what each does is theirs.
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
-import platform
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ from edge.alerts.outbox import Outbox
 from edge.alerts.publisher import Publisher
 from edge.alerts.topics import Identity
 from edge.box_reload import Reloads, check_reloadable, plan_reload
+from edge.box_status import figures_of, versions
 from edge.camera import CameraWorker
 from edge.cameras import Cameras, make_judge
 from edge.errors import LinewardError, MessageError, OutboxError
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from edge.camera import Observer, OnVerdict
     from edge.evidence.keeper import EvidenceKeeper
     from edge.federation.link import FleetLink
+    from edge.health.exposition import Figures
     from edge.judgement.verdicts import Judge
     from edge.part import BoxPart
     from edge.settings import BoxSettings, CameraSettings
@@ -51,6 +51,8 @@ WORKERS_STOP_S = 1.2
 LAST_WORDS_S = 0.6
 PUBLISHER_STOP_S = 1.0
 WATCHDOG_LIMIT_S = 30.0
+# Of TICK_S: a status that waits for a disk or a lock is no news before this.
+SUPERVISED_S = 5.0
 PART_STOP_S = 0.2
 
 
@@ -85,6 +87,8 @@ class Box:
         self._reloads = Reloads(apply=self._apply, refused=self._tell_refusal)
         self.restart_reason = ""
         self._told_damage: str | None = None
+        self._status: dict[str, Any] = {}
+        self._supervised_ns = self._started_ns
         self._status_key: object = None
         self._status_due_ns = 0
         self._versions: dict[str, str] = {}
@@ -102,6 +106,22 @@ class Box:
         """Why another engine or precision judges than was asked for; empty where the one asked for does."""
         return "" if self._detectors is None else self._detectors.fallback_reason
 
+    def troubles(self) -> list[str]:
+        """Why nobody should rely on the box now, such as a loop that is stuck; empty while all is well. Any thread."""
+        silent_s = (time.monotonic_ns() - self._supervised_ns) / 1e9
+        found = [f"{name}: stuck for more than {WATCHDOG_LIMIT_S:g} s" for name in self._watchdog.stuck()]
+        if self._stop.is_set():
+            found.append("the box is stopping")
+        elif not self._status:
+            found.append("the box is starting")
+        elif silent_s > SUPERVISED_S:
+            found.append(f"the box has not looked after its loops for {silent_s:.0f} s")
+        return found
+
+    def healthy(self) -> bool:
+        """Whether :meth:`troubles` has nothing to say; what a PLC's heartbeat follows."""
+        return not self.troubles()
+
     def start(self) -> None:
         """Open everything and begin to judge. A broker that is down is no error: messages wait in the outbox.
 
@@ -117,12 +137,13 @@ class Box:
         self._detectors = detectors
         if self._memory is not None:
             self._parts.append(self._memory)
-        self._versions = _versions(*(detector.status.engine.value for detector in detectors))
+        self._versions = versions(detector.status.engine.value for detector in detectors)
         if self.fallback_reason:
             _LOG.warning("fallback: %s", self.fallback_reason)
         try:
             self._open_outbox()
             self._make_workers(detectors, judges)
+            self._serve_metrics()
             self._start_parts()
             self._start_cameras(self.cameras.workers, some=True)
         except BaseException:
@@ -162,7 +183,8 @@ class Box:
             tuple((name, camera["state"]) for name, camera in status["cameras"].items()), status["memory"],
         )  # fmt: skip
         self._tell_outbox_damage()
-        now = time.monotonic_ns()
+        self._status, self._supervised_ns = status, time.monotonic_ns()
+        now = self._supervised_ns
         if key != self._status_key or now >= self._status_due_ns:
             self._status_key = key
             self._status_due_ns = now + round(self.settings.status_every_s * 1e9)
@@ -225,6 +247,8 @@ class Box:
             self.cameras[camera.name].replace_detector(detectors.of(camera.name), judges[camera.name])
         self.cameras.change(settings.cameras, ended=plan.ended, begun=begun)
         self._detectors, self.settings = detectors, settings
+        if self.publisher is not None:
+            self.publisher.keep_cameras(_names(settings))
         self._start_cameras(begun)
         _LOG.info(
             "settings reloaded: %d camera(s) ended, %d begun, %d with another bundle",
@@ -339,6 +363,7 @@ class Box:
             metrics=self.metrics,
         )
         self._tell_outbox_damage()
+        self.publisher.keep_cameras(_names(self.settings))
         self._evidence = self._keep_evidence()
         thresholds = ThresholdCommands(self._given, cameras=self.cameras, notify=self._reporter.notice)
         thresholds.attach(self.publisher)
@@ -396,6 +421,20 @@ class Box:
         keeper.attach(self.publisher)
         self._parts.append(keeper)
         return keeper
+
+    def _serve_metrics(self) -> None:
+        if self.settings.metrics is None:
+            return
+        from edge.health.metrics_server import MetricsServer  # noqa: PLC0415 (nothing else needs its library)
+
+        def figures() -> Figures:
+            # The status that was made last: who reads it here waits for no camera and no disk.
+            return figures_of(
+                self.settings, self._status, self.metrics, outbox=self.outbox, publisher=self.publisher,
+                troubles=self.troubles(), stuck=len(self._watchdog.stuck()),
+            )  # fmt: skip
+
+        self._parts.append(MetricsServer(self.settings.metrics, figures=figures, troubles=self.troubles))
 
     def _start_parts(self) -> None:
         for part in self._parts:
@@ -462,14 +501,6 @@ class Box:
             _LOG.error("status cannot be published: %s", error)
 
 
-def _versions(*engines: str) -> dict[str, str]:
-    found = {name: _version(name) for name in ("lineward", "numpy", "paho-mqtt", *engines)}
-    return {"python": platform.python_version()} | found
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        # A Jetson's onnxruntime-gpu goes by another name.
-        return "unknown"
+def _names(settings: BoxSettings) -> list[str]:
+    """Whoever has a retained state: the cameras that judge, and the stations."""
+    return [camera.name for camera in settings.cameras if camera.enabled] + [one.name for one in settings.stations]
