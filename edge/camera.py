@@ -204,7 +204,7 @@ class CameraWorker:
             "error": self._capture.error,
             "mode": self._settings.mode.value,
             "source": self._settings.source.label,
-            "queued": counters.captured - counters.delivered - counters.dropped,
+            "queued": counters.captured - counters.delivered - counters.dropped - counters.skipped,
             "counters": captured | self._counts,
             "threshold": dataclasses.asdict(threshold),
             "levels": {name: getattr(self._judge, name) for name in ("enter_level", "leave_level", "threshold_source")},
