@@ -25,7 +25,9 @@ from edge.errors import MessageError, OutboxError
 from edge.frames import Decision, EventPhase
 
 if TYPE_CHECKING:
-    from edge.alerts.message import NoticeKind
+    from collections.abc import Sequence
+
+    from edge.alerts.message import NoticeKind, PartView
     from edge.alerts.outbox import Outbox
     from edge.alerts.publisher import Publisher
     from edge.alerts.topics import Identity
@@ -110,12 +112,25 @@ class Reporter:
 
         self._store(Draft(self._identity.alert(event.camera), make, _EVENT_PRIORITY[event.phase]), "alerts")
 
-    def verdict(self, verdict: Verdict, *, calibration_count: int) -> None:
-        """Store the verdict on one part."""
-        judge = self._judge(verdict.camera, verdict.memory_version, calibration_count)
+    def verdict(
+        self, verdict: Verdict, *, calibration_count: int, views: Sequence[PartView] = (), judged_by: str = ""
+    ) -> None:
+        """Store the verdict on one part.
+
+        Args:
+            verdict: its ``camera`` is the station, or the camera that is one alone.
+            calibration_count: scores behind its p-value.
+            views: what each camera of the station says.
+            judged_by: the camera whose figures and bundle these are, where that is not the verdict's.
+        """
+        camera = judged_by or verdict.camera
+        judge = self._judge(camera, verdict.memory_version, calibration_count)
 
         def make(epoch: str, seq: int) -> bytes:
-            return encode(verdict_message(verdict, identity=self._identity, judge=judge, epoch=epoch, seq=seq))
+            message = verdict_message(
+                verdict, identity=self._identity, judge=judge, epoch=epoch, seq=seq, views=views, decided_by=camera
+            )
+            return encode(message)
 
         topic = self._identity.verdict(verdict.camera)
         self._store(Draft(topic, make, _VERDICT_PRIORITY[verdict.decision]), "verdicts")

@@ -32,6 +32,7 @@ from edge.alerts.topics import (
     REPLAY_VERB,
     SHIP_VERB,
     THRESHOLD_VERB,
+    TRIGGER_VERB,
     Address,
     Identity,
     Kind,
@@ -147,6 +148,17 @@ class Alert(_Judged):
     late: bool = Field(False, description="Sent after the connection in which it was made.")
 
 
+class PartView(Message):
+    """What one camera of a station says of a part."""
+
+    camera: str
+    camera_seq: Count | None = Field(description="Frame number of this camera; null where no frame came.")
+    decision: Decision
+    score: float | None
+    threshold: float | None
+    reason: str = Field("", max_length=256, description="Why the view was not judged; else empty.")
+
+
 class VerdictMessage(_Judged):
     """The verdict on one part, in triggered mode."""
 
@@ -154,6 +166,8 @@ class VerdictMessage(_Judged):
     decision: Decision
     part_id: str | None
     reason: str = Field("", max_length=1024, description="Why a part was not judged; else empty.")
+    decided_by: str | None = Field(None, description="Camera whose score, threshold, regions and evidence these are.")
+    views: tuple[PartView, ...] = Field((), description="One per camera of the station, in its order.")
     late: bool = Field(False, description="Sent after the connection in which it was made.")
 
 
@@ -314,6 +328,13 @@ class AcceptCommand(CommandMessage):
         return self
 
 
+class TriggerCommand(CommandMessage):
+    """Says that a part is in front of a station that is triggered over MQTT; published to ``cmd/trigger``."""
+
+    part_id: str = Field(min_length=1, max_length=256, description="Comes back with the verdict.")
+    station: str | None = Field(None, description="Needed where a box has several stations that are triggered so.")
+
+
 class ShipCommand(CommandMessage):
     """Asks a box to send what its memory has learnt to the fleet now; published to ``cmd/ship``."""
 
@@ -396,6 +417,7 @@ COMMANDS: dict[str, type[CommandMessage]] = {
     DEAD_LETTERS_VERB: DeadLettersCommand,
     THRESHOLD_VERB: ThresholdCommand,
     EVIDENCE_VERB: EvidenceCommand,
+    TRIGGER_VERB: TriggerCommand,
 }
 
 
@@ -433,8 +455,20 @@ def alert_from_event(event: AnomalyEvent, *, identity: Identity, judge: Judge, e
     )
 
 
-def verdict_message(verdict: Verdict, *, identity: Identity, judge: Judge, epoch: str, seq: int) -> VerdictMessage:
+def verdict_message(  # noqa: D417 (the others are the fields of VerdictMessage)
+    verdict: Verdict,
+    *,
+    identity: Identity,
+    judge: Judge,
+    epoch: str,
+    seq: int,
+    views: Sequence[PartView] = (),
+    decided_by: str | None = None,
+) -> VerdictMessage:
     """The message of one verdict. NaN and infinity become null; the strongest 64 regions are kept.
+
+    Args:
+        verdict: on the part; its ``camera`` is the station.
 
     Raises:
         MessageError: a value cannot be published (names the field).
@@ -447,6 +481,8 @@ def verdict_message(verdict: Verdict, *, identity: Identity, judge: Judge, epoch
         decision=verdict.decision,
         part_id=verdict.part_id,
         reason=verdict.reason[:1024],
+        decided_by=decided_by,
+        views=tuple(views),
     )
 
 

@@ -21,6 +21,7 @@ SHIP_VERB = "ship"
 DEAD_LETTERS_VERB = "dead_letters"
 THRESHOLD_VERB = "threshold"
 EVIDENCE_VERB = "evidence"
+TRIGGER_VERB = "trigger"
 
 
 class Kind(str, Enum):
