@@ -6,51 +6,37 @@ Knows the parts and their order; what each does is theirs.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from edge.alerts.message import NoticeKind, Severity, gap_maker
+from edge.alerts.message import NoticeKind, Severity
 from edge.alerts.mqtt import LinkKind
-from edge.alerts.outbox import Outbox
-from edge.alerts.publisher import Publisher
-from edge.alerts.topics import Identity
+from edge.box_contents import WATCHDOG_LIMIT_S, BoxContents, names_of
 from edge.box_reload import Reloads, check_reloadable, plan_reload
 from edge.box_status import figures_of, versions
-from edge.camera import CameraWorker
-from edge.cameras import Cameras, make_judge
-from edge.errors import LinewardError, MessageError, OutboxError
-from edge.health.metrics import Metrics
+from edge.errors import MessageError
 from edge.health.signals import stopped_by_signals
-from edge.health.watchdog import Watchdog, clock_synchronised, notify_systemd
+from edge.health.watchdog import clock_synchronised, notify_systemd
 from edge.inference.detectors import Detectors
-from edge.judgement.given_thresholds import THRESHOLDS_FILE, GivenThresholds
-from edge.judgement.threshold_commands import ThresholdCommands
-from edge.memory.box_memory import BoxMemory
-from edge.reporter import Reporter
-from edge.slots.slots import Slots
-from edge.slots.watch import SlotWatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    from edge.bundle import Bundle, CalibrationScores
-    from edge.camera import Observer, OnVerdict
-    from edge.evidence.keeper import EvidenceKeeper
+    from edge.alerts.outbox import Outbox
+    from edge.alerts.publisher import Publisher
+    from edge.camera import OnVerdict
+    from edge.cameras import Cameras
     from edge.federation.link import FleetLink
     from edge.health.exposition import Figures
-    from edge.judgement.verdicts import Judge
-    from edge.part import BoxPart
-    from edge.settings import BoxSettings, CameraSettings
+    from edge.health.metrics import Metrics
+    from edge.settings import BoxSettings
 
 _LOG = logging.getLogger(__name__)
-OUTBOX_FILE = "outbox.db"
 TICK_S = 0.2
 # systemd and a PLC wait; a box is down within 3 s of the signal.
 WORKERS_STOP_S = 1.2
 LAST_WORDS_S = 0.6
 PUBLISHER_STOP_S = 1.0
-WATCHDOG_LIMIT_S = 30.0
 # Of TICK_S: a status that waits for a disk or a lock is no news before this.
 SUPERVISED_S = 5.0
 PART_STOP_S = 0.2
@@ -68,22 +54,9 @@ class Box:
     def __init__(
         self, settings: BoxSettings, *, on_verdict: OnVerdict | None = None, link: FleetLink | None = None
     ) -> None:
-        self.settings = settings
-        self.metrics = Metrics()
-        self._on_verdict = on_verdict
-        self._stop = threading.Event()
-        self._watchdog = Watchdog(limit_s=WATCHDOG_LIMIT_S)
+        self._contents = BoxContents(settings, on_verdict=on_verdict, link=link)
+        self._stop = self._contents.stopping
         self._started_ns = time.monotonic_ns()
-        self._identity = Identity(site=settings.site, box=settings.box, prefix=settings.broker.prefix)
-        self.cameras = Cameras(self.metrics)
-        self._detectors: Detectors | None = None
-        self._reporter: Reporter | None = None
-        self._link = link
-        self._memory: BoxMemory | None = None
-        self._evidence: EvidenceKeeper | None = None
-        self._slot_watch: SlotWatch | None = None
-        # What runs beside the cameras, in the order of its start; the memory is one of them.
-        self._parts: list[BoxPart] = []
         self._reloads = Reloads(apply=self._apply, refused=self._tell_refusal)
         self.restart_reason = ""
         self._told_damage: str | None = None
@@ -92,9 +65,31 @@ class Box:
         self._status_key: object = None
         self._status_due_ns = 0
         self._versions: dict[str, str] = {}
-        self._given = GivenThresholds(settings.state_dir / THRESHOLDS_FILE)
-        self.outbox: Outbox | None = None
-        self.publisher: Publisher | None = None
+
+    @property
+    def settings(self) -> BoxSettings:
+        """In force."""
+        return self._contents.settings
+
+    @property
+    def metrics(self) -> Metrics:
+        """Counters and latencies."""
+        return self._contents.metrics
+
+    @property
+    def cameras(self) -> Cameras:
+        """Its cameras."""
+        return self._contents.cameras
+
+    @property
+    def outbox(self) -> Outbox | None:
+        """The durable queue, once it is open."""
+        return self._contents.outbox
+
+    @property
+    def publisher(self) -> Publisher | None:
+        """What empties it, once it is open."""
+        return self._contents.publisher
 
     @property
     def finished(self) -> bool:
@@ -104,12 +99,13 @@ class Box:
     @property
     def fallback_reason(self) -> str:
         """Why another engine or precision judges than was asked for; empty where the one asked for does."""
-        return "" if self._detectors is None else self._detectors.fallback_reason
+        detectors = self._contents.detectors
+        return "" if detectors is None else detectors.fallback_reason
 
     def troubles(self) -> list[str]:
         """Why nobody should rely on the box now, such as a loop that is stuck; empty while all is well. Any thread."""
         silent_s = (time.monotonic_ns() - self._supervised_ns) / 1e9
-        found = [f"{name}: stuck for more than {WATCHDOG_LIMIT_S:g} s" for name in self._watchdog.stuck()]
+        found = [f"{name}: stuck for more than {WATCHDOG_LIMIT_S:g} s" for name in self._contents.watchdog.stuck()]
         if self._stop.is_set():
             found.append("the box is stopping")
         elif not self._status:
@@ -133,48 +129,25 @@ class Box:
             CaptureError: none of the files and folders that are the sources can be opened.
             SettingsError: the bundle has no memory that could change, or a key of the fleet cannot be read.
         """
-        detectors, judges = self._open_bundles()
-        self._detectors = detectors
-        if self._memory is not None:
-            self._parts.append(self._memory)
-        self._versions = versions(detector.status.engine.value for detector in detectors)
-        if self.fallback_reason:
-            _LOG.warning("fallback: %s", self.fallback_reason)
+        contents = self._contents
         try:
-            self._open_outbox()
-            self._make_workers(detectors, judges)
+            contents.open(switch=lambda: self._reloads.apply(lambda: self.settings))
+            assert contents.detectors is not None
+            self._versions = versions(detector.status.engine.value for detector in contents.detectors)
+            if self.fallback_reason:
+                _LOG.warning("fallback: %s", self.fallback_reason)
+            self._tell_outbox_damage()
             self._serve_metrics()
-            self._start_parts()
-            self._start_cameras(self.cameras.workers, some=True)
+            contents.start_parts()
+            contents.start_cameras(contents.cameras.workers, some=True)
         except BaseException:
             self.stop()
             raise
         notify_systemd("READY=1")
 
-    def _open_bundles(self) -> tuple[Detectors, dict[str, Judge]]:
-        """Open what judges; a bundle on trial that cannot be opened makes way for the one before."""
-        settings, slots = self.settings, Slots.of(self.settings.bundle)
-        watch = None if slots is None else SlotWatch(slots, settings.trial)
-        if watch is not None:
-            watch.before_open()
-            self._parts.append(watch)
-            self._slot_watch = watch
-        try:
-            return self._open_once(settings)
-        except LinewardError as error:
-            if watch is None or not watch.cannot_open(error):
-                raise
-            return self._open_once(settings)
-
-    def _open_once(self, settings: BoxSettings) -> tuple[Detectors, dict[str, Judge]]:
-        detectors = Detectors.open(settings)
-        if settings.memory is not None:
-            self._memory = BoxMemory(settings, detectors.default, link=self._link)
-        return detectors, self._judges(detectors, settings.cameras)
-
     def supervise(self) -> None:
         """Publish the status when it has changed or is due; tell systemd that all loops go round."""
-        stuck = self._watchdog.stuck()
+        stuck = self._contents.watchdog.stuck()
         if not stuck:
             notify_systemd("WATCHDOG=1")
         status = self.status()
@@ -230,26 +203,26 @@ class Box:
 
     def _apply(self, settings: BoxSettings) -> None:
         check_reloadable(self.settings, settings)
-        before = self._detectors
+        before = self._contents.detectors
         assert before is not None
         # The cameras go on meanwhile; a link that leads to another bundle gives another detector.
         detectors = Detectors.open(settings, reuse=before)
         plan = plan_reload(self.settings, settings, lambda name: detectors.of(name) is not before.of(name))
-        if plan and self._memory is not None:
+        if plan and self._contents.memory is not None:
             self.restart_reason = "other cameras or another bundle, and a memory that belongs to those before"
             _LOG.warning("the box ends, to be started again: %s", self.restart_reason)
             self._stop.set()
             return
-        judges = self._judges(detectors, (*plan.begun, *plan.switched))
-        begun = [self._worker(camera, detectors, judges[camera.name]) for camera in plan.begun]
+        judges = self._contents.judges(detectors, (*plan.begun, *plan.switched))
+        begun = [self._contents.worker(camera, detectors, judges[camera.name]) for camera in plan.begun]
         # Nothing can fail any more.
         for camera in plan.switched:
             self.cameras[camera.name].replace_detector(detectors.of(camera.name), judges[camera.name])
         self.cameras.change(settings.cameras, ended=plan.ended, begun=begun)
-        self._detectors, self.settings = detectors, settings
+        self._contents.detectors, self._contents.settings = detectors, settings
         if self.publisher is not None:
-            self.publisher.keep_cameras(_names(settings))
-        self._start_cameras(begun)
+            self.publisher.keep_cameras(names_of(settings))
+        self._contents.start_cameras(begun)
         _LOG.info(
             "settings reloaded: %d camera(s) ended, %d begun, %d with another bundle",
             len(plan.ended), len(plan.begun), len(plan.switched),
@@ -257,8 +230,8 @@ class Box:
 
     def _tell_refusal(self, reason: str) -> None:
         self.metrics.count("reloads_refused")
-        if self._reporter is not None:
-            self._reporter.notice(NoticeKind.SETTINGS_REFUSED, Severity.WARNING, reason[:1000])
+        if self._contents.reporter is not None:
+            self._contents.reporter.notice(NoticeKind.SETTINGS_REFUSED, Severity.WARNING, reason[:1000])
 
     def end_sources(self) -> None:
         """Treat every source as ended; :meth:`run` then drains and stops. May be called from another thread."""
@@ -274,10 +247,10 @@ class Box:
         deadline = time.monotonic() + WORKERS_STOP_S
         self._stop.set()
         notify_systemd("STOPPING=1")
-        for part in self._parts:
+        for part in self._contents.parts:
             part.request_stop()
         self.cameras.join(deadline)
-        for part in reversed(self._parts):
+        for part in reversed(self._contents.parts):
             if not part.stop(max(PART_STOP_S, deadline - time.monotonic())):
                 _LOG.warning("%s does not stop; left behind", part.name)
         if self.publisher is not None:
@@ -291,7 +264,7 @@ class Box:
 
     def status(self) -> dict[str, Any]:
         """The fields of :class:`edge.alerts.message.Status`, as far as the box knows them."""
-        detector = None if self._detectors is None else self._detectors.default
+        detector = None if self._contents.detectors is None else self._contents.detectors.default
         manifest = None if detector is None else detector.bundle.manifest
         return {
             "uptime_ms": (time.monotonic_ns() - self._started_ns) // 1_000_000,
@@ -300,7 +273,7 @@ class Box:
             "bundle": None
             if detector is None or manifest is None
             else {"id": detector.bundle.id, "method": manifest.method},
-            "memory": {"version": 0, "fleet": 0} if self._memory is None else self._memory.ref(),
+            "memory": {"version": 0, "fleet": 0} if self._contents.memory is None else self._contents.memory.ref(),
             "engine": None if detector is None else detector.status.engine.value,
             "precision": None if detector is None else detector.status.precision.value,
             "cameras": self.cameras.status(),
@@ -308,119 +281,8 @@ class Box:
             "latency_ms": self.metrics.percentiles(),
             "clock_synced": clock_synchronised(),
             "warnings": tuple(self._warnings()),
-            "detail": {part.name: said for part in self._parts if (said := part.status())},
+            "detail": {part.name: said for part in self._contents.parts if (said := part.status())},
         }
-
-    def _judges(self, detectors: Detectors, settings: Sequence[CameraSettings]) -> dict[str, Judge]:
-        """A judge per enabled camera, of the memory that judged last; of the packed one where that cannot be used."""
-        found: dict[str, Judge] = {}
-        for detector in detectors:
-            cameras = [c for c in settings if c.enabled and detectors.of(c.name) is detector]
-
-            def make(
-                calibration: CalibrationScores,
-                memory_version: int,
-                cameras: list[CameraSettings] = cameras,
-                bundle: Bundle = detector.bundle,
-            ) -> list[Judge]:
-                of = self._given.of
-                return [make_judge(one, bundle, calibration, memory_version, of(one.name)) for one in cameras]
-
-            has_memory = self._memory is not None and detector is detectors.default
-            judges = self._memory.restore(make) if self._memory is not None and has_memory else None
-            if judges is None:
-                judges = make(detector.bundle.calibration(detector.status.engine, detector.status.precision), 0)
-            found |= {camera.name: judge for camera, judge in zip(cameras, judges, strict=True)}
-        return found
-
-    def _open_outbox(self) -> None:
-        settings = self.settings
-        try:
-            settings.state_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutboxError(
-                f"{settings.state_dir}: cannot be made ({error.strerror}); set state_dir to a folder that this user "
-                "may write"
-            ) from error
-        self.outbox = Outbox(
-            settings.state_dir / OUTBOX_FILE,
-            make_gap=gap_maker(self._identity),
-            max_bytes=settings.outbox_max_mb * 2**20,
-            replay_rows=settings.broker.replay_rows,
-            replay_seconds=settings.broker.replay_seconds,
-        )
-        self.publisher = Publisher(settings=settings.broker, identity=self._identity, outbox=self.outbox)
-        self.publisher.start()
-
-    def _make_workers(self, detectors: Detectors, judges: dict[str, Judge]) -> None:
-        assert self.outbox is not None
-        assert self.publisher is not None
-        self._reporter = Reporter(
-            identity=self._identity,
-            outbox=self.outbox,
-            publisher=self.publisher,
-            bundle=detectors.default.bundle,
-            metrics=self.metrics,
-        )
-        self._tell_outbox_damage()
-        self.publisher.keep_cameras(_names(self.settings))
-        self._evidence = self._keep_evidence()
-        thresholds = ThresholdCommands(self._given, cameras=self.cameras, notify=self._reporter.notice)
-        thresholds.attach(self.publisher)
-        self._parts.append(thresholds)
-        workers = [
-            self._worker(camera, detectors, judges[camera.name]) for camera in self.settings.cameras if camera.enabled
-        ]
-        self.cameras.change(self.settings.cameras, begun=workers)
-        if self._slot_watch is not None:
-            self._slot_watch.attach(
-                switch=lambda: self._reloads.apply(lambda: self.settings),
-                notify=self._reporter.notice,
-                judges=lambda camera: self._detectors is not None and self._detectors.shares_memory(camera),
-            )
-        if self._memory is not None:
-            self._memory.attach(
-                cameras=[worker for worker in workers if detectors.shares_memory(worker.name)],
-                reporter=self._reporter,
-                publisher=self.publisher,
-                metrics=self.metrics,
-            )
-
-    def _worker(self, camera: CameraSettings, detectors: Detectors, judge: Judge) -> CameraWorker:
-        assert self._reporter is not None
-        return CameraWorker(
-            settings=camera,
-            detector=detectors.of(camera.name),
-            judge=judge,
-            reporter=self._reporter,
-            metrics=self.metrics,
-            watchdog=self._watchdog,
-            stop=self._stop,
-            on_verdict=self._on_verdict,
-            keep_evidence=None if self._evidence is None else self._evidence.keep,
-            observers=self._observers(camera, detectors),
-        )
-
-    def _observers(self, camera: CameraSettings, detectors: Detectors) -> list[Observer]:
-        found: list[Observer] = []
-        if self._slot_watch is not None:
-            found.append(self._slot_watch.observe)
-        if self._memory is not None and detectors.shares_memory(camera.name):
-            found.append(self._memory.offer)
-        return found
-
-    def _keep_evidence(self) -> EvidenceKeeper | None:
-        settings = self.settings
-        if settings.evidence is None:
-            return None
-        # Imported here: without evidence its pictures need no OpenCV.
-        from edge.evidence.keeper import EVIDENCE_FOLDER, EvidenceKeeper  # noqa: PLC0415
-
-        assert self.publisher is not None
-        keeper = EvidenceKeeper(settings.evidence, root=settings.state_dir / EVIDENCE_FOLDER, metrics=self.metrics)
-        keeper.attach(self.publisher)
-        self._parts.append(keeper)
-        return keeper
 
     def _serve_metrics(self) -> None:
         if self.settings.metrics is None:
@@ -431,34 +293,17 @@ class Box:
             # The status that was made last: who reads it here waits for no camera and no disk.
             return figures_of(
                 self.settings, self._status, self.metrics, outbox=self.outbox, publisher=self.publisher,
-                troubles=self.troubles(), stuck=len(self._watchdog.stuck()),
+                troubles=self.troubles(), stuck=len(self._contents.watchdog.stuck()),
             )  # fmt: skip
 
-        self._parts.append(MetricsServer(self.settings.metrics, figures=figures, troubles=self.troubles))
-
-    def _start_parts(self) -> None:
-        for part in self._parts:
-            part.start()
-
-    def _start_cameras(self, workers: Sequence[CameraWorker], *, some: bool = False) -> None:
-        assert self._reporter is not None
-        assert self._detectors is not None
-        for worker in workers:
-            self._reporter.judged_by(worker.name, self._detectors.of(worker.name).bundle)
-        refused = self.cameras.start(workers)
-        for camera in self.settings.cameras:
-            if not camera.enabled:
-                self._reporter.state(camera.name, "not_judged", reason="disabled")
-        # Without any source there is nothing to do.
-        if some and refused and len(refused) == len(self.cameras):
-            raise refused[0]
+        self._contents.parts.append(MetricsServer(self.settings.metrics, figures=figures, troubles=self.troubles))
 
     def _tell_outbox_damage(self) -> None:
         """Raise a notice once for each damage of the outbox, found at its opening or while it is used."""
         damage = None if self.outbox is None else self.outbox.damage
-        if self._reporter is not None and damage is not None and damage != self._told_damage:
+        if self._contents.reporter is not None and damage is not None and damage != self._told_damage:
             self._told_damage = damage
-            self._reporter.notice(NoticeKind.OUTBOX_DAMAGED, Severity.ALARM, damage)
+            self._contents.reporter.notice(NoticeKind.OUTBOX_DAMAGED, Severity.ALARM, damage)
 
     def _drain(self, seconds: float) -> bool:
         """Wait for the broker to acknowledge everything, unless a signal came."""
@@ -479,12 +324,12 @@ class Box:
             found.append(f"fallback: {self.fallback_reason}")
         found += self.cameras.warnings()
         found += self._reloads.warnings()
-        if self._reporter is not None and self._reporter.error:
-            found.append(f"messages are being lost: {self._reporter.error}")
+        if self._contents.reporter is not None and self._contents.reporter.error:
+            found.append(f"messages are being lost: {self._contents.reporter.error}")
         if self.outbox is not None and self.outbox.damage:
             found.append(f"the outbox was damaged and put aside: {self.outbox.damage}")
-        found += [text for part in self._parts for text in part.warnings()]
-        found += [f"{name}: stuck for more than {WATCHDOG_LIMIT_S:g} s" for name in self._watchdog.stuck()]
+        found += [text for part in self._contents.parts for text in part.warnings()]
+        found += [f"{name}: stuck for more than {WATCHDOG_LIMIT_S:g} s" for name in self._contents.watchdog.stuck()]
         return found
 
     def _link_kind(self) -> object:
@@ -499,8 +344,3 @@ class Box:
             # A status that cannot be said is a defect, but no reason to stop judging.
             self.metrics.count("status_failed")
             _LOG.error("status cannot be published: %s", error)
-
-
-def _names(settings: BoxSettings) -> list[str]:
-    """Whoever has a retained state: the cameras that judge, and the stations."""
-    return [camera.name for camera in settings.cameras if camera.enabled] + [one.name for one in settings.stations]

@@ -93,7 +93,7 @@ def configure_logs(
     stream: TextIO | None = None,
     fields: Mapping[str, str] | None = None,
 ) -> None:
-    """Have everything that is logged written to a stream, in place of what was configured before.
+    """Have everything that is logged written to a stream; nothing changes where a host program has arranged its own.
 
     Args:
         level: the least that is written, as in :mod:`logging`.
@@ -110,7 +110,7 @@ def configure_logs(
         formatter = TextFormatter(_JOURNAL_TEXT if journal else _TEXT)
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Priorities(formatter) if journal else formatter)
-    logging.basicConfig(level=level, handlers=[handler], force=True)
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def _is_journal(stream: TextIO) -> bool:

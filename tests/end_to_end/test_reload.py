@@ -158,8 +158,8 @@ def test_switched_link_brings_the_other_bundle_between_two_frames(
     wanted = settings(tmp_path, link, mosquitto.url, [camera("cam", images["bad"])])
     with listening(mosquitto.url) as subscriber, started(wanted) as (box, seen):
         seen.wait_for_more("cam")
-        assert box._detectors is not None
-        old = weakref.ref(box._detectors.default)
+        assert box._contents.detectors is not None
+        old = weakref.ref(box._contents.detectors.default)
         (tmp_path / "next").symlink_to(other_bundle.path)
         (tmp_path / "next").rename(link)
         box.reload(wanted)
