@@ -58,6 +58,8 @@ DEFAULT_BROKER = "mqtt://localhost:1883"
 BrokerOption = Annotated[str, typer.Option(help="mqtt[s]://[user@]host[:port]")]
 PasswordOption = Annotated[Path | None, typer.Option(help="File with the broker password.")]
 CaOption = Annotated[Path | None, typer.Option(help="PEM file to check the broker's certificate with.")]
+CertOption = Annotated[Path | None, typer.Option(help="PEM file of our certificate, for mutual TLS.")]
+KeyOption = Annotated[Path | None, typer.Option(help="PEM file of its key; mode 0600 or 0640.")]
 PrefixOption = Annotated[str, typer.Option(help="First segments of every topic.")]
 
 
@@ -149,6 +151,7 @@ def run(
         typer.echo(f"{config}: {len(settings.cameras)} camera(s), bundle {settings.bundle}")
         return
     _log_to_stderr(verbose=verbose, form=log_format, site=settings.site, box=settings.box)
+    os.umask(0o027)  # what a box writes is for itself and its group
     from edge.box import Box
 
     box = Box(settings)
@@ -164,6 +167,8 @@ def replay(
     *,
     password_file: PasswordOption = None,
     ca_file: CaOption = None,
+    cert_file: CertOption = None,
+    key_file: KeyOption = None,
     prefix: PrefixOption = "lineward",
     site: Annotated[str, typer.Option(help="Second segment of the topics.")] = "replay",
     box: Annotated[str, typer.Option(help="Third segment of the topics.")] = "box",
@@ -198,7 +203,8 @@ def replay(
     try:
         settings = _replay_settings(
             site=site, box=box, state_dir=folder, bundle=bundle, engine=engine, precision=precision, threads=threads,
-            broker=_broker(broker, password_file=password_file, ca_file=ca_file, prefix=prefix),
+            broker=_broker(broker, password_file=password_file, ca_file=ca_file, prefix=prefix, cert_file=cert_file,
+                           key_file=key_file),
             cameras=[{
                 "name": camera, "source": replay_source(source, fps=fps, loop=loop), "mode": mode,
                 "frame_rate": frame_rate,
@@ -247,7 +253,7 @@ def key(
 
 @app.command()
 def command(
-    verb: Annotated[str, typer.Argument(help="accept, replay, ship, threshold or evidence.")],
+    verb: Annotated[str, typer.Argument(help="accept, replay, ship, threshold, evidence, dead_letters ...")],
     site: Annotated[str, typer.Option(help="Site of the box.", show_default=False)],
     box: Annotated[str, typer.Option(help="Name of the box.", show_default=False)],
     fields: Annotated[
@@ -257,10 +263,18 @@ def command(
     *,
     password_file: PasswordOption = None,
     ca_file: CaOption = None,
+    cert_file: CertOption = None,
+    key_file: KeyOption = None,
     prefix: PrefixOption = "lineward",
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the broker, then for the box.")] = 10.0,
+    key: Annotated[str | None, typer.Option(help="Done once under this key; drawn by default.")] = None,
+    expires: Annotated[
+        float | None, typer.Option(min=0.1, help="Done within so many seconds or not at all; --timeout by default.")
+    ] = None,
 ) -> None:
     """Ask a running box to do something, and print its answer."""
+    import json
+
     from edge.alerts.commander import Commander
 
     given: dict[str, Any] = {}
@@ -269,13 +283,23 @@ def command(
         if not name or not equals:
             raise UsageError(f"--set {field}: write it as NAME=VALUE")
         given[name] = None if value == "null" else value
-    settings = _broker(broker, password_file=password_file, ca_file=ca_file, prefix=prefix)
+    settings = _broker(
+        broker, password_file=password_file, ca_file=ca_file, prefix=prefix, cert_file=cert_file, key_file=key_file
+    )
     _log_to_stderr(verbose=False, level=logging.ERROR)
     with Commander(settings, site=site, box=box) as commander:
-        result = commander.ask(verb, given, timeout=timeout)
+        if expires is None:
+            result, judged = commander.ask_fresh(verb, given, key=key, timeout=timeout)
+        else:
+            result, judged = commander.ask(verb, given, key=key, expires_s=expires, timeout=timeout), True
+    if not judged:
+        typer.echo(f"note: {site}/{box} has no clock to judge an expiry by; asked without one", err=True)
     if not result.ok:
         raise CommandError(f"{site}/{box} refuses {verb}: {result.reason}")
     typer.echo(f"{site}/{box}: {verb} done, count {result.count}")
+    for name, found in result.detail.items():
+        for one in found if isinstance(found, list) else [found]:
+            typer.echo(f"{name}: {one if isinstance(one, str) else json.dumps(one)}")
 
 
 @app.command()
@@ -284,6 +308,8 @@ def watch(
     *,
     password_file: PasswordOption = None,
     ca_file: CaOption = None,
+    cert_file: CertOption = None,
+    key_file: KeyOption = None,
     prefix: PrefixOption = "lineward",
     site: Annotated[str, typer.Option(help="Only this site.")] = "+",
     box: Annotated[str, typer.Option(help="Only this box.")] = "+",
@@ -297,7 +323,9 @@ def watch(
     """Print alerts and verdicts as they come, each once."""
     from edge.alerts.subscriber import EVENTS, EVERYTHING, Subscriber
 
-    settings = _broker(broker, password_file=password_file, ca_file=ca_file, prefix=prefix)
+    settings = _broker(
+        broker, password_file=password_file, ca_file=ca_file, prefix=prefix, cert_file=cert_file, key_file=key_file
+    )
     # The subscriber's own words on each attempt to connect would stand between the messages.
     _log_to_stderr(verbose=False, level=logging.ERROR)
     deadline = None if timeout is None else time.monotonic() + timeout
@@ -368,7 +396,15 @@ def _guard_app(verbs: typer.Typer, missing: str) -> None:
             _guard_app(group.typer_instance, missing)
 
 
-def _broker(url: str, *, password_file: Path | None, ca_file: Path | None, prefix: str) -> BrokerSettings:
+def _broker(
+    url: str,
+    *,
+    password_file: Path | None,
+    ca_file: Path | None,
+    prefix: str,
+    cert_file: Path | None = None,
+    key_file: Path | None = None,
+) -> BrokerSettings:
     from pydantic import ValidationError
 
     from edge.alerts.settings import BrokerSettings, parse_broker_url
@@ -376,7 +412,9 @@ def _broker(url: str, *, password_file: Path | None, ca_file: Path | None, prefi
 
     parse_broker_url(url)
     try:
-        return BrokerSettings(url=url, password_file=password_file, ca_file=ca_file, prefix=prefix)
+        return BrokerSettings(
+            url=url, password_file=password_file, ca_file=ca_file, cert_file=cert_file, key_file=key_file, prefix=prefix
+        )
     except ValidationError as error:
         raise UsageError(f"broker: {explain(error, BrokerSettings)}") from error
 

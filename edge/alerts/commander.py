@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from edge.alerts.message import COMMANDS, CommandResult
+from edge.alerts.commands import CLOCK
+from edge.alerts.message import COMMANDS, CommandResult, format_utc
 from edge.alerts.subscriber import Subscriber
 from edge.alerts.topics import Identity, Kind
 from edge.errors import BrokerError, UsageError
@@ -47,12 +49,22 @@ class Commander:
     ) -> None:
         self._subscriber.stop()
 
-    def ask(self, verb: str, fields: dict[str, Any], *, timeout: float = 10.0) -> CommandResult:
+    def ask(
+        self,
+        verb: str,
+        fields: dict[str, Any],
+        *,
+        key: str | None = None,
+        expires_s: float | None = None,
+        timeout: float = 10.0,
+    ) -> CommandResult:
         """Send a command and wait for the box's answer to it.
 
         Args:
-            verb: ``accept``, ``replay`` or ``ship``.
+            verb: ``accept``, ``replay``, ``ship`` ...
             fields: of the command, see docs/formats.md; an ``id`` is drawn.
+            key: the box does it once under this key, however often it is asked.
+            expires_s: the box does it within so many seconds from now, by both clocks, or not at all.
             timeout: seconds to wait for the broker, and again for the box.
 
         Raises:
@@ -63,8 +75,13 @@ class Commander:
         if model is None:
             raise UsageError(f"command {verb}: unknown; known are {', '.join(sorted(COMMANDS))}")
         number = secrets.token_hex(8)
+        given = fields | {"id": number}
+        if key is not None:
+            given["key"] = key
+        if expires_s is not None:
+            given["expires_at"] = format_utc(datetime.now(timezone.utc) + timedelta(seconds=expires_s))
         try:
-            command = model.model_validate_json(json.dumps(fields | {"id": number}), by_alias=True, by_name=False)
+            command = model.model_validate_json(json.dumps(given), by_alias=True, by_name=False)
         except ValidationError as error:
             raise UsageError(f"command {verb}: {explain(error, model)}") from error
         try:
@@ -80,7 +97,28 @@ class Commander:
             result = received.message
             if isinstance(result, CommandResult) and result.id == number:
                 return result
+        again = "" if command.key is None else f". Asked again with the key {command.key} it does this once at most"
         raise BrokerError(
             f"{self._identity.root}: no answer to {verb} within {timeout:g} s; see whether the box is online with "
-            "`lineward watch --all`"
+            f"`lineward watch --all`{again}"
         )
+
+    def ask_fresh(
+        self, verb: str, fields: dict[str, Any], *, key: str | None = None, timeout: float = 10.0
+    ) -> tuple[CommandResult, bool]:
+        """As :meth:`ask`, with a key and an expiry as long as the wait; without expiry where the box has no time.
+
+        That is safe for whoever waits: an answer within the wait proves that the box is there, and the key is the same.
+
+        Returns:
+            The answer, and whether it is of a command with an expiry.
+
+        Raises:
+            UsageError: as :meth:`ask`.
+            BrokerError: as :meth:`ask`.
+        """
+        key = key or secrets.token_hex(16)
+        result = self.ask(verb, fields, key=key, expires_s=timeout, timeout=timeout)
+        if result.ok or not result.reason.startswith(CLOCK):
+            return result, True
+        return self.ask(verb, fields, key=key, timeout=timeout), False

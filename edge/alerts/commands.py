@@ -36,6 +36,9 @@ _STEP_BACK = timedelta(seconds=2)
 _NOTE_EVERY_S = 60.0
 _MAX_RUNNING = 1024
 _MAX_ASKERS = 16
+# A longer answer (a file's bytes) is not kept: it can be asked for again, and the ledger stays small.
+_MAX_ANSWER = 8192
+_TOO_LONG = "it was done; the answer was too long to be kept, ask again with a new key"
 INTERRUPTED = json.dumps({
     "ok": False,
     "reason": "interrupted: the box ended while it did this; see whether it was done, and ask again with a new key",
@@ -107,7 +110,7 @@ class Commands:
             if running is None:
                 return [values]
             try:
-                self._ledger.finish(running.key, json.dumps(values | {"id": None}, default=str))
+                self._ledger.finish(running.key, _kept(values))
             except StoreError as error:
                 # Who asked is told all the same; a repeated key hears after a restart that it was interrupted.
                 LOG.warning("an answer cannot be noted: %s", error)
@@ -205,6 +208,13 @@ def _refuse(command: CommandMessage, reason: str) -> Admission:
 def _read(answer: str) -> dict[str, Any]:
     found = json.loads(answer)
     return found if isinstance(found, dict) else {"ok": False, "reason": "the answer that was noted cannot be read"}
+
+
+def _kept(values: dict[str, Any]) -> str:
+    answer = json.dumps(values | {"id": None}, default=str)
+    if len(answer) <= _MAX_ANSWER:
+        return answer
+    return json.dumps({"ok": bool(values.get("ok")), "reason": _TOO_LONG})
 
 
 def _digest(verb: str, command: CommandMessage) -> str:
