@@ -20,6 +20,7 @@ from edge.alerts.outbox_rows import (
     DeadLetter,
     Draft,
     GapMaker,
+    LiveLane,
     Make,
     Priority,
     Row,
@@ -82,6 +83,7 @@ class Outbox:
         self._group: GroupCommit[Draft, list[int]] = GroupCommit(self._commit, lock=self._lock)
         self._mark = MarkFile(path)
         self._mark_errors = 0
+        self._live = LiveLane()
         self._commits = 0
         self._listeners: list[Callable[[], None]] = []
         self._db: sqlite3.Connection | None = None
@@ -167,13 +169,15 @@ class Outbox:
 
         Args:
             limit: at most so many.
-            boundary: rows up to this number are late, as are rows that are sent again.
+            boundary: rows up to this number are late, as are rows that are sent again, and those that have waited for
+                half a second and have 64 newer ones behind them.
 
         Raises:
             OutboxError: the file cannot be read.
         """
         with self._lock:
-            rows, damaged = self._guard(lambda db: self._rows.pending(db, limit, boundary))
+            late = max(boundary, self._live.boundary(self._clock(), self.last_seq))
+            rows, damaged = self._guard(lambda db: self._rows.pending(db, limit, late))
             if damaged:
                 self._write(lambda db: self._rows.drop_damaged(db, damaged))
             return rows
@@ -299,6 +303,7 @@ class Outbox:
 
         self._write(work, shed=True)
         self._commits += 1
+        self._live.note(self._clock(), self.last_seq)
         try:
             self._mark.write(Mark(self._rows.epoch, self._rows.totals.last_seq))
         except OSError:

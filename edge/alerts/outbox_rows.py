@@ -6,6 +6,7 @@ Rows are opaque bytes with a number. This module must not know threads, files, n
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 # What SQLite spends on a row beside topic and payload: columns, two index entries, slack of its page.
 _ROW_OVERHEAD = 120
 _BATCH = 64
+# A row that has waited for so long and has so many newer ones behind it is not live any more.
+_LIVE_NS = 500_000_000
+_LIVE_ROWS = 64
+_MOMENT_NS = _LIVE_NS // 10
 OUTBOX_FULL = "outbox full"
 DAMAGED_ROW = "damaged row"
 # Column `acked`: it waits, the broker has it, the broker refuses it for good.
@@ -53,7 +58,7 @@ class Row:
         epoch: 16 hex digits.
         topic: where to.
         payload: as it was appended.
-        late: it was not sent in the connection in which it was made, or is sent again.
+        late: it was not sent in the connection in which it was made, or is sent again, or newer ones go before it.
     """
 
     seq: int
@@ -87,6 +92,33 @@ class GapMaker(Protocol):
 
     def __call__(self, *, epoch: str, seq: int, first: int, last: int, dropped: int, reason: str) -> tuple[str, bytes]:
         """``dropped`` of the numbers ``first`` .. ``last`` of an epoch are gone."""
+
+
+class LiveLane:
+    """Which of the rows made in a connection are live in it: all that are young, and the newest.
+
+    A burst, or a line that stands still unnoticed, shall not hold up what comes after it.
+    """
+
+    def __init__(self) -> None:
+        # (time, last number by then), oldest first: the first is the newest that is old enough.
+        self._moments: deque[tuple[int, int]] = deque()
+
+    def note(self, now: int, last_seq: int) -> None:
+        """Rows up to ``last_seq`` are there since ``now``, in ns, or longer."""
+        if not self._moments or now - self._moments[-1][0] >= _MOMENT_NS:
+            self._forget(now)
+            self._moments.append((now, last_seq))
+
+    def boundary(self, now: int, last_seq: int) -> int:
+        """Rows up to this number have waited, and newer ones behind them are enough to fill the lane."""
+        self._forget(now)
+        old = self._moments and self._moments[0][0] <= now - _LIVE_NS
+        return min(self._moments[0][1], last_seq - _LIVE_ROWS) if old else 0
+
+    def _forget(self, now: int) -> None:
+        while len(self._moments) > 1 and self._moments[1][0] <= now - _LIVE_NS:
+            self._moments.popleft()
 
 
 @dataclass(slots=True)

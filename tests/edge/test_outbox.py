@@ -126,6 +126,32 @@ def test_pending_puts_live_rows_before_late_ones(tmp_path: Path) -> None:
         assert seqs(outbox, limit=3, boundary=2) == [3, 4, 1]
 
 
+def test_burst_of_this_connection_is_late_once_it_has_waited_and_newer_rows_are_there(tmp_path: Path) -> None:
+    clock = Clock()
+    with open_outbox(tmp_path, clock=clock) as outbox:
+        fill(outbox, 1000)
+        assert not any(row.late for row in outbox.pending(1000))
+        clock.now += SECOND
+        newest = fill(outbox, 1)[0]
+        rows = outbox.pending(100)
+        live = [row.seq for row in rows if not row.late]
+        assert live == list(range(newest - 63, newest + 1)), "the newest go first, in their order"
+        assert [row.seq for row in rows if row.late] == list(range(1, 37))
+
+
+def test_rows_that_come_steadily_are_live_however_long_none_is_sent_of_few(tmp_path: Path) -> None:
+    clock = Clock()
+    with open_outbox(tmp_path, clock=clock) as outbox:
+        for _ in range(64):
+            clock.now += SECOND
+            fill(outbox, 1)
+        assert not any(row.late for row in outbox.pending(1000))
+        clock.now += SECOND
+        fill(outbox, 1)
+        assert [row.seq for row in outbox.pending(1000) if row.late] == [1]
+        assert len(outbox._live._moments) < 20
+
+
 def test_rows_in_flight_are_given_out_once(tmp_path: Path) -> None:
     with open_outbox(tmp_path) as outbox:
         fill(outbox, 4)

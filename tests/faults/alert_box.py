@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from edge.alerts.outbox import Row
 
 
+_BURST = 100
+
+
 class RecordingOutbox(Outbox):
     """An outbox of alerts that notes every step of them. ``synced``: False for one that leaves syncing to the disk."""
 
@@ -82,9 +85,17 @@ class RecordingOutbox(Outbox):
         return super()._write(work, durable=durable and self._synced, shed=shed)
 
 
-def settings_for(url: str) -> BrokerSettings:
-    """Short waits: it is the faults that shall take time."""
-    return BrokerSettings(url=url, backoff_min_s=0.05, backoff_max_s=0.2, keepalive_s=5)
+class OneLane(RecordingOutbox):
+    """For control runs: rows go by their number, live ones behind all that have waited."""
+
+    def pending(self, limit: int, *, boundary: int = 0) -> list[Row]:
+        return super().pending(limit, boundary=max(boundary, 2**62))
+
+
+def settings_for(url: str, *, keepalive_s: int = 5, patient: bool = False) -> BrokerSettings:
+    """Short waits, since it is the faults that shall take time; ``patient``: those of a box that nobody has set up."""
+    waits = {} if patient else {"backoff_min_s": 0.05, "backoff_max_s": 0.2}
+    return BrokerSettings(url=url, keepalive_s=keepalive_s, **waits)
 
 
 def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -95,32 +106,57 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=20.0, help="alerts per second of each thread")
     parser.add_argument("--threads", type=int, default=1, help="that alert")
     parser.add_argument("--rows", type=int, help="end after so many and once the broker has them")
+    parser.add_argument("--keepalive", type=int, default=5, help="seconds")
+    parser.add_argument("--patient", action="store_true", help="wait between attempts as a box does by default")
+    parser.add_argument("--one-lane", action="store_true", help="send live rows behind all that wait")
+    parser.add_argument("--commands", action="store_true", help="take commands from stdin: burst COUNT, end")
     parser.add_argument("--unsynced", action="store_true", help="leave syncing to the disk")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> None:
     options = parse_options(arguments)
-    outbox = RecordingOutbox(options.outbox, options.history, synced=not options.unsynced)
-    publisher = Publisher(settings=settings_for(options.url), identity=IDENTITY, outbox=outbox)
+    kind = OneLane if options.one_lane else RecordingOutbox
+    outbox = kind(options.outbox, options.history, synced=not options.unsynced)
+    settings = settings_for(options.url, keepalive_s=options.keepalive, patient=options.patient)
+    publisher = Publisher(settings=settings, identity=IDENTITY, outbox=outbox)
     publisher.start()
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
-    pause = threading.Event()
+    say("ready")
+    ended = threading.Event()
 
     def alert() -> None:
-        while options.rows is None or outbox.counters["appended"] < options.rows:
+        while not ended.is_set() and (options.rows is None or outbox.counters["appended"] < options.rows):
             outbox.alert()
-            pause.wait(1 / options.rate)
+            ended.wait(1 / options.rate)
 
     threads = [threading.Thread(target=alert, daemon=True) for _ in range(options.threads)]
     for thread in threads:
         thread.start()
+    if options.commands:
+        obey(outbox)
+        ended.set()
     for thread in threads:
         thread.join()
     publisher.wait_until_drained(30)
     publisher.stop()
     outbox.close()
+
+
+def obey(outbox: RecordingOutbox) -> None:
+    """Do what stdin says, until it says ``end``."""
+    for line in sys.stdin:
+        verb, *values = line.split()
+        if verb == "end":
+            return
+        left = int(values[0])
+        while left > 0:
+            left -= len(outbox.alert(count=min(left, _BURST)))
+        say("done")
+
+
+def say(word: str) -> None:
+    sys.stdout.write(f"{word}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _BURST_BYTES = 1024
 _POINT_BYTES = 16 * 1024
 _READ_BYTES = 2048
+_LOOK_S = 0.01
 
 
 @dataclass
@@ -30,12 +31,15 @@ class Faults:
             the answer, which is lost then.
         swallow: nothing is forwarded any more in either direction, and nobody is told: a half-open connection.
         refuse: new connections are reset.
+        hold: nothing is forwarded in either direction until it is False again, then all of it, as TCP does after a
+            line has come back.
     """
 
     bytes_per_s: float | None = None
     cut: float = 0.0
     swallow: bool = False
     refuse: bool = False
+    hold: bool = False
 
 
 @dataclass(eq=False)  # each is only itself
@@ -43,6 +47,7 @@ class _Line:
     """One connection: the bytes of the client's current burst, and where it will be cut."""
 
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
+    severed: bool = False
     burst: int = 0
     doomed_at: int | None = None
     drawn: bool = False
@@ -87,6 +92,10 @@ class FaultProxy:
         """Cut every connection now."""
         self._call(self._reset())
 
+    def sever(self) -> None:
+        """End every connection towards the far side only: clients hear nothing of it, then or later."""
+        self._call(self._sever())
+
     def retarget(self, port: int) -> None:
         """Lead new connections elsewhere."""
         self._target = port
@@ -97,6 +106,12 @@ class FaultProxy:
     async def _reset(self) -> None:
         for line in list(self._lines):
             self._end(line)
+
+    async def _sever(self) -> None:
+        for line in self._lines:
+            line.severed = True
+            for writer in line.writers[1:]:
+                _abort(writer)
 
     async def _close(self) -> None:
         self._server.close()
@@ -118,6 +133,8 @@ class FaultProxy:
             up = asyncio.create_task(self._pump(line, reader, far_writer, upward=True))
             down = asyncio.create_task(self._pump(line, far_reader, writer, upward=False))
             await asyncio.wait({up, down}, return_when=asyncio.FIRST_COMPLETED)
+            if line.severed:
+                await up  # ends when the client hangs up
             up.cancel()
             down.cancel()
         except OSError:
@@ -156,7 +173,9 @@ class FaultProxy:
                 self.cuts += 1
                 self._end(line)
                 return
-            if self.faults.swallow:
+            while self.faults.hold and not line.severed:  # noqa: ASYNC110 (set from another thread, without a word)
+                await asyncio.sleep(_LOOK_S)
+            if self.faults.swallow or line.severed:
                 continue
             writer.write(data)
             await writer.drain()
@@ -176,9 +195,13 @@ class FaultProxy:
     def _end(self, line: _Line) -> None:
         self._lines.discard(line)
         for writer in line.writers:
-            handle = writer.get_extra_info("socket")
-            if handle is not None:
-                # A reset instead of a farewell, as a line gives none.
-                with contextlib.suppress(OSError):
-                    handle.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            writer.transport.abort()
+            _abort(writer)
+
+
+def _abort(writer: asyncio.StreamWriter) -> None:
+    """A reset instead of a farewell, as a line gives none."""
+    handle = writer.get_extra_info("socket")
+    if handle is not None:
+        with contextlib.suppress(OSError):
+            handle.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()

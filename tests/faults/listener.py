@@ -79,6 +79,11 @@ class Listener:
                     break
             return wanted - self.arrived.keys()
 
+    def wait_for_count(self, count: int, timeout: float) -> bool:
+        """Wait until so many different messages have arrived; False where they have not."""
+        with self._changed:
+            return self._changed.wait_for(lambda: len(self.arrived) >= count, timeout)
+
     def _on_connect(self, client: Client, *_: object) -> None:
         client.subscribe([(name, 1) for name in subscriptions("lineward", kinds=_KINDS)])
 

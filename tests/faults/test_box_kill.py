@@ -23,7 +23,7 @@ def check_nothing_lost(broker: Mosquitto, folder: Path, **options: float) -> Non
     require_sound(history, seed=SEED)
     facts = read(history)
     assert report.enqueued > 10
-    assert {message.epoch for message in ids(facts, Kind.ENQUEUED)} == {facts[-1].epoch}, "one epoch: no power was cut"
+    assert len({message.epoch for message in ids(facts, Kind.ENQUEUED)}) == 1, "no power was cut"
     delivered = set(ids(facts, Kind.DELIVERED))
     assert sorted(message.seq for message in delivered) == list(range(1, len(delivered) + 1))
 
