@@ -21,6 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from edge.errors import BrokerError, CommandError, LinewardError, MissingExtraError, OutboxError, UsageError
 from edge.evidence.cli import app as evidence_app
+from edge.judgement.cli import threshold
 from edge.slots.cli import app as bundle_app
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ VERB_HELP = {
     "evaluate": "Measure a detector on labelled test images.",
     "export": "Turn a trained detector into a verified bundle.",
     "rollout": "Bring a bundle to the fleet in waves.",
-    "threshold": "Show what a false-alarm budget means for a bundle.",
     "train": "Learn what good parts look like.",
     "verify": "Check a bundle and the figures that it promises.",
 }
@@ -98,6 +98,9 @@ app = typer.Typer(
 )
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(evidence_app, name="evidence")
+
+
+app.command()(threshold)
 
 
 def main() -> None:
