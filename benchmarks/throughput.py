@@ -133,7 +133,7 @@ def open_bare(
     bundle: Bundle, *, lanes: int, threads: int = CORES
 ) -> tuple[GraphSession, GraphSession, dict[str, np.ndarray]]:
     """Open trunk and head as the detector does, and the taps of one prepared input."""
-    from edge.inference.detector import stored_state
+    from edge.inference.state import stored_state
 
     manifest = bundle.manifest
     preprocessing = manifest.preprocessing

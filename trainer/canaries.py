@@ -13,8 +13,9 @@ from deploy.aggregator.canaries import Canaries
 from deploy.aggregator.canaries import write_canaries as write_file
 from deploy.progress import no_progress
 from edge.errors import DataError, UsageError
-from edge.inference.detector import Detector, stored_state
+from edge.inference.detector import Detector
 from edge.inference.preprocessing import cut_tiles
+from edge.inference.state import stored_state
 from edge.memory.banks import packed_banks
 from edge.memory.search import nearest
 from trainer.data.folder import content_hash, read_folder

@@ -15,7 +15,8 @@ from rich.table import Table
 from deploy.embedded_broker import EmbeddedBroker
 from deploy.metrics import image_auroc
 from edge.bundle import Bundle, Precision
-from edge.inference.detector import Detector, stored_state
+from edge.inference.detector import Detector
+from edge.inference.state import stored_state
 from edge.judgement.score import pool_score
 from edge.memory.banks import packed_banks
 from edge.memory.search import anomaly_map

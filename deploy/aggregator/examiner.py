@@ -12,7 +12,7 @@ from deploy.aggregator.canaries import read_canaries
 from deploy.aggregator.gates import examine_all
 from edge.bundle import Bundle
 from edge.errors import DataError
-from edge.inference.detector import stored_state
+from edge.inference.state import stored_state
 from edge.memory.bank import MemoryBank
 from edge.memory.banks import packed_banks
 

@@ -9,27 +9,25 @@ import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from edge.bundle import Bundle, Engine, Precision, load_arrays
-from edge.errors import BundleError, EngineError, MissingExtraError
+from edge.errors import BundleError, EngineError
 from edge.frames import Frame, Prediction
-from edge.inference.engines import available_engines
-from edge.inference.preprocessing import cut_tiles, join_maps, to_canvas
-from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE, Head, Runtime, shared_trunk
+from edge.inference.choice import attempts, choose, key, tolerance
+from edge.inference.engines import Accelerator, Provider
+from edge.inference.preprocessing import cut_tiles, join_maps, tiles_of
+from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE, Head, Runtime, Slot, Trunk, shared_trunk
+from edge.inference.state import check_state, stored_state
 from edge.judgement.score import pool_score
-from edge.memory.rows import RowsPrecision, decode_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import numpy.typing as npt
 
-    from edge.bundle import StateTensor
     from edge.inference.sessions import State
 
 _LOG = logging.getLogger(__name__)
@@ -54,6 +52,7 @@ class DetectorStatus:
         requested_precision: asked for, or picked first.
         fallback_reason: empty, or why something else is in use than was requested.
         golden_max_error: largest absolute difference of a golden score from what the bundle promises.
+        accelerator: what computes: cpu, cuda, tensorrt or tensorrt float16.
     """
 
     engine: Engine
@@ -62,13 +61,46 @@ class DetectorStatus:
     requested_precision: Precision
     fallback_reason: str
     golden_max_error: float
+    accelerator: str = Provider.CPU.value
+
+
+class PendingPrediction:
+    """A frame whose trunk runs in the background; made by :meth:`Detector.begin`. For one thread.
+
+    :meth:`result` must be called, once: until then it holds a request that others wait for.
+    """
+
+    def __init__(self, detector: Detector, trunk: Trunk, slot: Slot, in_force: _InForce, frame: Frame) -> None:
+        self.detector = detector
+        self.frame = frame
+        self._trunk, self._slot, self._in_force = trunk, slot, in_force
+        started = time.monotonic_ns()
+        tiles_of(frame.image, detector.bundle.manifest.preprocessing, out=slot.image, scratch=slot.scratch)
+        self._ready_ns = time.monotonic_ns()
+        self._preprocess_ns = self._ready_ns - started
+        slot.session.start({IMAGE: slot.image})
+
+    def result(self) -> Prediction:
+        """Wait for the trunk, run the head and return what :meth:`Detector.predict` does.
+
+        Raises:
+            EngineError: the engine gives up.
+        """
+        try:
+            taps = self._slot.session.finish()
+            maps = self._in_force.head.session(ANOMALY_MAP, self._slot.index).run(taps)[ANOMALY_MAP]
+            return self.detector.prediction(
+                self.frame, maps, self._in_force.memory_version, self._preprocess_ns, self._ready_ns
+            )
+        finally:
+            self._trunk.give_back(self._slot)
 
 
 class Detector:
     """Frames of one product in, raw anomaly maps out. Safe to call from several threads.
 
     Made by :meth:`open`. As many calls run side by side as it was opened with ``streams``; others wait. Detectors of
-    one trunk, engine, precision and size share its sessions, and wait for each other there.
+    one trunk, engine, precision and size share its requests, and wait for each other there.
 
     Attributes:
         bundle: what it was opened with.
@@ -82,10 +114,8 @@ class Detector:
         self.bundle = bundle
         self._runtime = runtime
         self._trunk = shared_trunk(bundle, runtime)
-        preprocessing = bundle.manifest.preprocessing
-        blank = np.zeros((preprocessing.canvas_height, preprocessing.canvas_width, 3), np.uint8)
-        with self._trunk.borrow() as trunk:
-            taps = trunk.run({IMAGE: cut_tiles(blank, preprocessing)})
+        with self._trunk.borrow() as slot:
+            taps = slot.session.run({IMAGE: slot.image})
             self._tap_shapes = {name: tuple(taps[name].shape) for name in bundle.manifest.taps}
         self._in_force = _InForce(self._build_head(state), 0)
         # One worker: of two switches the one asked for last is in force in the end.
@@ -103,11 +133,14 @@ class Detector:
         precision: Precision | None = None,
         threads: int = 0,
         streams: int = 1,
+        accelerator: Accelerator | None = None,
     ) -> Detector:
         """Build the sessions and run the golden frames.
 
         Where the golden frames miss their scores, float32 of the same engine is taken, then float32 of the other;
-        ``status`` says so.
+        ``status`` says so. TensorRT is tried in float16, then in float32, then CUDA, before the processor. In float16
+        the thresholds are those of ONNX Runtime's float32: a golden score may then differ from its own by a tenth of
+        the good scores' interquartile range.
 
         Args:
             bundle: a verified bundle.
@@ -115,38 +148,35 @@ class Detector:
             precision: numerics; None takes int8 where the bundle was calibrated for it, else float32.
             threads: shared by the streams; 0 lets the engine take the machine.
             streams: calls that run side by side. 1 gives the lowest latency, the number of cores the most frames.
+            accelerator: of ONNX Runtime, which it implies; the processor where None.
 
         Raises:
             MissingExtraError: no engine, or not the one asked for, is installed.
             BundleError: the bundle was not calibrated for the pair asked for, or its files do not fit each other.
             EngineError: no engine gives the golden scores; the message has the figures.
         """
-        requested = _choose(bundle, engine, precision)
+        wanted = accelerator or Accelerator()
+        if wanted.provider is not Provider.CPU:
+            engine, precision = engine or Engine.ONNXRUNTIME, precision or Precision.FLOAT32
+        requested = choose(bundle, engine, precision)
         state = stored_state(bundle)
         reasons: list[str] = []
-        for pair in _attempts(bundle, requested):
-            tolerance = bundle.manifest.golden.tolerance.get(_key(*pair), float("nan"))
+        for pair, one in attempts(bundle, requested, wanted):
+            allowed = tolerance(bundle, pair, one)
+            name = " ".join((*(part.value for part in pair), *([] if one == Accelerator() else [one.label])))
             try:
-                detector = cls(bundle, Runtime(*pair, threads, streams), state)
+                detector = cls(bundle, Runtime(*pair, threads, streams, one), state)
                 error = detector.golden_error()
             except EngineError as problem:
                 reasons.append(str(problem))
                 continue
             # A NaN on either side compares False, which is a miss.
-            if error <= tolerance:
-                detector.status = DetectorStatus(*pair, *requested, "; ".join(reasons), error)
+            if error <= allowed:
+                detector.status = DetectorStatus(*pair, *requested, "; ".join(reasons), error, one.label)
                 if reasons:
-                    _LOG.warning(
-                        "%s: runs on %s %s: %s",
-                        bundle.path,
-                        pair[0].value,
-                        pair[1].value,
-                        detector.status.fallback_reason,
-                    )
+                    _LOG.warning("%s: runs on %s: %s", bundle.path, name, detector.status.fallback_reason)
                 return detector
-            reasons.append(
-                f"{pair[0].value} {pair[1].value} misses the golden scores by {error:.6g} (tolerance {tolerance:.6g})"
-            )
+            reasons.append(f"{name} misses the golden scores by {error:.6g} (tolerance {allowed:.6g})")
         raise EngineError(
             f"{bundle.path}: no engine reproduces the bundle: {'; '.join(reasons)}; export it again on a machine of "
             "this kind"
@@ -159,21 +189,57 @@ class Detector:
             CaptureError: the frame does not fit the bundle's crop or is no colour image.
             EngineError: the engine gives up.
         """
-        start = time.monotonic_ns()
-        manifest = self.bundle.manifest
-        canvas = to_canvas(frame.image, manifest.preprocessing)
-        ready = time.monotonic_ns()
         # Read once: a switch in the middle of this call must not mix two heads, nor name the wrong one.
         in_force = self._in_force
-        maps = self._run(in_force.head, canvas, ANOMALY_MAP)
-        anomaly_map = join_maps(maps, manifest.preprocessing, manifest.map_stride)
-        done = time.monotonic_ns()
+        with self._trunk.borrow() as slot:
+            started = time.monotonic_ns()
+            tiles_of(frame.image, self.bundle.manifest.preprocessing, out=slot.image, scratch=slot.scratch)
+            ready = time.monotonic_ns()
+            taps = slot.session.run({IMAGE: slot.image})
+            maps = in_force.head.session(ANOMALY_MAP, slot.index).run(taps)[ANOMALY_MAP]
+            return self.prediction(frame, maps, in_force.memory_version, ready - started, ready)
+
+    def begin(self, frame: Frame) -> PendingPrediction | None:
+        """Prepare a frame and let the engine begin, so that another frame can be finished meanwhile.
+
+        Returns:
+            What will have the prediction; None where every request is in use: it never waits for one, since two
+            threads that hold one each and wait for a second would wait for ever.
+
+        Raises:
+            CaptureError: the frame does not fit the bundle's crop or is no colour image.
+            EngineError: the engine gives up.
+        """
+        slot = self._trunk.take(wait=False)
+        if slot is None:
+            return None
+        try:
+            return PendingPrediction(self, self._trunk, slot, self._in_force, frame)
+        except BaseException:
+            self._trunk.give_back(slot)
+            raise
+
+    def prediction(
+        self, frame: Frame, maps: npt.NDArray[np.float32], memory_version: int, preprocess_ns: int, ready_ns: int
+    ) -> Prediction:
+        """Make what leaves the detector of a head's output.
+
+        Args:
+            frame: that was judged.
+            maps: float32 [tiles, h, w], copied.
+            memory_version: of the head.
+            preprocess_ns: time that crop, resize and tiles took.
+            ready_ns: monotonic time when they were done.
+        """
+        manifest = self.bundle.manifest
+        # One tile is its own map, and the request's buffer is used again by the next frame.
+        joined = np.array(maps[0]) if len(maps) == 1 else join_maps(maps, manifest.preprocessing, manifest.map_stride)
         return Prediction(
-            anomaly_map=anomaly_map,
+            anomaly_map=joined,
             frame=frame,
-            preprocess_ns=ready - start,
-            inference_ns=done - ready,
-            memory_version=in_force.memory_version,
+            preprocess_ns=preprocess_ns,
+            inference_ns=time.monotonic_ns() - ready_ns,
+            memory_version=memory_version,
         )
 
     def map_of_canvas(self, canvas: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -242,14 +308,14 @@ class Detector:
         Raises:
             BundleError: names, shapes or types differ from the manifest's, or a value is not finite.
         """
-        _check_state(self.bundle, tensors, "the new state")
+        check_state(self.bundle, tensors, "the new state")
         copies = {name: np.array(values, order="C") for name, values in tensors.items()}
 
         def build() -> None:
             head = self._build_head(copies)
             # Whoever has used embeddings goes on to: their graph is compiled here, not in that call.
-            if self._in_force.head.has_lanes(EMBEDDING):
-                head.lanes(EMBEDDING)
+            if self._in_force.head.has(EMBEDDING):
+                head.session(EMBEDDING, 0)
             if before is not None:
                 before()
             self._in_force = _InForce(head, memory_version)
@@ -269,111 +335,26 @@ class Detector:
         manifest = self.bundle.manifest
         path = self.bundle.file(manifest.golden.file)
         arrays = load_arrays(path)
-        key = _key(self._runtime.engine, self._runtime.precision)
-        if f"score_{key}" not in arrays:
-            raise EngineError(f"{path}: no golden scores for {key}; export the bundle again with that engine")
-        if "canvas" not in arrays or len(arrays["canvas"]) != len(arrays[f"score_{key}"]):
+        name = key(self._runtime.engine, self._runtime.precision)
+        if f"score_{name}" not in arrays:
+            raise EngineError(f"{path}: no golden scores for {name}; export the bundle again with that engine")
+        if "canvas" not in arrays or len(arrays["canvas"]) != len(arrays[f"score_{name}"]):
             raise BundleError(f"{path}: frames and scores do not match; fetch the bundle again")
         scores = [pool_score(self.map_of_canvas(canvas), manifest.pooling) for canvas in arrays["canvas"]]
-        return float(np.max(np.abs(np.array(scores) - arrays[f"score_{key}"].astype(np.float64))))
+        return float(np.max(np.abs(np.array(scores) - arrays[f"score_{name}"].astype(np.float64))))
 
     def _build_head(self, state: State) -> Head:
-        return Head(self.bundle, self._runtime, self._tap_shapes, state)
+        return Head(self.bundle, self._runtime, self._tap_shapes, state, self._trunk.requests)
 
     def _run(self, head: Head, canvas: npt.NDArray[np.uint8], output: str) -> npt.NDArray[np.float32]:
-        lanes = head.lanes(output)
-        with self._trunk.borrow() as trunk, lanes.borrow() as session:
-            taps = trunk.run({IMAGE: cut_tiles(canvas, self.bundle.manifest.preprocessing)})
+        tiles = cut_tiles(canvas, self.bundle.manifest.preprocessing)
+        with self._trunk.borrow() as slot:
+            if tiles.shape != slot.image.shape or tiles.dtype != np.uint8:
+                raise EngineError(
+                    f"{self.bundle.path}: the canvas gives tiles {tiles.dtype} {list(tiles.shape)}, the trunk needs "
+                    f"uint8 {list(slot.image.shape)}"
+                )
+            np.copyto(slot.image, tiles)
+            taps = slot.session.run({IMAGE: slot.image})
             # The sessions' own buffers are used again by the next call.
-            return np.array(session.run(taps)[output], dtype=np.float32)
-
-
-def _choose(bundle: Bundle, engine: Engine | None, precision: Precision | None) -> tuple[Engine, Precision]:
-    """Fill in what was left open, and refuse pairs without calibration or engine."""
-    installed = available_engines()
-    if not installed or (engine is not None and engine not in installed):
-        wanted = "no inference engine" if engine is None else engine.value
-        extra = "box-cpu" if engine is Engine.ONNXRUNTIME else "box-openvino"
-        raise MissingExtraError(
-            f"{wanted if engine is None else f'{wanted} not'} installed; run: pip install 'lineward[{extra}]'"
-        )
-    calibrated = bundle.calibrated()
-    for candidate in installed if engine is None else (engine,):
-        for numerics in (Precision.INT8, Precision.FLOAT32) if precision is None else (precision,):
-            if (candidate, numerics) in calibrated:
-                return candidate, numerics
-    asked = " ".join(choice.value for choice in (engine, precision) if choice is not None) or "an installed engine"
-    pairs = ", ".join(f"{one.value} {other.value}" for one, other in calibrated)
-    raise BundleError(
-        f"{bundle.path}: not calibrated for {asked}, only for {pairs}; choose one of these or export again"
-    )
-
-
-def _attempts(bundle: Bundle, requested: tuple[Engine, Precision]) -> list[tuple[Engine, Precision]]:
-    """The requested pair, then float32 of the same engine, then float32 of the other."""
-    others = [engine for engine in available_engines() if engine is not requested[0]]
-    fallbacks = [(engine, Precision.FLOAT32) for engine in (requested[0], *others)]
-    return [requested, *(pair for pair in fallbacks if pair != requested and pair in bundle.calibrated())]
-
-
-def stored_state(bundle: Bundle) -> dict[str, npt.NDArray[Any]]:
-    """Return the state tensors that a bundle was packed with, float32 by name; empty where its head has none.
-
-    Raises:
-        BundleError: the file is damaged, or does not hold what the manifest says.
-    """
-    if bundle.manifest.state_file is None:
-        state: dict[str, npt.NDArray[Any]] = {}
-        path = bundle.path
-    else:
-        path = bundle.file(bundle.manifest.state_file)
-        try:
-            state = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise BundleError(f"{path}: not a readable safetensors file ({error}); fetch the bundle again") from error
-    for tensor in bundle.manifest.state:
-        if tensor.stored is RowsPrecision.INT8 and tensor.name in state:
-            state[tensor.name] = _decoded(tensor, state[tensor.name], state.pop(tensor.scale_name, None), str(path))
-    _check_state(bundle, state, str(path))
-    return state
-
-
-def _decoded(
-    tensor: StateTensor, values: npt.NDArray[Any], scale: npt.NDArray[Any] | None, where: str
-) -> npt.NDArray[np.float32]:
-    """Return the rows that int8 values and their scales stand for."""
-    if values.dtype != np.int8 or values.shape != tensor.shape:
-        raise BundleError(
-            f"{where}: {tensor.name} is {values.dtype} {list(values.shape)}, the manifest says int8 "
-            f"{list(tensor.shape)}; export it again"
-        )
-    wanted = (len(values), 1)
-    if scale is None or scale.dtype != np.float32 or scale.shape != wanted:
-        found = "missing" if scale is None else f"{scale.dtype} {list(scale.shape)}"
-        raise BundleError(
-            f"{where}: {tensor.scale_name} is {found}, int8 rows need float32 {list(wanted)}; export it again"
-        )
-    if not (np.isfinite(scale).all() and (scale > 0).all()):
-        raise BundleError(f"{where}: {tensor.scale_name} has values that are not finite and above 0; export it again")
-    return decode_rows(values, scale)
-
-
-def _check_state(bundle: Bundle, state: State, where: str) -> None:
-    wanted = {tensor.name: tensor.shape for tensor in bundle.manifest.state}
-    if state.keys() != wanted.keys():
-        raise BundleError(
-            f"{where}: holds the tensors {', '.join(sorted(state)) or 'none'}, the manifest needs "
-            f"{', '.join(sorted(wanted)) or 'none'}; export it again"
-        )
-    for name, values in state.items():
-        if values.dtype != np.float32 or values.shape != wanted[name]:
-            raise BundleError(
-                f"{where}: {name} is {values.dtype} {list(values.shape)}, the manifest needs float32 "
-                f"{list(wanted[name])}; pad or reduce it to that shape"
-            )
-        if not np.isfinite(values).all():
-            raise BundleError(f"{where}: {name} holds values that are not finite; make that state again")
-
-
-def _key(engine: Engine, precision: Precision) -> str:
-    return f"{engine.value}_{precision.value}"
+            return np.array(head.session(output, slot.index).run(taps)[output], dtype=np.float32)

@@ -16,16 +16,29 @@ from edge.errors import CaptureError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    Scratch = dict[tuple[int, ...], npt.NDArray[np.uint8]]
 
-def to_canvas(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+# Frames of ever new sizes must not fill the memory.
+_SCRATCH_SIZES = 8
+
+
+def to_canvas(
+    image: npt.NDArray[np.uint8],
+    preprocessing: Preprocessing,
+    *,
+    out: npt.NDArray[np.uint8] | None = None,
+    scratch: Scratch | None = None,
+) -> npt.NDArray[np.uint8]:
     """Crop and resize a camera frame.
 
     Args:
         image: uint8 [H, W, 3] BGR.
         preprocessing: the manifest's.
+        out: contiguous uint8 [canvas_height, canvas_width, 3] to write to; a new array where None.
+        scratch: buffers of the steps between, kept by a caller who makes many canvases; one thread at a time.
 
     Returns:
-        uint8 [canvas_height, canvas_width, 3] RGB.
+        uint8 [canvas_height, canvas_width, 3] RGB; ``out`` where given.
 
     Raises:
         CaptureError: the frame is no 3-channel uint8 image, or smaller than the crop.
@@ -45,10 +58,44 @@ def to_canvas(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt
     if preprocessing.resize is Resize.PYRAMID:
         while image.shape[0] >= 2 * height and image.shape[1] >= 2 * width:
             # cv2 turns an exact bilinear halving into a 2x2 mean, vectorised.
-            image = cv2.resize(image, (image.shape[1] // 2, image.shape[0] // 2), interpolation=cv2.INTER_LINEAR)
+            image = _resized(image, image.shape[0] // 2, image.shape[1] // 2, scratch)
     if image.shape[:2] != (height, width):
-        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+        image = _resized(image, height, width, scratch)
+    if out is None:
+        return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
+    cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=out)
+    return out
+
+
+def _resized(image: npt.NDArray[np.uint8], height: int, width: int, scratch: Scratch | None) -> npt.NDArray[np.uint8]:
+    target = None
+    if scratch is not None:
+        target = scratch.get((height, width))
+        if target is None:
+            if len(scratch) >= _SCRATCH_SIZES:
+                scratch.clear()
+            target = scratch[height, width] = np.empty((height, width, 3), np.uint8)
+    return np.asarray(cv2.resize(image, (width, height), dst=target, interpolation=cv2.INTER_LINEAR), dtype=np.uint8)
+
+
+def tiles_of(
+    image: npt.NDArray[np.uint8], preprocessing: Preprocessing, *, out: npt.NDArray[np.uint8], scratch: Scratch
+) -> None:
+    """Crop, resize and cut a camera frame into the buffer of network inputs.
+
+    Args:
+        image: uint8 [H, W, 3] BGR.
+        preprocessing: the manifest's.
+        out: contiguous uint8 [rows * cols, height, width, 3], written whole.
+        scratch: as for :func:`to_canvas`.
+
+    Raises:
+        CaptureError: as :func:`to_canvas`.
+    """
+    if len(out) == 1:
+        to_canvas(image, preprocessing, out=out[0], scratch=scratch)
+    else:
+        np.copyto(out, cut_tiles(to_canvas(image, preprocessing, scratch=scratch), preprocessing))
 
 
 def cut_tiles(canvas: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:

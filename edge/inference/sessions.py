@@ -1,4 +1,4 @@
-"""The compiled graphs of a bundle: a trunk that detectors share, a head for each state, sessions lent to threads.
+"""The compiled graphs of a bundle: a trunk that detectors share, a head for each state, requests lent to threads.
 
 It must not know frames, maps or golden scores.
 """
@@ -10,12 +10,14 @@ import queue
 import threading
 import weakref
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from edge.bundle import Bundle, Engine, Graph, Precision
 from edge.errors import EngineError
-from edge.inference.engines import GraphSession, open_graph
+from edge.inference.engines import Accelerator, GraphSession, open_graph
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -38,32 +40,71 @@ class Runtime:
     precision: Precision
     threads: int
     streams: int
+    accelerator: Accelerator = field(default_factory=Accelerator)
 
 
-class Lanes:
-    """One compiled graph with a session for each stream; a thread borrows one at a time."""
+@dataclass(slots=True)
+class Slot:
+    """One request of a trunk and what belongs to it: whoever holds it may use request ``index`` of every head too.
 
-    def __init__(self, session: GraphSession, streams: int) -> None:
-        self.graph_outputs = session.graph_outputs
-        self._free: queue.SimpleQueue[GraphSession] = queue.SimpleQueue()
-        self._free.put(session)
-        for _ in range(streams - 1):
-            self._free.put(session.clone())
+    Attributes:
+        index: of the request, 0, 1, ...
+        session: of the trunk.
+        image: uint8 [tiles, height, width, 3], the trunk's input, written in place.
+        scratch: buffers of the preprocessing, by shape.
+    """
+
+    index: int
+    session: GraphSession
+    image: npt.NDArray[np.uint8]
+    scratch: dict[tuple[int, ...], npt.NDArray[np.uint8]] = field(default_factory=dict)
+
+
+class Trunk:
+    """A compiled trunk and its requests: one for each stream, and one that is prepared while those run."""
+
+    def __init__(self, session: GraphSession, shape: tuple[int, ...], streams: int) -> None:
+        sessions = [session, *(session.clone() for _ in range(streams))]
+        self.requests = len(sessions)
+        self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        for index, one in enumerate(sessions):
+            self._free.put(Slot(index, one, np.zeros(shape, np.uint8)))
+
+    def take(self, *, wait: bool) -> Slot | None:
+        """Lend a slot; where all are lent, wait for one, or return None. :meth:`give_back` ends the loan."""
+        try:
+            return self._free.get(block=wait)
+        except queue.Empty:
+            return None
+
+    def give_back(self, slot: Slot) -> None:
+        """End a loan."""
+        self._free.put(slot)
 
     @contextmanager
-    def borrow(self) -> Iterator[GraphSession]:
-        """Lend a session to this thread; waits for one where all are lent."""
-        session = self._free.get()
+    def borrow(self) -> Iterator[Slot]:
+        """Lend a slot for as long as the block lasts; waits for one where all are lent."""
+        slot = self._free.get()
         try:
-            yield session
+            yield slot
         finally:
-            self._free.put(session)
+            self._free.put(slot)
 
 
 class Head:
-    """A head with one state: sessions for the map, and sessions for the embedding once somebody asks for it."""
+    """A head with one state: requests for the map, and requests for the embedding once somebody asks for it.
 
-    def __init__(self, bundle: Bundle, runtime: Runtime, shapes: dict[str, tuple[int, ...]], state: State) -> None:
+    Args:
+        bundle: whose head it is.
+        runtime: what to compile for.
+        shapes: of the taps, by name.
+        state: tensors by name.
+        requests: of the trunk; the head has as many.
+    """
+
+    def __init__(
+        self, bundle: Bundle, runtime: Runtime, shapes: dict[str, tuple[int, ...]], state: State, requests: int
+    ) -> None:
         self._open = functools.partial(
             open_graph,
             graph_file(bundle, bundle.manifest.head, runtime.precision),
@@ -73,40 +114,47 @@ class Head:
             streams=runtime.streams,
             state=state,
             input_shapes=shapes,
+            accelerator=runtime.accelerator,
         )
-        self._streams = runtime.streams
+        self._requests = requests
         self._lock = threading.Lock()
         # Each graph is pruned to the output it is for: a map does not pay for writing the embedding.
-        self._lanes = {ANOMALY_MAP: Lanes(self._open(outputs=[ANOMALY_MAP]), self._streams)}
-        self.outputs = self._lanes[ANOMALY_MAP].graph_outputs
+        self._sessions = {ANOMALY_MAP: self._compile(ANOMALY_MAP)}
+        self.outputs = self._sessions[ANOMALY_MAP][0].graph_outputs
 
-    def lanes(self, output: str) -> Lanes:
-        """Return the sessions that compute one output.
+    def session(self, output: str, index: int) -> GraphSession:
+        """Return the request that computes one output for the holder of the trunk's slot ``index``.
+
+        Always the same for one slot, so that the trunk's buffers stay bound as its inputs.
 
         Raises:
             EngineError: the head has no such output.
         """
         # Whoever needs the map must not wait while somebody compiles the graph of the embedding.
-        found = self._lanes.get(output)
-        if found is not None:
-            return found
-        with self._lock:
-            if output not in self._lanes:
-                self._lanes[output] = Lanes(self._open(outputs=[output]), self._streams)
-            return self._lanes[output]
+        found = self._sessions.get(output)
+        if found is None:
+            with self._lock:
+                if output not in self._sessions:
+                    self._sessions[output] = self._compile(output)
+                found = self._sessions[output]
+        return found[index]
 
-    def has_lanes(self, output: str) -> bool:
+    def has(self, output: str) -> bool:
         """Whether the graph of an output was compiled already."""
-        return output in self._lanes
+        return output in self._sessions
+
+    def _compile(self, output: str) -> list[GraphSession]:
+        session = self._open(outputs=[output])
+        return [session, *(session.clone() for _ in range(self._requests - 1))]
 
 
-# Bundles of one trunk share its sessions for as long as a detector holds them.
-_trunks: weakref.WeakValueDictionary[tuple[object, ...], Lanes] = weakref.WeakValueDictionary()
+# Bundles of one trunk share its requests for as long as a detector holds them.
+_trunks: weakref.WeakValueDictionary[tuple[object, ...], Trunk] = weakref.WeakValueDictionary()
 _trunks_lock = threading.Lock()
 
 
-def shared_trunk(bundle: Bundle, runtime: Runtime) -> Lanes:
-    """Return the trunk's sessions, compiled once in the process for all bundles that name it.
+def shared_trunk(bundle: Bundle, runtime: Runtime) -> Trunk:
+    """Return the trunk's requests, compiled once in the process for all bundles that name it.
 
     Raises:
         EngineError: the engine cannot run it, or it lacks a tap.
@@ -119,8 +167,8 @@ def shared_trunk(bundle: Bundle, runtime: Runtime) -> Lanes:
     # By the hash of the file that is run: the manifest's trunk id is that of the float32 file alone.
     key = (manifest.files[path.relative_to(bundle.path).as_posix()], runtime, manifest.taps, shape)
     with _trunks_lock:
-        lanes = _trunks.get(key)
-        if lanes is None:
+        trunk = _trunks.get(key)
+        if trunk is None:
             session = open_graph(
                 path,
                 engine=runtime.engine,
@@ -129,9 +177,10 @@ def shared_trunk(bundle: Bundle, runtime: Runtime) -> Lanes:
                 streams=runtime.streams,
                 outputs=manifest.taps,
                 input_shapes={IMAGE: shape},
+                accelerator=runtime.accelerator,
             )
-            lanes = _trunks[key] = Lanes(session, runtime.streams)
-        return lanes
+            trunk = _trunks[key] = Trunk(session, shape, runtime.streams)
+        return trunk
 
 
 def graph_file(bundle: Bundle, graph: Graph, precision: Precision) -> Path:

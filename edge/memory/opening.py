@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edge.errors import DataError, SettingsError
-from edge.inference.detector import stored_state
+from edge.inference.state import stored_state
 from edge.memory.banks import Banks
 from edge.memory.learner import Learner
 from edge.memory.progress import Progress

@@ -34,7 +34,7 @@ from edge.errors import DataError, SettingsError, StoreError, UsageError
 from edge.federation.connection import LinkKind
 from edge.federation.keys import certificate, make_keys
 from edge.federation.update import FleetBank
-from edge.inference.detector import stored_state
+from edge.inference.state import stored_state
 from tests.edge.tiny_bundle import repack
 from tests.edge.tiny_memory import make_memory_bundle
 from tests.federation_link import EMBEDDING, PRODUCT, make_client, make_update

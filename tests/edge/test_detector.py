@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 from edge.bundle import Bundle, Engine, Precision, Tiles, load_arrays
 from edge.errors import BundleError, CaptureError, EngineError, MissingExtraError
 from edge.frames import Frame, Prediction
+from edge.inference import choice, sessions
 from edge.inference import detector as module
-from edge.inference import sessions
 from edge.inference.detector import Detector
 from edge.inference.preprocessing import to_canvas
 from edge.judgement.score import pool_score
@@ -101,7 +101,7 @@ def test_default_is_float32_without_int8_calibration(tmp_path: Path) -> None:
 
 
 def test_no_engine_names_the_extra(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "available_engines", lambda: ())
+    monkeypatch.setattr(choice, "available_engines", lambda: ())
     with pytest.raises(MissingExtraError, match=r"no inference engine installed.*lineward\[box-openvino\]"):
         Detector.open(bundle)
     with pytest.raises(MissingExtraError, match=r"onnxruntime not installed.*lineward\[box-cpu\]"):
@@ -177,7 +177,7 @@ def test_frame_of_another_format_is_refused(bundle: Bundle) -> None:
 
 def test_nan_in_a_map_is_not_hidden(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     detector = Detector.open(bundle, engine=Engine.ONNXRUNTIME, precision=Precision.FLOAT32, threads=1)
-    monkeypatch.setattr(module, "_check_state", lambda *_: None)
+    monkeypatch.setattr(module, "check_state", lambda *_: None)
     detector.switch_state(far_state(float("nan"))).result()
     found = detector.predict(frame_of(good_frame(1))).anomaly_map
     assert np.isnan(pool_score(found, POOLING))

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edge.bundle import Bundle, Engine, Precision
 from edge.errors import EngineError, MissingExtraError
-from edge.inference import engines
+from edge.inference import openvino_session
 from edge.inference.engines import GraphSession, open_graph, supports
 from edge.inference.onnx_file import read_initialisers, with_initialisers
 from tests.edge.tiny_bundle import BANK_ROWS, CHANNELS, PAIRS, TAPS, make_tiny_bundle
@@ -180,7 +180,7 @@ def test_bfloat16_only_in_openvino_and_only_where_native(bundle: Bundle, monkeyp
         def get_property(self, *_: str) -> list[str]:
             return ["FP32", "INT8"]
 
-    monkeypatch.setattr(engines, "_core", OldProcessor)
+    monkeypatch.setattr(openvino_session, "core", OldProcessor)
     with pytest.raises(EngineError, match="openvino does not run bfloat16"):
         open_head(bundle, Engine.OPENVINO, Precision.BFLOAT16)
 

@@ -12,7 +12,8 @@ from deploy.aggregator.canaries import read_canaries
 from deploy.parity import ParityRules
 from edge.bundle import Bundle, Engine, MemoryLayout, Precision, Preprocessing, load_arrays
 from edge.errors import DataError, UsageError
-from edge.inference.detector import Detector, stored_state
+from edge.inference.detector import Detector
+from edge.inference.state import stored_state
 from edge.memory.banks import packed_banks
 from edge.memory.search import anomaly_map, nearest
 from trainer import canaries as making
