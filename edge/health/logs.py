@@ -71,7 +71,8 @@ class JsonFormatter(logging.Formatter):
             found["camera"] = camera
         if record.exc_info:
             found["exception"] = redact(self.formatException(record.exc_info))
-        return json.dumps(found, ensure_ascii=False)
+        # Escaped: no character of a file name may break a line or the stream.
+        return json.dumps(found)
 
 
 class _Priorities(logging.Formatter):
