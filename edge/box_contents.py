@@ -18,6 +18,7 @@ from edge.errors import LinewardError, OutboxError
 from edge.health.metrics import Metrics
 from edge.health.watchdog import Watchdog
 from edge.inference.detectors import Detectors
+from edge.inference.stall_guard import StallGuard
 from edge.judgement.given_thresholds import THRESHOLDS_FILE, GivenThresholds
 from edge.judgement.threshold_commands import ThresholdCommands
 from edge.memory.box_memory import BoxMemory
@@ -215,6 +216,11 @@ class BoxContents:
             metrics=self.metrics,
         )
         self.publisher.keep_cameras(names_of(self.settings))
+        self.parts.append(
+            StallGuard(
+                limit_s=self.settings.engine_stall_s, detectors=lambda: self.detectors, notify=self.reporter.notice
+            )
+        )
         self._evidence = self._keep_evidence()
         thresholds = ThresholdCommands(self._given, cameras=self.cameras, notify=self.reporter.notice)
         thresholds.attach(self.publisher)

@@ -221,6 +221,7 @@ class NoticeKind(str, Enum):
     BUNDLE_CONFIRMED = "bundle.confirmed"
     BUNDLE_TAKEN_BACK = "bundle.taken_back"
     SETTINGS_REFUSED = "settings.refused"
+    ENGINE_STALLED = "engine.stalled"
 
 
 class Notice(_Numbered):
