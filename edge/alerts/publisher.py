@@ -45,7 +45,7 @@ from edge.alerts.refused import Refused
 from edge.alerts.retained import Retained
 from edge.alerts.session import Session
 from edge.alerts.topics import DEAD_LETTERS_VERB, REPLAY_VERB, Identity, Kind, parse_topic, subscriptions
-from edge.errors import MessageError, OutboxError, StoreError
+from edge.errors import LinewardError, MessageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -164,7 +164,6 @@ class Publisher:
         Raises:
             MessageError: a field is unknown or has a wrong value.
         """
-        self._result(verb, **values)  # refused before anything is noted
         self._settle_command(verb, values)
         self._reconnector.wake()
 
@@ -368,7 +367,7 @@ class Publisher:
             values = self._handlers[verb](admission.command)  # type: ignore[arg-type]  # each command is an AnyMessage
             if values is not None:
                 self._settle_command(verb, values | {"id": number})
-        except (MessageError, OutboxError, StoreError) as error:
+        except LinewardError as error:
             self._settle_command(verb, {"ok": False, "id": number, "reason": str(error)[:500]})
         except Exception:
             # Whatever a handler does wrong, the box goes on publishing.
@@ -377,6 +376,7 @@ class Publisher:
             self._settle_command(verb, {"ok": False, "id": number, "reason": "it failed; the box's log says why"})
 
     def _settle_command(self, verb: str, values: dict[str, Any]) -> None:
+        self._result(verb, **values)  # what cannot be said is not noted
         for answer in self._commands.settle(values):
             self._answers.append(self._result(verb, **answer))
 
