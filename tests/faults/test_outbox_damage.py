@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 
-from edge.alerts.message import Alert, Gap, gap_maker, parse
-from edge.alerts.outbox import Outbox
 from edge.errors import OutboxError
-from tests.alert_values import IDENTITY, draft
+from tests.alert_values import draft
+from tests.faults.log_damage import ROWS, contents, damage_log, leave_crashed, open_outbox
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-ROWS = 40
-
-
-def open_outbox(path: Path) -> Outbox:
-    return Outbox(path, make_gap=gap_maker(IDENTITY))
+START_S = 2.0
+SEED = 5
 
 
 @pytest.fixture(scope="module")
 def crashed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
     """The files of a box that died after 40 rows, all in the write-ahead log, and the log's length after each."""
-    folder = tmp_path_factory.mktemp("crashed")
-    outbox = open_outbox(folder / "outbox.db")
-    outbox._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # type: ignore[union-attr]
-    outbox._db.execute("PRAGMA wal_autocheckpoint=0")  # type: ignore[union-attr]
-    lengths = []
-    for _ in range(ROWS):
-        outbox.append_many([draft()])
-        lengths.append((folder / "outbox.db-wal").stat().st_size)
     copy = tmp_path_factory.mktemp("copy")
-    for file in folder.iterdir():
-        shutil.copy(file, copy / file.name)
-    outbox.close()
-    return copy, lengths
+    return copy, leave_crashed(tmp_path_factory.mktemp("crashed"), copy)
 
 
 def damaged_copy(source: Path, target: Path, name: str, change: object) -> Path:
@@ -51,40 +35,15 @@ def damaged_copy(source: Path, target: Path, name: str, change: object) -> Path:
     return target / "outbox.db"
 
 
-def contents(outbox: Outbox) -> tuple[list[int], list[Gap]]:
-    messages = [parse(row.topic, row.payload) for row in outbox.pending(1000)]
-    return [m.seq for m in messages if isinstance(m, Alert)], [m for m in messages if isinstance(m, Gap)]
-
-
+@pytest.mark.parametrize("cases", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_log_damaged_anywhere_keeps_all_rows_before_and_counts_the_others(
-    crashed: tuple[Path, list[int]], tmp_path: Path
+    crashed: tuple[Path, list[int]], tmp_path: Path, cases: int
 ) -> None:
-    source, lengths = crashed
-    rng = random.Random(5)
-    for case in range(60):
-        at = rng.randrange(32, lengths[-1])
-        kind = case % 3
-
-        def change(content: bytearray, at: int = at, kind: int = kind) -> bytes:
-            if kind == 0:
-                return bytes(content[:at])
-            if kind == 1:
-                content[at] ^= 1 << rng.randrange(8)
-                return bytes(content)
-            return bytes(content[:at]) + bytes(len(content) - at)
-
-        safe = sum(length <= at for length in lengths)
-        with open_outbox(damaged_copy(source, tmp_path / str(case), "outbox.db-wal", change)) as outbox:
-            seqs, gaps = contents(outbox)
-            assert seqs[:safe] == list(range(1, safe + 1)), f"case {case}: a committed row is gone"
-            assert seqs == list(range(1, len(seqs) + 1)), f"case {case}: a hole"
-            lost = ROWS - len(seqs)
-            assert [(gap.first, gap.last, gap.dropped) for gap in gaps] == (
-                [(len(seqs) + 1, ROWS, lost)] if lost else []
-            )
-            assert (outbox.damage is not None) == (lost > 0)
-            assert outbox.append(*draft()[:2]) == ROWS + 1, "a number that may have been seen is not given again"
-            assert outbox.quarantined is None
+    found = damage_log(*crashed, tmp_path, cases=cases, seed=SEED)
+    assert found.findings == [], f"seed {SEED}"
+    assert found.cases == cases
+    assert found.lost > cases / 2, "the damage does none: this test would show nothing"
+    assert found.slowest_s <= START_S
 
 
 def test_log_undamaged_after_a_crash_is_no_damage(crashed: tuple[Path, list[int]], tmp_path: Path) -> None:
@@ -92,6 +51,16 @@ def test_log_undamaged_after_a_crash_is_no_damage(crashed: tuple[Path, list[int]
     with open_outbox(damaged_copy(crashed[0], tmp_path / "same", "outbox.db-wal", bytes)) as outbox:
         assert contents(outbox) == (list(range(1, ROWS + 1)), [])
         assert outbox.damage is None
+
+
+def test_loss_is_not_counted_without_the_mark(crashed: tuple[Path, list[int]], tmp_path: Path) -> None:
+    """The control of the count: the same damage, and the file that knows the last number is gone."""
+    source = tmp_path / "unmarked"
+    shutil.copytree(crashed[0], source)
+    (source / "outbox.db-mark").unlink()
+    found = damage_log(source, crashed[1], tmp_path, cases=9, seed=SEED)
+    assert any("gaps count []" in text for text in found.findings)
+    assert any("is given again" in text for text in found.findings)
 
 
 @pytest.fixture
