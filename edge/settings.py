@@ -23,6 +23,7 @@ from edge.errors import MessageError, SettingsError
 from edge.evidence.settings import EvidenceSettings  # noqa: TC001 (pydantic needs it at run time)
 from edge.federation.settings import FederationSettings  # noqa: TC001 (pydantic needs it at run time)
 from edge.health.settings import CameraHealthSettings, MetricsSettings  # noqa: TC001 (as above)
+from edge.inference.onnxruntime_session import Provider
 from edge.inspection.settings import ModbusSettings, StationSettings, check_alone, check_station
 from edge.judgement.events import EventSettings
 from edge.judgement.min_area import MinArea  # noqa: TC001 (pydantic needs it at run time)
@@ -121,6 +122,11 @@ class BoxSettings(BaseModel):
     engine: Engine | None = Field(None, title="Engine", description="onnxruntime or openvino; the best one by default.")
     precision: Precision | None = Field(
         None, title="Precision", description="float32, bfloat16 or int8; the fastest one that is exact by default."
+    )
+    provider: Provider = Field(
+        Provider.CPU,
+        title="Provider",
+        description="What computes inside ONNX Runtime: cpu, cuda, or tensorrt (float16 unless precision is float32).",
     )
     threads: int = Field(0, ge=0, le=256, title="Threads", description="For the engine; 0 lets the engine choose.")
     broker: BrokerSettings = Field(BrokerSettings(), title="Broker", description="The MQTT broker.")

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 from edge.bundle import Bundle
 from edge.inference.detector import Detector
+from edge.inference.engines import Accelerator, Provider
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from edge.settings import BoxSettings
+
+ENGINES_FOLDER = "engines"
+"""Inside state_dir: engines that TensorRT built for this GPU, minutes to build and hundreds of megabytes."""
 
 
 class Detectors:
@@ -68,7 +72,8 @@ class Detectors:
             for camera in settings.cameras
             if camera.enabled
         }
-        runtime = (settings.engine, settings.precision, settings.threads)
+        accelerator = _accelerator(settings)
+        runtime = (settings.engine, settings.precision, settings.threads, accelerator)
         found: dict[Path, Detector] = {}
         by_id: dict[str, Detector] = {}
         for path in dict.fromkeys((default, *cameras.values())):
@@ -82,6 +87,7 @@ class Detectors:
                     precision=settings.precision,
                     threads=settings.threads,
                     streams=_streams(len(cameras)),
+                    accelerator=accelerator,
                 )
             found[path] = by_id[known.bundle.id] = known
         return cls(found, default, cameras, runtime)
@@ -112,6 +118,14 @@ class Detectors:
     def shares_memory(self, camera: str) -> bool:
         """Whether a camera is judged by the box's own bundle, and so by the memory that may change."""
         return self._cameras.get(camera) is self.default
+
+
+def _accelerator(settings: BoxSettings) -> Accelerator:
+    if settings.provider is not Provider.TENSORRT:
+        return Accelerator(settings.provider)
+    # Rows for a fleet carry the id of float32 numerics, which must then be what made them.
+    float16 = settings.precision is None and settings.federation is None
+    return Accelerator(settings.provider, float16=float16, cache=settings.state_dir / ENGINES_FOLDER)
 
 
 def _streams(cameras: int) -> int:
