@@ -405,11 +405,11 @@ class Reconnector:
         self._inbox.put(Wake())
 
     def stop(self, timeout: float) -> None:
-        """Ask ``serve`` to leave and wait for it."""
+        """Ask ``serve`` to leave and wait for it, no longer than ``timeout``: a connect that hangs is left behind."""
         self.stopping.set()
         self.wake()
         if self._thread.ident is not None:
-            self._thread.join(timeout + self._settings.connect_timeout_s + _GOODBYE_S)
+            self._thread.join(timeout)
         self.set_state(LinkState(LinkKind.STOPPED))
 
     def wait_for(self, condition: Callable[[], bool], timeout: float) -> bool:
