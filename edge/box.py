@@ -133,6 +133,8 @@ class Box:
         try:
             contents.open(switch=lambda: self._reloads.apply(lambda: self.settings))
             assert contents.detectors is not None
+            assert contents.inspection is not None
+            contents.inspection.follow(self.healthy)
             self._versions = versions(detector.status.engine.value for detector in contents.detectors)
             if self.fallback_reason:
                 _LOG.warning("fallback: %s", self.fallback_reason)
@@ -214,6 +216,8 @@ class Box:
             self._stop.set()
             return
         judges = self._contents.judges(detectors, (*plan.begun, *plan.switched))
+        assert self._contents.inspection is not None
+        self._contents.inspection.change(settings)
         begun = [self._contents.worker(camera, detectors, judges[camera.name]) for camera in plan.begun]
         # Nothing can fail any more.
         for camera in plan.switched:

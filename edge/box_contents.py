@@ -19,6 +19,7 @@ from edge.health.metrics import Metrics
 from edge.health.watchdog import Watchdog
 from edge.inference.detectors import Detectors
 from edge.inference.stall_guard import StallGuard
+from edge.inspection.inspection import Inspection
 from edge.judgement.given_thresholds import THRESHOLDS_FILE, GivenThresholds
 from edge.judgement.threshold_commands import ThresholdCommands
 from edge.memory.box_memory import BoxMemory
@@ -61,6 +62,7 @@ class BoxContents:
         publisher: empties it.
         reporter: where cameras hand in what they found.
         memory: the one that may change, if any.
+        inspection: the stations of triggered cameras.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class BoxContents:
         self.publisher: Publisher | None = None
         self.reporter: Reporter | None = None
         self.memory: BoxMemory | None = None
+        self.inspection: Inspection | None = None
         self._on_verdict, self._link = on_verdict, link
         self._identity = Identity(site=settings.site, box=settings.box, prefix=settings.broker.prefix)
         self._given = GivenThresholds(settings.state_dir / THRESHOLDS_FILE)
@@ -150,6 +153,7 @@ class BoxContents:
     def worker(self, camera: CameraSettings, detectors: Detectors, judge: Judge) -> CameraWorker:
         """Make the worker of one camera."""
         assert self.reporter is not None
+        assert self.inspection is not None
         return CameraWorker(
             settings=camera,
             detector=detectors.of(camera.name),
@@ -161,6 +165,7 @@ class BoxContents:
             on_verdict=self._on_verdict,
             keep_evidence=None if self._evidence is None else self._evidence.keep,
             observers=self._observers(camera, detectors),
+            station=self.inspection.station_of(camera.name),
         )
 
     def _open_bundles(self) -> tuple[Detectors, dict[str, Judge]]:
@@ -225,6 +230,10 @@ class BoxContents:
         thresholds = ThresholdCommands(self._given, cameras=self.cameras, notify=self.reporter.notice)
         thresholds.attach(self.publisher)
         self.parts.append(thresholds)
+        self.inspection = Inspection(
+            self.settings, reporter=self.reporter, publisher=self.publisher, metrics=self.metrics
+        )
+        self.parts.append(self.inspection)
         workers = [
             self.worker(camera, detectors, judges[camera.name]) for camera in self.settings.cameras if camera.enabled
         ]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from edge.errors import LinewardError, SettingsError
 from edge.health.watchdog import notify_systemd
+from edge.inspection.plan import plan_stations
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,4 +133,5 @@ class Reloads:
 
 
 def _station(camera: str, settings: BoxSettings) -> object:
-    return next((station for station in settings.stations if camera in station.cameras), None)
+    # Not the settings alone: a station is another one, too, when one of its cameras is triggered otherwise.
+    return next((plan for plan in plan_stations(settings) if camera in plan.cameras), None)

@@ -11,13 +11,12 @@ import logging
 import queue
 import threading
 import time
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from edge.capture.capture import CameraState, Capture, LostFrame
-from edge.capture.settings import SourceKind
 from edge.errors import CaptureError, DataError
 from edge.frames import Decision, EventPhase, JudgedFrame
+from edge.inspection.parts import Reason
 from edge.judgement.events import EventTracker
 from edge.settings import Mode
 
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from edge.health.metrics import Metrics
     from edge.health.watchdog import Watchdog
     from edge.inference.detector import Detector
+    from edge.inspection.station import Post, Station
     from edge.judgement.threshold import RunTimeThreshold
     from edge.judgement.verdicts import Judge
     from edge.reporter import Reporter
@@ -65,6 +65,7 @@ class CameraWorker:
             must return at once and not raise.
         keep_evidence: called before them with the same and the bundle that judged it; returns it with the reference of
             the pictures that will be kept of it, where there are any. Must return at once and not raise.
+        station: in triggered mode the one that the camera belongs to; it says which frames are parts, and reports.
     """
 
     def __init__(
@@ -80,7 +81,9 @@ class CameraWorker:
         on_verdict: OnVerdict | None = None,
         observers: Sequence[Observer] = (),
         keep_evidence: KeepEvidence | None = None,
+        station: Station | None = None,
     ) -> None:
+        assert (station is not None) == (settings.mode is Mode.TRIGGERED)
         self.name = settings.name
         self._settings = settings
         self._detector = detector
@@ -98,7 +101,10 @@ class CameraWorker:
         self._stop = stop
         self._on_verdict = on_verdict
         self._tracker = EventTracker(settings.events)
-        self._lost: queue.SimpleQueue[LostFrame] = queue.SimpleQueue()
+        self._lost: queue.SimpleQueue[tuple[LostFrame, Verdict | None]] = queue.SimpleQueue()
+        self._station = station
+        self._post: Post | None = None
+        self._generation = 0
         self._capture = self._new_capture()
         self._captured_before = dict.fromkeys(CAPTURE_COUNTS, 0)
         self._seq_offset = 0
@@ -129,10 +135,15 @@ class CameraWorker:
             CaptureError: a file or folder cannot be opened; the camera's state says so too.
         """
         self._reporter.state(self.name, "not_judged", reason="starting")
+        if self._station is not None:
+            # Not before: until now another worker may have held the camera's place.
+            self._post = self._station.attach(self.name, fire=self._fire, judge=lambda: self._judge)
         try:
             self._capture.start()
         except CaptureError as error:
-            self._reporter.state(self.name, "not_judged", reason=str(error)[:200])
+            self._show_not_judged(str(error))
+            if self._post is not None:
+                self._post.end(str(error)[:200])
             self._done.set()
             raise
         self._thread = threading.Thread(target=self._run, name=f"judge-{self.name}", daemon=True)
@@ -258,21 +269,31 @@ class CameraWorker:
 
     def _close(self) -> None:
         self._capture.stop(CAPTURE_STOP_S)
+        # A driver that returns only now has no say any more.
+        self._generation += 1
         self._report_lost()
         self._report(self._tracker.finish())
         ended = self._ending_reason or self._failure or self._capture.error or "the source has ended"
         reason = "stopped" if self._stop.is_set() else ended
-        self._reporter.state(self.name, "not_judged", reason=reason[:200])
+        if self._post is not None:
+            self._post.end(reason[:200])
+            self._post.station.flush()
+        self._show_not_judged(reason)
         self._watchdog.forget(self.name)
         self._done.set()
 
     def _take(self, frame: Frame) -> None:
-        triggered = self._settings.mode is Mode.TRIGGERED
-        self._next_seq = frame.camera_seq + self._seq_offset + 1
-        frame = dataclasses.replace(
-            frame, camera_seq=frame.camera_seq + self._seq_offset, part_id=self._part_id(frame.name)
-        )
-        prediction, verdict = self._judged(frame)
+        triggered = self._post is not None
+        seq = frame.camera_seq + self._seq_offset
+        self._next_seq = seq + 1
+        frame = dataclasses.replace(frame, camera_seq=seq, part_id=self._part_id(seq))
+        if not self._in_time(seq):
+            # Its part has its verdict: the time is better spent on the next one.
+            self._deliver(frame.name, self._too_late(frame), Reason.DEADLINE)
+            return
+        prediction, verdict, code = self._judged(frame)
+        if code is Reason.NONE and not self._in_time(seq):
+            verdict, code = self._too_late(frame), Reason.DEADLINE
         judged = verdict.decision is not Decision.NOT_JUDGED
         if judged:
             stages = verdict.latency_ms
@@ -287,7 +308,7 @@ class CameraWorker:
             verdict, events = done.verdict, list(done.events)
         for observer in self._observers:
             observer(done)
-        self._deliver(frame.name, verdict)
+        self._deliver(frame.name, verdict, code)
         if not triggered:
             self._report(events)
             self._show_stream(verdict)
@@ -296,8 +317,16 @@ class CameraWorker:
         judge = self._met  # the threshold may be set anew at any moment
         return self._tracker.step(verdict, leave_level=judge.leave_level, enter_level=judge.enter_level)
 
-    def _judged(self, frame: Frame) -> tuple[Prediction | None, Verdict]:
-        timeout_ms = self._settings.timeout_ms if self._settings.mode is Mode.TRIGGERED else None
+    def _in_time(self, seq: int) -> bool:
+        """In triggered mode, whether a view of this frame would count for its part."""
+        return self._post is None or self._post.in_time(seq)
+
+    def _too_late(self, frame: Frame) -> Verdict:
+        self._metrics.count("frames_late")
+        late_ms = (time.monotonic_ns() - frame.captured_ns) / NS_PER_MS
+        return self._judge.not_judged(frame, f"too late for its part, {late_ms:.0f} ms after capture")
+
+    def _judged(self, frame: Frame) -> tuple[Prediction | None, Verdict, Reason]:
         prediction = None
         try:
             prediction = self._detector.predict(frame)
@@ -309,16 +338,11 @@ class CameraWorker:
             if failure != self._failure:
                 _LOG.error("camera %s: a frame could not be judged: %s", self.name, failure, exc_info=error)
             self._failure = failure
-            return prediction, self._judge.not_judged(frame, failure[:200])
+            return prediction, self._judge.not_judged(frame, failure[:200]), Reason.FAILED
         if self._failure:
             _LOG.info("camera %s: frames are judged again", self.name)
             self._failure = ""
-        if timeout_ms is not None and verdict.latency_ms["total"] > timeout_ms:
-            self._metrics.count("frames_late")
-            verdict = self._judge.not_judged(
-                frame, f"judged {verdict.latency_ms['total']:.0f} ms after capture, {timeout_ms:g} ms are allowed"
-            )
-        return prediction, verdict
+        return prediction, verdict, Reason.FAILED if verdict.decision is Decision.NOT_JUDGED else Reason.NONE
 
     def _judge_of(self, memory_version: int) -> Judge:
         with self._judges_lock:
@@ -329,22 +353,19 @@ class CameraWorker:
             self._judge = self._met = self._judges[memory_version]
         return self._met
 
-    def _deliver(self, name: str, verdict: Verdict) -> None:
+    def _deliver(self, name: str, verdict: Verdict, code: Reason) -> None:
+        if self._post is not None:
+            self._post.tell(verdict.camera_seq, verdict, code, self._judge.calibration_count)
+        self._count_verdict(name, verdict)
+
+    def _count_verdict(self, name: str, verdict: Verdict) -> None:
+        if self._station is not None and not self._station.plan.own:
+            state = verdict.decision.value.lower()
+            self._reporter.state(self.name, state, reason=verdict.reason, part_id=verdict.part_id, verdict=verdict)
         judged = verdict.decision is not Decision.NOT_JUDGED
         self._counts["judged"] += judged
         self._counts[verdict.decision.value.lower()] += 1
         self._metrics.count("judged" if judged else "not_judged")
-        if self._settings.mode is Mode.TRIGGERED:
-            started = time.monotonic_ns()
-            self._reporter.verdict(verdict, calibration_count=self._judge.calibration_count)
-            self._metrics.observe({"store": (time.monotonic_ns() - started) / NS_PER_MS})
-            self._reporter.state(
-                self.name,
-                verdict.decision.value.lower(),
-                reason=verdict.reason,
-                part_id=verdict.part_id,
-                verdict=verdict,
-            )
         if self._on_verdict is not None:
             self._on_verdict(name, verdict)
 
@@ -363,6 +384,12 @@ class CameraWorker:
                     self.name, event.phase.value, event.camera_seq, event.score, event.peak_score, event.threshold,
                 )  # fmt: skip
 
+    def _show_not_judged(self, reason: str) -> None:
+        """Show that nothing is judged here; a station that misses one of its views cannot vouch for a part either."""
+        self._reporter.state(self.name, "not_judged", reason=reason[:200])
+        if self._station is not None and not self._station.plan.own:
+            self._reporter.state(self._station.plan.name, "not_judged", reason=f"{self.name}: {reason}"[:200])
+
     def _show_stream(self, verdict: Verdict) -> None:
         if verdict.decision is Decision.NOT_JUDGED:
             self._reporter.state(self.name, "not_judged", reason=verdict.reason, verdict=verdict)
@@ -375,25 +402,32 @@ class CameraWorker:
         """Count frames that were dropped or unreadable; in triggered mode each of them was a part."""
         with contextlib.suppress(queue.Empty):
             while True:
-                lost = self._lost.get_nowait()
+                lost, verdict = self._lost.get_nowait()
                 self._metrics.count(f"frames_{lost.reason}")
                 self._next_seq = max(self._next_seq, lost.camera_seq + self._seq_offset + 1)
-                if self._settings.mode is Mode.TRIGGERED:
-                    verdict = self._judge.missing(
-                        camera=self.name,
-                        camera_seq=lost.camera_seq + self._seq_offset,
-                        captured_ns=lost.captured_ns,
-                        captured_at=lost.captured_at,
-                        part_id=self._part_id(lost.name),
-                        reason=f"frame {lost.reason}",
-                    )
-                    self._deliver(lost.name, verdict)
+                if verdict is not None:
+                    self._count_verdict(lost.name, verdict)
 
-    def _part_id(self, name: str) -> str | None:
-        """In triggered mode a file of a folder is one part, named by the file."""
-        if self._settings.mode is Mode.TRIGGERED and self._settings.source.kind is SourceKind.FOLDER and name:
-            return PurePath(name).stem
-        return None
+    def _told_lost(self, lost: LostFrame) -> Verdict | None:
+        """In the thread that lost a frame: the verdict on its part, told to the station; None where it is no part."""
+        seq = lost.camera_seq + self._seq_offset
+        if self._post is None or self._post.part(seq) is None:
+            return None
+        judge = self._judge
+        verdict = judge.missing(
+            camera=self.name,
+            camera_seq=seq,
+            captured_ns=lost.captured_ns,
+            captured_at=lost.captured_at,
+            part_id=self._part_id(seq),
+            reason=f"frame {lost.reason}",
+        )
+        self._post.tell(seq, verdict, Reason.FRAME_LOST, judge.calibration_count)
+        return verdict
+
+    def _part_id(self, seq: int) -> str | None:
+        part = None if self._post is None else self._post.part(seq)
+        return None if part is None else part.part_id
 
     def _look_after_capture(self) -> bool:
         """No frame came: show why, end what cannot go on, and restart a camera that broke down.
@@ -403,7 +437,7 @@ class CameraWorker:
         """
         state = self._capture.state
         if state in _NOT_WELL:
-            self._reporter.state(self.name, "not_judged", reason=(self._capture.error or state.value)[:200])
+            self._show_not_judged(self._capture.error or state.value)
         if state in _LOST:
             self._report(self._tracker.finish())
         if not self._capture.finished:
@@ -430,5 +464,28 @@ class CameraWorker:
         # A live source opens in its own thread, so this cannot raise.
         self._capture.start()
 
+    def _fire(self) -> None:
+        # The capture of the moment: a camera that broke down has a new one.
+        self._capture.fire()
+
     def _new_capture(self) -> Capture:
-        return Capture(name=self.name, settings=self._settings.source, on_lost=self._lost.put)
+        self._generation += 1
+        generation = self._generation
+
+        def wanted(frame: Frame | LostFrame) -> bool:
+            """In the capture's thread: whether a part waits for a frame; None waits for those of a capture left."""
+            if self._post is None:
+                return True
+            seq = frame.camera_seq + self._seq_offset
+            return generation == self._generation and self._post.frame(
+                seq, at_ns=frame.captured_ns, at=frame.captured_at, name=frame.name
+            )
+
+        def lose(lost: LostFrame) -> None:
+            # An unreadable frame was never asked about, and is a part all the same.
+            if lost.reason == "corrupt":
+                wanted(lost)
+            # At once, whatever the worker is busy with: its part waits.
+            self._lost.put((lost, self._told_lost(lost)))
+
+        return Capture(name=self.name, settings=self._settings.source, on_lost=lose, wanted=wanted)

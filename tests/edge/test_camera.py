@@ -23,12 +23,24 @@ from edge.health.metrics import Metrics
 from edge.health.watchdog import Watchdog
 from edge.judgement.verdicts import Judge
 from edge.settings import CameraSettings
+from tests.edge.inspection_values import box_settings, inspect
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from edge.inspection.inspection import Inspection
 
 HOT, CALM = 255, 0
 SOON = 20
+_BEGUN: list[Inspection] = []
+
+
+@pytest.fixture(autouse=True)
+def _end_inspections() -> Iterator[None]:
+    yield
+    while _BEGUN:
+        assert _BEGUN.pop().stop(SOON)
 
 
 class Recorder:
@@ -103,10 +115,12 @@ def work(
     **settings: Any,
 ) -> tuple[CameraWorker, Recorder, Metrics]:
     recorder, metrics = Recorder(), Metrics()
+    camera = {"name": "cam", "source": {"kind": "folder", "path": str(folder)}, "mode": "triggered", **settings}
+    inspection = inspect(box_settings([camera]), reporter=recorder, metrics=metrics)
+    _BEGUN.append(inspection)
     worker = CameraWorker(
-        settings=CameraSettings.model_validate(
-            {"name": "cam", "source": {"kind": "folder", "path": str(folder)}, "mode": "triggered", **settings}
-        ),
+        settings=CameraSettings.model_validate(camera),
+        station=inspection.station_of("cam"),
         detector=detector or Brightness(),
         judge=judge(alpha),
         reporter=recorder,
@@ -186,13 +200,40 @@ def test_part_with_a_nan_map_is_not_judged(tmp_path: Path) -> None:
 
 
 def test_part_judged_too_late_is_not_judged(tmp_path: Path) -> None:
-    worker, recorder, metrics = work(folder_of(tmp_path / "in", [CALM]), timeout_ms=1e-6)
+    detector = Brightness()
+    detector.gate.clear()
+    worker, recorder, metrics = work(folder_of(tmp_path / "in", [CALM]), detector=detector, timeout_ms=5)
 
-    finish(worker)
+    worker.start()
+    with recorder.seen:
+        # At its deadline, not when the engine is done with it.
+        assert recorder.seen.wait_for(lambda: recorder.verdicts, SOON)
+    detector.gate.set()
+    assert worker.join(SOON)
 
     assert decisions(recorder) == {"part000": "NOT_JUDGED"}
-    assert "allowed" in recorder.verdicts[0].reason
+    assert recorder.verdicts[0].reason == "not judged within 5 ms"
     assert metrics.value("frames_late") == 1
+    assert worker.status()["counters"]["not_judged"] == 1
+    assert worker.status()["counters"]["ok"] == 0
+
+
+def test_parts_whose_time_is_over_are_not_judged_any_more(tmp_path: Path) -> None:
+    detector = Brightness()
+    detector.gate.clear()
+    worker, recorder, metrics = work(folder_of(tmp_path / "in", [CALM] * 4), detector=detector, timeout_ms=5)
+    seen: list[int] = []
+    predict = detector.predict
+    detector.predict = lambda frame: seen.append(frame.camera_seq) or predict(frame)  # type: ignore[method-assign,func-returns-value]
+
+    worker.start()
+    with recorder.seen:
+        assert recorder.seen.wait_for(lambda: len(recorder.verdicts) == 4, SOON)
+    detector.gate.set()
+    assert worker.join(SOON)
+
+    assert seen == [0]
+    assert metrics.value("frames_late") == 4
 
 
 def test_parts_dropped_by_policy_are_not_judged(tmp_path: Path) -> None:
@@ -295,11 +336,15 @@ def test_missing_folder_is_refused_and_shown(tmp_path: Path) -> None:
     assert recorder.states[-1][0] == "not_judged"
 
 
-def test_defect_of_the_worker_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker, recorder, metrics = work(folder_of(tmp_path / "in", [CALM]))
-    monkeypatch.setattr(recorder, "verdict", lambda *_, **__: 1 / 0)
+def test_defect_of_the_worker_is_seen_and_no_part_waits_for_it(tmp_path: Path) -> None:
+    worker, recorder, metrics = work(
+        folder_of(tmp_path / "in", [CALM, CALM]), observers=[lambda _: 1 / 0], timeout_ms=60_000
+    )
 
     finish(worker)
+
+    # Every frame was a part, those that nobody judges any more too.
+    assert [verdict.decision.value for verdict in recorder.verdicts] == ["NOT_JUDGED", "NOT_JUDGED"]
 
     assert metrics.value("workers_failed") == 1
     assert "its worker failed" in worker.failure
@@ -359,8 +404,9 @@ class BreakingCapture:
 
     made = 0
 
-    def __init__(self, **_: object) -> None:
+    def __init__(self, *, wanted: Callable[[Frame], bool], **_: object) -> None:
         BreakingCapture.made += 1
+        self.wanted = wanted
         self.first = BreakingCapture.made == 1
         self.given = 0
 
@@ -388,6 +434,7 @@ class BreakingCapture:
             return None
         frame = Frame(np.zeros((8, 8, 3), np.uint8), "cam", self.given, 0, datetime.now(timezone.utc))
         self.given += 1
+        assert self.wanted(frame)
         return frame
 
 
