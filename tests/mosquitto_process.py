@@ -44,13 +44,10 @@ class Mosquitto:
         if autosave_s is not None:
             lines += ["persistence true", f"persistence_location {folder}/", f"autosave_interval {autosave_s}"]
         if users:
-            passwords = folder / "passwords"
-            passwords.touch(mode=0o600)
+            (folder / "passwords").touch(mode=0o600)
             for name, password in users.items():
-                program = shutil.which("mosquitto_passwd")
-                assert program is not None
-                subprocess.run([program, "-b", str(passwords), name, password], check=True, capture_output=True)
-            lines.append(f"password_file {passwords}")
+                self.set_password(name, password)
+            lines.append(f"password_file {folder / 'passwords'}")
         if acl:
             (folder / "acl").write_text(acl)
             (folder / "acl").chmod(0o600)
@@ -61,6 +58,13 @@ class Mosquitto:
     @property
     def url(self) -> str:
         return f"mqtt://{HOST}:{self.port}"
+
+    def set_password(self, name: str, password: str) -> None:
+        """Known to the broker after a reload or restart."""
+        program = shutil.which("mosquitto_passwd")
+        assert program is not None
+        passwords = str(self.folder / "passwords")
+        subprocess.run([program, "-b", passwords, name, password], check=True, capture_output=True)
 
     def start(self) -> None:
         program = shutil.which("mosquitto")
