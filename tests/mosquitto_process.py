@@ -52,8 +52,8 @@ class Mosquitto:
             (folder / "acl").write_text(acl)
             (folder / "acl").chmod(0o600)
             lines.append(f"acl_file {folder / 'acl'}")
-        self._config = folder / "mosquitto.conf"
-        self._config.write_text("\n".join(lines) + "\n")
+        self.config = folder / "mosquitto.conf"
+        self.config.write_text("\n".join(lines) + "\n")
 
     @property
     def url(self) -> str:
@@ -70,7 +70,7 @@ class Mosquitto:
         program = shutil.which("mosquitto")
         assert program is not None
         with (self.folder / "mosquitto.log").open("ab") as log:
-            self.process = subprocess.Popen([program, "-c", str(self._config)], stdout=log, stderr=log)
+            self.process = subprocess.Popen([program, "-c", str(self.config)], stdout=log, stderr=log)
         self._wait_for_answer()
 
     def kill(self) -> None:

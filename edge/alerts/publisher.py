@@ -111,7 +111,9 @@ class Publisher:
         self._birth_at: float | None = None
         if settings.home_assistant is not None:
             self._home_assistant = HomeAssistant(settings.home_assistant, identity)
-            self._retain(self._home_assistant.box_configs())
+            for topic, config in self._home_assistant.box_configs().items():
+                self._retained.put(topic, config, passing=True)
+            LOG.info("Home Assistant node %s", self._home_assistant.node)
         client_id = settings.client_id or f"lineward-{identity.site}-{identity.box}"
         self._reconnector = Reconnector(
             settings=settings,
