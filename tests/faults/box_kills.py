@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge.alerts.message import Alert
 from edge.alerts.publisher import Publisher
+from edge.frames import EventPhase
 from tests.alert_values import IDENTITY
 from tests.faults.alert_box import RecordingOutbox, settings_for
 from tests.faults.history import Kind, check, ids, read
 from tests.faults.listener import Listener
+from tests.faults.whole_box import log_of, make_line, running_box, write_settings
 from tests.mosquitto_process import free_port
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from edge.alerts.message import Notice
     from tests.faults.history import Report
     from tests.mosquitto_process import Mosquitto
 
@@ -73,3 +81,50 @@ def _live_and_die(outbox: Path, history: Path, url: str, rate: float, seconds: f
             box.kill()
         else:
             raise AssertionError(f"the box has ended by itself, with code {code}")
+
+
+def kill_whole_boxes(
+    broker: Mosquitto, folder: Path, *, kills: int, fps: float, seed: int
+) -> tuple[Path, Report, list[str]]:
+    """Kill a whole box, which captures, judges and alerts, so many times; then end one in order.
+
+    Returns:
+        The history, what it shows, and what is wrong with the phases of events.
+    """
+    rng = random.Random(seed)
+    history = folder / "history.jsonl"
+    bundle, images = make_line(folder)
+    config = write_settings(folder, bundle, images, broker.url, fps=fps, cameras=2)
+    with Listener(broker.port, history) as listener:
+        for life in range(kills):
+            with running_box(config, history) as box:
+                # One in four is killed while it starts.
+                if life % 4:
+                    assert listener.wait_for_count(len(listener.arrived) + 1, 30), log_of(config)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    box.wait(rng.uniform(0, 1))
+                    raise AssertionError(f"the box has ended by itself: {log_of(config)}")
+        with running_box(config, history) as box:
+            assert listener.wait_for_count(len(listener.arrived) + 10, 30), log_of(config)
+            box.terminate()
+            assert box.wait(30) == 0, log_of(config)
+        listener.wait_for(set(ids(read(history), Kind.ENQUEUED)), quiet_s=QUIET_S)
+        return history, check(read(history)), wrong_phases(listener.arrived.values())
+
+
+def wrong_phases(messages: Iterable[Alert | Notice]) -> list[str]:
+    """Events that do not begin with ``new``, go on after ``end``, or change camera; an event may lack its end."""
+    events: dict[str, list[Alert]] = defaultdict(list)
+    for message in messages:
+        if isinstance(message, Alert):
+            events[message.event_id].append(message)
+    found = []
+    for name, alerts in events.items():
+        alerts.sort(key=lambda alert: alert.seq)
+        phases = [alert.phase for alert in alerts]
+        inner = set(phases[1:-1])
+        whole = phases[0] is EventPhase.NEW and inner <= {EventPhase.UPDATE} and EventPhase.NEW not in phases[1:]
+        cameras = {alert.camera for alert in alerts}
+        if not whole or len(cameras) != 1:
+            found.append(f"event {name} of {', '.join(sorted(cameras))}: {' '.join(phase.value for phase in phases)}")
+    return found

@@ -16,6 +16,8 @@ from tests.faults.history import Id, Kind, Recorder
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from edge.alerts.message import AnyMessage
+
 _KINDS = frozenset({TopicKind.ALERT, TopicKind.GAP, TopicKind.NOTICE})
 
 
@@ -111,6 +113,8 @@ class Listener:
                 self._changed.notify_all()
 
 
-def content_of(message: Alert | Notice) -> str:
-    """What no other message of any box has."""
-    return f"{message.event_id} {message.phase.value}" if isinstance(message, Alert) else message.text
+def content_of(message: AnyMessage) -> str:
+    """What no other message of any box has; of notices and verdicts, what tells most of them apart."""
+    if isinstance(message, Alert):
+        return f"{message.event_id} {message.phase.value}"
+    return message.text if isinstance(message, Notice) else f"{message.schema_} {getattr(message, 'part_id', '')}"

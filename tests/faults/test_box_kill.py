@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.faults.box_kills import kill_alert_boxes
+from edge.alerts.message import alert_from_event
+from edge.frames import EventPhase
+from tests.alert_values import IDENTITY, JUDGE, event
+from tests.faults.box_kills import kill_alert_boxes, kill_whole_boxes, wrong_phases
 from tests.faults.history import Kind, ids, read, require_sound
 
 if TYPE_CHECKING:
@@ -43,3 +46,33 @@ def test_box_killed_without_a_durable_outbox_loses_rows(mosquitto: Mosquitto, tm
 @pytest.mark.timeout(900)
 def test_box_killed_two_hundred_times_loses_nothing(mosquitto: Mosquitto, tmp_path: Path) -> None:
     check_nothing_lost(mosquitto, tmp_path, kills=200, rate=20)
+
+
+def check_whole_box(broker: Mosquitto, folder: Path, *, kills: int) -> None:
+    history, report, wrong = kill_whole_boxes(broker, folder, kills=kills, fps=10, seed=SEED)
+    require_sound(history, seed=SEED)
+    assert wrong == []
+    assert report.enqueued > 10
+
+
+def test_whole_box_killed_loses_nothing_and_its_events_are_consistent(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    check_whole_box(mosquitto, tmp_path, kills=3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_whole_box_killed_fifty_times(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    check_whole_box(mosquitto, tmp_path, kills=50)
+
+
+@pytest.mark.parametrize(
+    ("phases", "wrong"),
+    [("new end", 0), ("new", 0), ("new update update", 0), ("new update end", 0), ("end", 1), ("update end", 1),
+     ("new new", 1), ("new end update", 1), ("new end end", 1)],
+)  # fmt: skip
+def test_phases_of_an_event_that_do_not_fit_are_found(phases: str, wrong: int) -> None:
+    alerts = [
+        alert_from_event(event(phase=EventPhase(phase)), identity=IDENTITY, judge=JUDGE, epoch="a" * 16, seq=seq)
+        for seq, phase in enumerate(phases.split(), 1)
+    ]
+    assert len(wrong_phases(alerts)) == wrong
