@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _LIBRARY = "libaravis-0.8.so.0"
 _SUCCESS = 0  # ArvBufferStatus
 _STATUS = {
-    -1: "unknown", 1: "cleared", 2: "time-out", 3: "missing packets", 4: "wrong packet id", 5: "too large",
+    -1: "unknown", 1: "cleared", 2: "time-out", 3: "missing packets", 4: "wrong packet id", 5: "another size",
     6: "still filling", 7: "aborted", 8: "no image",
 }  # fmt: skip
 _PATH = ctypes.c_void_p
@@ -315,17 +315,22 @@ class Camera:
                 raise CaptureError("is not connected")
             self.ask("software_trigger")
 
-    def close(self) -> None:
-        """Stop and let go; may be called twice."""
+    def close(self, *, away: bool = False) -> None:
+        """Stop and let go; may be called twice.
+
+        Args:
+            away: it does not answer; it is not told to stop, which would take 5 s of retries.
+        """
         with self._lock:
             camera, stream = self._camera, self._stream
             if camera is None:
                 return
             if stream is not None:
                 self._push_back()
-                # One that is away has nothing left to stop.
-                with contextlib.suppress(CaptureError):
-                    self.ask("stop_acquisition")
+                if not away:
+                    # It may be away all the same; then there is nothing left to stop.
+                    with contextlib.suppress(CaptureError):
+                        self.ask("stop_acquisition")
                 self._library.unref(stream)
             self._camera = self._stream = None
             self._library.unref(camera)

@@ -5,6 +5,7 @@ It must not know queues, threads or reconnecting.
 
 from __future__ import annotations
 
+import ipaddress
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -97,6 +98,7 @@ class GenicamSource:
         self._camera: Camera | None = None
         self._heard = self._looked = 0.0
         self._fired: float | None = None
+        self._away = False
         self._remarks: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -125,6 +127,7 @@ class GenicamSource:
         self._camera = camera
         self._heard = self._looked = time.monotonic()
         self._fired = None
+        self._away = False
 
     def read(self) -> Grab | Idle | None:
         """Return the next frame; IDLE after a fifth of a second without one.
@@ -175,7 +178,7 @@ class GenicamSource:
         """Stop the camera and let go of it; may be called twice."""
         camera, self._camera = self._camera, None
         if camera is not None:
-            camera.close()
+            camera.close(away=self._away)
 
     def _connect(self) -> Camera:
         found = self._device
@@ -188,7 +191,7 @@ class GenicamSource:
         except CaptureError as error:
             refusal = str(error)
         # Aravis opens by id and address; a serial number alone is looked up, which takes a second.
-        for device in library().devices(fake=fake):
+        for device in () if _is_address(found) else library().devices(fake=fake):
             if found in (device.serial, device.id):
                 try:
                     return Camera(device.id)
@@ -208,12 +211,22 @@ class GenicamSource:
             return
         self._looked = now
         if not camera.controlled:
+            self._away = True
             raise CaptureError(f"camera {self._device}: control was lost, it was away or another program took it")
         try:
             # One register, so that a camera that is away shows though no frame is due.
             camera.ask("get_payload")
         except CaptureError as error:
+            self._away = True
             raise CaptureError(f"camera {self._device}: does not answer any more ({error})") from error
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _set_features(camera: Camera, settings: SourceSettings) -> list[str]:

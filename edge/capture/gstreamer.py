@@ -47,6 +47,7 @@ _BOUNDARY = "lineward"
 _HEAD = re.compile(rb"\s*--lineward\r\nContent-Type: video/x-raw\r\nContent-Length: (\d{1,10})\r\n\r\n")
 _CAPS = re.compile(r"lineward_caps\.GstPad:src: caps = .*?width=\(int\)(\d+), height=\(int\)(\d+)")
 _NO_ELEMENT = re.compile(r'no element "([^"]+)"')
+_CANNOT_LINK = re.compile(r"could not link|not-negotiated")
 _PACKAGES = (
     (re.compile(r"multipartmux|v4l2|rtsp|rtp|jpeg|udpsrc|souphttpsrc|matroska|qtdemux"), "gstreamer1.0-plugins-good"),
     (re.compile(r"nv"), "nvidia-l4t-gstreamer (on a Jetson)"),
@@ -306,6 +307,8 @@ class GstreamerSource:
         if missing is not None:
             package = next((name for name_of, name in _PACKAGES if name_of.match(missing[1])), None)
             cure = "; install " + (package or "the Debian package of gstreamer1.0-plugins-* that has it")
+        elif _CANNOT_LINK.search(said):
+            cure = "; the pipeline must end in raw video of the width and height asked for, and name no sink"
         return (f": {said[:400]}" if said else "") + cure
 
 

@@ -213,16 +213,13 @@ def _stream_backends() -> list[int]:
 def _open_capture(place: int | str, backends: list[int], parameters: list[int]) -> cv2.VideoCapture | None:
     # FFmpeg prints to stderr past OpenCV's own level; read once, when its backend is first used.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    level = cv2.utils.logging.getLogLevel()
-    try:
-        # A camera that is away is tried for hours; the caller logs it once.
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        for backend in backends:
-            capture = cv2.VideoCapture()
-            # GStreamer and V4L2 refuse parameters that they do not know.
-            if capture.open(place, backend, parameters if backend == cv2.CAP_FFMPEG else []):
-                return capture
-            capture.release()
-    finally:
-        cv2.utils.logging.setLogLevel(level)
+    # A camera that is away is tried for hours; the capture says so once. Set for good: the level is one for the whole
+    # process, and threads that put it back would undo each other's.
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    for backend in backends:
+        capture = cv2.VideoCapture()
+        # GStreamer and V4L2 refuse parameters that they do not know.
+        if capture.open(place, backend, parameters if backend == cv2.CAP_FFMPEG else []):
+            return capture
+        capture.release()
     return None

@@ -175,10 +175,11 @@ class Reader:
                 reason = redact(str(error))
             if self._frames > before:
                 pause = FIRST_WAIT_SECONDS
-            self._called(self._source.close)
             if self.stop.is_set():
                 return
+            # Said first: to let go of a GigE camera that is away takes seconds of retries.
             self._owner.entered(self, CameraState.RECONNECTING, reason)
+            self._called(self._source.close)
             self._wait(self.stop, pause)
             pause = min(2 * pause, self._settings.reconnect_seconds)
 

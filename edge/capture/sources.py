@@ -112,15 +112,12 @@ def read_image(path: Path) -> npt.NDArray[np.uint8]:
         raise CorruptFrameError(f"{path}: cannot be read ({error.strerror})", name=path.name) from error
     if not data or _is_truncated(data):
         raise CorruptFrameError(f"{path}: the image is truncated; copy it again", name=path.name)
-    level = cv2.utils.logging.getLogLevel()
+    # OpenCV prints several lines per bad file; we report it ourselves, once.
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
-        # OpenCV prints several lines per bad file; we report it ourselves, once.
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:
         raise CorruptFrameError(f"{path}: cannot be decoded ({error.err})", name=path.name) from error
-    finally:
-        cv2.utils.logging.setLogLevel(level)
     if image is None:
         raise CorruptFrameError(f"{path}: no image that OpenCV can decode; remove or replace it", name=path.name)
     return np.asarray(image, dtype=np.uint8)
