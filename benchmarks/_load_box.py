@@ -73,7 +73,7 @@ class Report:
         judged: frames judged in that time.
         dropped: frames dropped in that time.
         latency_ms: percentile -> milliseconds from a frame's capture to its verdict.
-        rss_mb: resident memory at the end of that time.
+        rss_mb: resident memory at the end of that time, without the frames that are replayed.
         threads: of the process then.
         cpu_s: processor time in that time.
         totals: of the whole run, after the stop: captured, judged, not_judged, dropped, corrupt.
@@ -226,7 +226,7 @@ def run(spec: Spec) -> Report:
         judged=after["judged"] - before["judged"],
         dropped=after["dropped"] - before["dropped"],
         latency_ms={name: float(np.percentile(latencies or [np.nan], q)) for name, q in (("p50", 50), ("p99", 99))},
-        rss_mb=int(memory["VmRSS"]) / 1024,
+        rss_mb=int(memory["VmRSS"]) / 1024 - images.nbytes / 2**20,
         threads=int(memory["Threads"]),
         cpu_s=cpu,
         totals=_counts(box),

@@ -71,7 +71,7 @@ print(json.dumps(marks))
 """
 
 
-def write_frames(bundle: Bundle, folder: Path) -> float:
+def write_frames(bundle: Bundle, folder: Path, *, width: int = WIDTH, height: int = HEIGHT) -> float:
     """Write good and defective frames in turns, and find a threshold between their scores.
 
     The good ones are the bundle's own golden canvases, enlarged; the defective ones the same with a blot.
@@ -88,10 +88,10 @@ def write_frames(bundle: Bundle, folder: Path) -> float:
     folder.mkdir(parents=True)
     good = canvases[: len(canvases) // 2]
     for index in range(12):
-        frame = cv2.resize(good[index // 2 % len(good)][:, :, ::-1], (WIDTH, HEIGHT), interpolation=cv2.INTER_NEAREST)
+        frame = cv2.resize(good[index // 2 % len(good)][:, :, ::-1], (width, height), interpolation=cv2.INTER_NEAREST)
         defective = index // _RUN % 2 == 1
         if defective:
-            cv2.circle(frame, (WIDTH // 2, HEIGHT // 2), HEIGHT // 4, (255, 40, 200), -1)
+            cv2.circle(frame, (width // 2, height // 2), height // 4, (255, 40, 200), -1)
         path = folder / f"{index:04d}.jpg"
         cv2.imwrite(str(path), frame, [cv2.IMWRITE_JPEG_QUALITY, 95])
         read = cv2.imread(str(path))

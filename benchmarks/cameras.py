@@ -65,7 +65,7 @@ def memory_per_camera(reports: dict[int, Report]) -> float:
 def print_curve(curve: Curve, fps: float) -> None:
     print(f"1080p BGR frames from memory, {fps:g} frames/s offered by each camera\n")
     print(
-        "| cameras | strategy | offered/s | judged/s | dropped | latency p50 | p99 | ms processor a frame | resident |"
+        "| cameras | strategy | offered/s | judged/s | dropped | latency p50 | p99 | ms processor a frame | resident besides frames |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for count in next(iter(curve.values())):
@@ -119,7 +119,7 @@ def draw(curve: Curve, fps: float, path: Path) -> None:
     rate.set(title="frames judged per second", yscale="log")
     delay.set(title="capture to verdict, ms (o p50, ^ p99)", yscale="log")
     drops.set(title="frames dropped, %")
-    memory.set(title="resident memory of the box, MB", ylim=(0, None))
+    memory.set(title="resident memory of the box besides frames, MB", ylim=(0, None))
     for axes in (rate, delay, drops, memory):
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts])
