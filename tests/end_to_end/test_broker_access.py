@@ -36,7 +36,7 @@ SHIPPED = Path(__file__).parents[2] / "deploy" / "mosquitto"
 A, B = Identity("plant", "a"), Identity("plant", "b")
 # mosquitto_passwd takes no name with a colon; everything else is allowed in a name.
 PASSWORDS = {"lineward-watch": "watch-word", "lineward-operator": "operator-word", "plant/b": "box-b-word",
-             "plant": "site-word", "plant/a/cam": "long-word", "stranger": "stranger-word"}  # fmt: skip
+             "plant": "site-word", "plant/+": "plus-word", "plant/a/cam": "long-word", "stranger": "stranger-word"}  # fmt: skip
 
 
 @dataclass
@@ -218,7 +218,7 @@ def test_box_says_everything_of_its_own_and_nothing_of_another(plant: Plant) -> 
         assert not taken(settings, topic, b""), topic
 
 
-@pytest.mark.parametrize("name", ["plant", "plant/a/cam", "stranger"])
+@pytest.mark.parametrize("name", ["plant", "plant/a/cam", "plant/+", "stranger"])
 def test_name_that_is_no_box_says_nothing(plant: Plant, name: str) -> None:
     settings = plant.by_password(name)
     for topic in [*topics_of(A).values(), A.command("ship")]:
