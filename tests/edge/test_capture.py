@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import TYPE_CHECKING
 
 import cv2
@@ -14,13 +15,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from edge.capture.building import build_source
-from edge.capture.capture import CameraState, Capture, LostFrame
-from edge.capture.opencv import VideoSource
+from edge.capture.capture import MAX_HUNG, CameraState, Capture, LostFrame
+from edge.capture.opencv import VideoSource, ask
 from edge.capture.settings import DropPolicy, SourceSettings, redact
-from edge.capture.sources import FolderSource, Grab
+from edge.capture.sources import IDLE, FolderSource, Grab, Idle
 from edge.errors import CaptureError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from edge.frames import Frame
@@ -372,3 +374,239 @@ def test_redact_hides_every_password(password: str, scheme: str) -> None:
 
 def test_redact_hides_login_in_query() -> None:
     assert redact("http://h/v?user=me&pwd=x1&ch=2") == "http://h/v?user=***&pwd=***&ch=2"
+
+
+class HangingSource:
+    """A camera whose driver never returns from a call, until it is let go."""
+
+    def __init__(self, let_go: threading.Event, *, frames: int, hangs_in: str = "read") -> None:
+        self.let_go, self.frames, self.hangs_in = let_go, frames, hangs_in
+        self.closed = threading.Event()
+
+    def open(self) -> None:
+        if self.hangs_in == "open":
+            self.let_go.wait(WAIT_SECONDS)
+
+    def read(self) -> Grab | None:
+        if self.frames == 0:
+            self.let_go.wait(WAIT_SECONDS)
+            return Grab(np.full((4, 4, 3), 99, np.uint8), "late")
+        self.frames -= 1
+        return Grab(np.zeros((4, 4, 3), np.uint8), "")
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+IMPATIENT = CAMERA.model_copy(update={"abandon_seconds": 10})
+
+
+def until(condition: Callable[[], bool], capture: Capture) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        capture.get(0.01)
+        assert time.monotonic() < deadline, capture
+
+
+@pytest.mark.parametrize("hangs_in", ["open", "read"])
+def test_driver_that_never_returns_is_left_behind_and_the_camera_opened_anew(hangs_in: str) -> None:
+    fake, let_go = FakeTime(), threading.Event()
+    made = [HangingSource(let_go, frames=2, hangs_in=hangs_in), HangingSource(let_go, frames=3)]
+    left = list(made)
+    capture = Capture(
+        name="a", settings=IMPATIENT, make_source=lambda: left.pop(0), clock=fake.clock, wait=fake.wait, capacity=9
+    )
+    capture.start()
+    before = 0 if hangs_in == "open" else 2
+    assert [capture.get(WAIT_SECONDS).camera_seq for _ in range(before)] == list(range(before))
+    until(lambda: capture._reader.hung_seconds() == 0 and capture._reader._calling_since is not None, capture)
+    fake.now += 9_000_000_000
+    assert capture.state is (CameraState.STARTING if hangs_in == "open" else CameraState.STALLED)
+    fake.now += 1_000_000_000
+    assert capture.state is CameraState.RECONNECTING or capture.counters.captured > before
+    assert [capture.get(WAIT_SECONDS).camera_seq for _ in range(3)] == list(range(before, before + 3))
+    assert capture.state is CameraState.STREAMING
+    assert capture.counters.abandoned == 1
+    let_go.set()
+    assert made[0].closed.wait(WAIT_SECONDS), "it cleans up once its driver returns"
+    until(lambda: capture.counters.captured > before + 3, capture)
+    assert capture.counters.reconnects == (hangs_in == "read")
+    capture.stop()
+
+
+def test_threads_that_hang_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
+    fake, let_go = FakeTime(), threading.Event()
+    made: list[HangingSource] = []
+
+    def make() -> HangingSource:
+        made.append(HangingSource(let_go, frames=0))
+        return made[-1]
+
+    capture = Capture(name="a", settings=IMPATIENT, make_source=make, clock=fake.clock, wait=fake.wait)
+    capture.start()
+    for _ in range(MAX_HUNG + 5):
+        until(lambda: capture._reader._calling_since is not None, capture)
+        fake.now += 10_000_000_000
+        state = capture.state
+    assert len(made) == MAX_HUNG + 1
+    assert capture.counters.abandoned == MAX_HUNG
+    assert state is CameraState.STALLED
+    assert "4 threads hang in its driver; switch the camera off and on" in capture.error
+    assert sum("threads hang" in record.getMessage() for record in caplog.records) == 1
+    let_go.set()
+    until(lambda: capture.state is CameraState.STREAMING, capture)
+    capture.stop()
+
+
+def test_another_frame_size_is_counted_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Resizing(ScriptedSource):
+        def read(self) -> Grab | None:
+            grab = super().read()
+            return grab if grab is None else Grab(np.zeros((4, 4 if len(self.script) > 1 else 6, 3), np.uint8), "")
+
+    hold = threading.Event()
+    source = Resizing([3, hold.is_set, 2, hold.wait])
+    capture = Capture(name="a", settings=CAMERA, capacity=9, make_source=lambda: source)
+    capture.start()
+    shapes = [capture.get(WAIT_SECONDS).image.shape[1] for _ in range(5)]
+    hold.set()
+    capture.stop()
+    assert sorted(set(shapes)) == [4, 6]
+    assert capture.counters.resized == 1
+    told = [record.getMessage() for record in caplog.records if "pixels now" in record.getMessage()]
+    assert told == ["camera a: frames are 6x4 pixels now, they were 4x4; regions and masks are those of the old size"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "video"])
+def test_software_trigger_gives_the_next_image_of_a_file(tmp_path: Path, kind: str) -> None:
+    place = folder_of(tmp_path / "f", 3) if kind == "folder" else video_of(tmp_path / "v.avi", 3)
+    with Capture(name="a", settings=SourceSettings(kind=kind, path=str(place), trigger="software")) as capture:
+        assert capture.get(0.2) is None
+        capture.fire()
+        assert capture.get(WAIT_SECONDS).camera_seq == 0
+        assert capture.get(0.1) is None
+        capture.fire()
+        capture.fire()
+        assert [capture.get(WAIT_SECONDS).camera_seq for _ in range(2)] == [1, 2]
+        capture.fire()
+        assert capture.get(WAIT_SECONDS) is None
+        assert capture.state is CameraState.ENDED
+        with pytest.raises(CaptureError, match="cannot be triggered, it is ended"):
+            capture.fire()
+
+
+def test_source_without_software_trigger_refuses(tmp_path: Path) -> None:
+    settings = SourceSettings(kind="folder", path=str(folder_of(tmp_path / "f", 3)), loop=True)
+    capture = Capture(name="a", settings=settings)
+    with pytest.raises(CaptureError, match="cannot be triggered, it is starting"):
+        capture.fire()
+    with capture, pytest.raises(CaptureError, match="has no software trigger; set the source's trigger"):
+        capture.fire()
+
+
+class ArmedSource:
+    """A camera with a software trigger: a frame per trigger, as long as it answers."""
+
+    def __init__(self) -> None:
+        self.due = threading.Semaphore(0)
+        self.deaf = False
+        self.reads = 0
+
+    def open(self) -> None:
+        pass
+
+    def fire(self) -> None:
+        if not self.deaf:
+            self.due.release()
+
+    def read(self) -> Grab | Idle:
+        self.reads += 1
+        return Grab(np.zeros((4, 4, 3), np.uint8), "") if self.due.acquire(timeout=0.01) else IDLE
+
+    def close(self) -> None:
+        pass
+
+
+def test_armed_camera_is_stalled_only_where_a_trigger_gives_no_frame() -> None:
+    fake, source = FakeTime(), ArmedSource()
+    settings = SourceSettings(kind="genicam", device="x", trigger="software", stall_seconds=5)
+    with Capture(name="a", settings=settings, make_source=lambda: source, clock=fake.clock) as capture:
+        until(lambda: capture.state is CameraState.STREAMING, capture)
+        for _ in range(4):
+            fake.now += 4_000_000_000
+            seen = source.reads
+            until(lambda: source.reads >= seen + 2, capture)  # noqa: B023 (called in this round)
+            assert capture.state is CameraState.STREAMING
+        capture.fire()
+        assert capture.get(WAIT_SECONDS) is not None
+        source.deaf = True
+        capture.fire()
+        fake.now += 5_000_000_000
+        assert capture.state is CameraState.STALLED
+        source.deaf = False
+        capture.fire()
+        assert capture.get(WAIT_SECONDS) is not None
+        assert capture.state is CameraState.STREAMING
+
+
+class StubbornDriver:
+    """A V4L2 driver that chooses other values than it is asked for, and says nothing."""
+
+    def __init__(self, **given: float) -> None:
+        self.values = {cv2.CAP_PROP_FOURCC: given.get("fourcc", 0), cv2.CAP_PROP_FPS: given.get("fps", 0)}
+        self.asked: list[int] = []
+
+    def set(self, prop: int, value: float) -> bool:
+        self.asked.append(prop)
+        self.values.setdefault(prop, value)
+        return True
+
+    def get(self, prop: int) -> float:
+        return self.values[prop]
+
+
+def test_local_camera_that_gives_something_else_is_remarked() -> None:
+    yuyv = float(cv2.VideoWriter_fourcc(*"YUYV"))
+    driver = StubbornDriver(fourcc=yuyv, fps=29.97)
+    asked = {"fps": 60.0, "width": 1920, "height": None, "pixel_format": "MJPG"}
+    assert ask(driver, asked) == (
+        "pixel_format MJPG was asked for, the camera gives YUYV",
+        "fps 60 was asked for, the camera gives 29.97",
+    )
+    assert driver.asked == [cv2.CAP_PROP_FOURCC, cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FPS]
+    assert ask(driver, {"fps": 30.0, "pixel_format": "YUYV"}) == ()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"kind": "folder", "path": "a", "trigger": "hardware"},
+        {"kind": "camera", "device": 0, "trigger": "software"},
+        {"kind": "gstreamer", "pipeline": "videotestsrc", "trigger": "hardware"},
+        {"kind": "gstreamer"},
+        {"kind": "gstreamer", "device": 0},
+        {"kind": "genicam"},
+        {"kind": "genicam", "device": "x", "pixel_format": "Mono12"},
+        {"kind": "genicam", "device": "x", "loop": True},
+        {"kind": "genicam", "device": "x", "genicam": {"trigger_source": "a b"}},
+        {"kind": "camera", "device": 0, "genicam": {"gain": 1}},
+        {"kind": "camera", "device": 0, "pixel_format": "JPEG2"},
+        {"kind": "camera", "url": "rtsp://a/", "pixel_format": "YUYV"},
+    ],
+)
+def test_settings_of_kinds_and_triggers_refused(content: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        SourceSettings.model_validate(content)
+
+
+def test_serial_number_without_quotation_marks_is_text() -> None:
+    assert SourceSettings(kind="genicam", device=21345).device == "21345"
+
+
+@given(SECRET)
+def test_redact_hides_logins_of_pipelines(password: str) -> None:
+    text = f'rtspsrc user-id=admin7 user-pw={password} ! a proxy-pw="{password} x" ! video/x-raw,width=64'
+    shown = redact(text)
+    assert password not in shown
+    assert "admin7" not in shown
+    assert shown.endswith("! video/x-raw,width=64")
