@@ -127,17 +127,17 @@ class ByTime(_FrameTriggered):
             part = fitting[0]
         else:
             part = self._parts.open(part_id, at_ns=at_ns, at=at, now_ns=now_ns)
-            if self._newest is not None and at_ns - self._newest.triggered_ns < 2 * window:
+            if self._newest is not None and at_ns - self._newest.triggered_ns <= 2 * window:
                 suspects += [self._newest, part]
             self._newest = part
         before = self._last.get(camera)
-        if before is not None and at_ns - before[0] < 2 * window:
+        if before is not None and at_ns - before[0] <= 2 * window:
             suspects += [before[1], part]
         apart = f"{2 * window / NS_PER_MS:g} ms"
         for suspect in suspects:
             suspect.flaw = suspect.flaw or (
                 Reason.TOO_CLOSE,
-                f"frames may be mixed up: parts came less than {apart} apart, or a frame came late",
+                f"frames may be mixed up: parts came no more than {apart} apart, or a frame came late",
             )
         self._last[camera] = (at_ns, part)
         part.frames[camera] = at_ns

@@ -71,7 +71,7 @@ class Part:
         triggered_at: the same in UTC.
         deadline_ns: monotonic; None for no limit.
         until_ns: frames captured from here on belong to a later part; None while there is none.
-        hold_ns: no OK before this time, since a frame may still show that frames were mixed up.
+        hold_ns: no OK until after this time, since a frame may still show that frames were mixed up.
         frames: camera -> monotonic time of the frame that is this part's.
         views: camera -> its view.
         flaw: code and text of what forbids an OK whatever the views say.
@@ -85,7 +85,7 @@ class Part:
     triggered_at: datetime
     deadline_ns: int | None
     until_ns: int | None = None
-    hold_ns: int = 0
+    hold_ns: int = -1
     frames: dict[str, int] = field(default_factory=dict)
     views: dict[str, View] = field(default_factory=dict)
     flaw: tuple[Reason, str] | None = None
@@ -241,7 +241,7 @@ class Parts:
             expired = part.deadline_ns is not None and now_ns >= part.deadline_ns
             if expired:
                 self._expire(part, now_ns)
-            if expired or (len(part.views) == len(self.cameras) and now_ns >= part.hold_ns):
+            if expired or (len(part.views) == len(self.cameras) and now_ns > part.hold_ns):
                 self._decide(part, now_ns)
 
     def due_ns(self) -> int | None:
@@ -251,7 +251,7 @@ class Parts:
             if part.deadline_ns is not None:
                 times.append(part.deadline_ns)
             if len(part.views) == len(self.cameras):
-                times.append(part.hold_ns)
+                times.append(part.hold_ns + 1)
         return min(times, default=None)
 
     def released(self) -> list[PartVerdict]:
@@ -275,7 +275,7 @@ class Parts:
     def _expire(self, part: Part, now_ns: int) -> None:
         assert part.deadline_ns is not None
         limit = f"{(part.deadline_ns - part.triggered_ns) / NS_PER_MS:g} ms"
-        if now_ns < part.hold_ns:
+        if now_ns <= part.hold_ns:
             part.flaw = part.flaw or (Reason.DEADLINE, f"its frames could not be told from others within {limit}")
         for camera in self.cameras:
             if camera in part.frames:
