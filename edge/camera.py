@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from edge.capture.capture import CameraState, Capture, LostFrame
-from edge.errors import CaptureError, DataError
+from edge.errors import CaptureError, DataError, LinewardError
 from edge.frames import Decision, EventPhase, JudgedFrame
 from edge.inspection.parts import Reason
 from edge.judgement.events import EventTracker
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from edge.frames import AnomalyEvent, Frame, Prediction, Verdict
     from edge.health.metrics import Metrics
     from edge.health.watchdog import Watchdog
-    from edge.inference.detector import Detector
+    from edge.inference.detector import Detector, PendingPrediction
     from edge.inspection.station import Post, Station
     from edge.judgement.threshold import RunTimeThreshold
     from edge.judgement.verdicts import Judge
@@ -113,6 +113,8 @@ class CameraWorker:
         self._counts = dict.fromkeys(("judged", "ok", "nok", "not_judged", "failed", "events", "restarts"), 0)
         self._failure = ""
         self._successor: tuple[Detector, Judge] | None = None
+        # A frame that the engine works on while the next one is prepared.
+        self._ahead: PendingPrediction | None = None
         self._ending = threading.Event()
         self._ending_reason = ""
         self._done = threading.Event()
@@ -242,11 +244,13 @@ class CameraWorker:
         try:
             while not (self._stop.is_set() or self._ending.is_set()):
                 self._watchdog.beat(self.name)
-                frame = self._capture.get(POLL_S)
+                frame = self._capture.get(POLL_S if self._ahead is None else 0.0)
                 self._succeed()
                 self._report_lost()
                 if frame is not None:
                     self._take(frame)
+                elif self._ahead is not None:
+                    self._finish_ahead()
                 elif not self._look_after_capture():
                     break
         except Exception:  # noqa: BLE001 (the thread's rim: a defect must not leave a camera silently unjudged)
@@ -258,6 +262,10 @@ class CameraWorker:
             self._close()
 
     def _succeed(self) -> None:
+        if self._successor is None:
+            return
+        # What is judged by the former detector meets the former judge.
+        self._finish_ahead()
         with self._judges_lock:
             if self._successor is None:
                 return
@@ -272,6 +280,7 @@ class CameraWorker:
         # A driver that returns only now has no say any more.
         self._generation += 1
         self._report_lost()
+        self._finish_ahead()
         self._report(self._tracker.finish())
         ended = self._ending_reason or self._failure or self._capture.error or "the source has ended"
         reason = "stopped" if self._stop.is_set() else ended
@@ -283,16 +292,39 @@ class CameraWorker:
         self._done.set()
 
     def _take(self, frame: Frame) -> None:
-        triggered = self._post is not None
         seq = frame.camera_seq + self._seq_offset
         self._next_seq = seq + 1
         frame = dataclasses.replace(frame, camera_seq=seq, part_id=self._part_id(seq))
         if not self._in_time(seq):
             # Its part has its verdict: the time is better spent on the next one.
+            self._finish_ahead()
             self._deliver(frame.name, self._too_late(frame), Reason.DEADLINE)
             return
-        prediction, verdict, code = self._judged(frame)
-        if code is Reason.NONE and not self._in_time(seq):
+        # Alone it is judged at once, and so is a part; in a stream where others wait, the engine works on it while the
+        # next one is prepared.
+        several = self._post is None and (self._ahead is not None or self._capture.queued > 0)
+        pending = self._begin(frame) if several else None
+        self._finish_ahead()
+        if pending is None:
+            self._conclude(frame, lambda: self._detector.predict(frame))
+        self._ahead = pending
+
+    def _begin(self, frame: Frame) -> PendingPrediction | None:
+        try:
+            return self._detector.begin(frame)
+        except LinewardError:
+            # Judging it in its turn meets the same error, and says so.
+            return None
+
+    def _finish_ahead(self) -> None:
+        pending, self._ahead = self._ahead, None
+        if pending is not None:
+            self._conclude(pending.frame, pending.result)
+
+    def _conclude(self, frame: Frame, predict: Callable[[], Prediction]) -> None:
+        triggered = self._post is not None
+        prediction, verdict, code = self._judged(frame, predict)
+        if code is Reason.NONE and not self._in_time(frame.camera_seq):
             verdict, code = self._too_late(frame), Reason.DEADLINE
         judged = verdict.decision is not Decision.NOT_JUDGED
         if judged:
@@ -326,10 +358,10 @@ class CameraWorker:
         late_ms = (time.monotonic_ns() - frame.captured_ns) / NS_PER_MS
         return self._judge.not_judged(frame, f"too late for its part, {late_ms:.0f} ms after capture")
 
-    def _judged(self, frame: Frame) -> tuple[Prediction | None, Verdict, Reason]:
+    def _judged(self, frame: Frame, predict: Callable[[], Prediction]) -> tuple[Prediction | None, Verdict, Reason]:
         prediction = None
         try:
-            prediction = self._detector.predict(frame)
+            prediction = predict()
             verdict = self._judge_of(prediction.memory_version).judge(prediction)
         except Exception as error:  # noqa: BLE001 (one frame's stage is isolated: the next may be judged again)
             self._counts["failed"] += 1

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from datetime import datetime, timezone
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -75,6 +76,9 @@ class Brightness:
         self.nan_on = nan_on
         self.gate = threading.Event()
         self.gate.set()
+
+    def begin(self, frame: Frame) -> SimpleNamespace:
+        return SimpleNamespace(frame=frame, result=lambda: self.predict(frame))
 
     def predict(self, frame: Frame) -> Prediction:
         assert self.gate.wait(SOON)
@@ -376,6 +380,65 @@ def test_frames_meet_the_thresholds_of_the_memory_that_scored_them(tmp_path: Pat
     assert found == [(0, "NOK")] * 2 + [(1, "OK")] * 3 + [(2, "NOK")] * 3
 
 
+class InSteps(Brightness):
+    """A detector that notes what is begun, finished and predicted at once, by frame."""
+
+    def __init__(self, *, requests: bool = True) -> None:
+        super().__init__()
+        self.steps: list[tuple[str, int]] = []
+        self.requests = requests
+        self.bundle = None
+
+    def begin(self, frame: Frame) -> SimpleNamespace | None:
+        if int(frame.image[0, 0, 0]) == self.fail_on:
+            raise EngineError("cannot begin")
+        if not self.requests:
+            return None
+        self.steps.append(("begin", frame.camera_seq))
+        return SimpleNamespace(frame=frame, result=lambda: self._result("finish", frame))
+
+    def predict(self, frame: Frame) -> Prediction:
+        return self._result("predict", frame)
+
+    def _result(self, step: str, frame: Frame) -> Prediction:
+        self.steps.append((step, frame.camera_seq))
+        return super().predict(frame)
+
+
+def stream_with_a_backlog(folder: Path, detector: InSteps, values: list[int | None]) -> Recorder:
+    """Judge a stream whose frames all wait before the first one is judged."""
+    worker, recorder, _ = work(folder_of(folder / "in", values), detector=detector, mode="stream")
+    detector.gate.clear()
+    worker._capture.start()
+    wait_for_captured(worker, len(values))
+    detector.gate.set()
+    worker._capture.start = lambda: None  # type: ignore[method-assign] (it runs already)
+    worker.start()
+    assert worker.join(SOON)
+    return recorder
+
+
+def test_next_frame_of_a_stream_is_begun_before_the_one_before_is_finished(tmp_path: Path) -> None:
+    detector = InSteps()
+    recorder = stream_with_a_backlog(tmp_path, detector, [CALM] * 3)
+    assert detector.steps == [("begin", 0), ("begin", 1), ("finish", 0), ("begin", 2), ("finish", 1), ("finish", 2)]
+    assert [state for state, _ in recorder.states] == ["not_judged", "ok", "not_judged"]
+
+
+def test_frame_that_cannot_be_begun_is_told_in_its_turn(tmp_path: Path) -> None:
+    detector = InSteps()
+    detector.fail_on = 77
+    recorder = stream_with_a_backlog(tmp_path, detector, [CALM, 77, CALM])
+    assert detector.steps == [("begin", 0), ("finish", 0), ("predict", 1), ("predict", 2)]
+    assert [state for state, _ in recorder.states] == ["not_judged", "ok", "not_judged", "ok", "not_judged"]
+
+
+def test_stream_is_judged_frame_by_frame_where_no_request_is_free(tmp_path: Path) -> None:
+    detector = InSteps(requests=False)
+    stream_with_a_backlog(tmp_path, detector, [CALM] * 3)
+    assert detector.steps == [("predict", 0), ("predict", 1), ("predict", 2)]
+
+
 def test_memory_without_thresholds_judges_nothing(tmp_path: Path) -> None:
     worker, recorder, _ = work(folder_of(tmp_path / "in", [20] * 4), detector=Switching())
 
@@ -416,6 +479,7 @@ class BreakingCapture:
         return CameraState.FAILED if broken else CameraState.STREAMING
 
     error = "the driver broke"
+    queued = 0
 
     @property
     def finished(self) -> bool:
