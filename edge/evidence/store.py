@@ -101,7 +101,8 @@ class EvidenceStore:
         target = self._root / reference
         scratch = self._scratch()
         try:
-            scratch.mkdir(mode=FOLDER_MODE, parents=True)
+            scratch.mkdir(parents=True)
+            scratch.chmod(FOLDER_MODE)
             for name, content in files.items():
                 _write_file(scratch / check_file(name), content)
             self._place(scratch, target)

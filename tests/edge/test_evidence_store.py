@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge.alerts.topics import check_camera
@@ -71,8 +71,9 @@ def test_references_are_newest_first_and_of_one_camera_and_day(tmp_path: Path) -
     assert store.references(day="20300103") == ([], 0)
 
 
-def test_files_are_for_owner_and_group_whatever_the_umask(tmp_path: Path) -> None:
-    before = os.umask(0)
+@pytest.mark.parametrize("umask", [0, 0o077])
+def test_files_are_for_owner_and_group_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
     try:
         store = opened(tmp_path / "evidence")
         store.write(reference(1), record(**{"frame.jpg": b"x"}))
@@ -196,6 +197,23 @@ for number in itertools.count():
     assert store.occupied == sum(32 * KIB for _ in kept) <= 2**20
 
 
+def test_a_kill_while_the_oldest_goes_leaves_no_half_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = opened(tmp_path, max_bytes=20 * KIB)
+    store.write(reference(1), record(**{"frame.jpg": bytes(8 * KIB)}))
+
+    def die(path: Path, **_: object) -> None:
+        (path / "frame.jpg").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("edge.evidence.store.shutil.rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            store.write(reference(2), record(**{"frame.jpg": bytes(8 * KIB)}))
+    assert not (tmp_path / reference(1)).exists()
+    assert len(opened(tmp_path)) == 0
+    assert on_disk(tmp_path) == set()
+
+
 def test_leftovers_are_cleared_at_the_start(tmp_path: Path) -> None:
     (tmp_path / SCRATCH / "123-4").mkdir(parents=True)
     (tmp_path / SCRATCH / "123-4" / "frame.jpg").write_bytes(b"half")
@@ -239,6 +257,13 @@ PIECES = st.sampled_from(
 )
 
 
+@example("../20300102/aa")
+@example("./20300102/aa")
+@example(".scratch/20300102/aa")
+@example("cam/20300102/..")
+@example("cam/../aa")
+@example("cam/20300102/aa\n")
+@example("..jpg")
 @given(st.one_of(st.text(max_size=300), st.lists(PIECES, max_size=8).map("".join), st.lists(PIECES).map("/".join)))
 def test_no_text_leads_out_of_the_root(text: str) -> None:
     root = Path("/evidence")
@@ -257,6 +282,9 @@ def test_no_text_leads_out_of_the_root(text: str) -> None:
     assert not name.startswith(".")
 
 
+@example(["x" * 199 + "1", "x" * 199 + "2"])
+@example(["ß" * 200, "ß" * 199])
+@example([".", "%2E"])
 @given(st.lists(st.text(max_size=210), min_size=2, max_size=2, unique=True))
 def test_cameras_have_folders_of_their_own(names: list[str]) -> None:
     try:
