@@ -161,6 +161,12 @@ def test_a_part_without_a_frame_has_no_evidence(make_keeper: Callable[..., Evide
     assert keeper.keep(frame, bundle(), Mode.TRIGGERED) is frame
 
 
+@pytest.mark.parametrize("phase", [EventPhase.UPDATE, EventPhase.END])
+def test_only_the_beginning_of_an_event_is_kept(make_keeper: Callable[..., EvidenceKeeper], phase: EventPhase) -> None:
+    later = judged(3, decision=Decision.NOK, phase=phase)
+    assert make_keeper().keep(later, bundle(), Mode.STREAM) is later
+
+
 def test_hits_outside_an_event_are_not_kept(make_keeper: Callable[..., EvidenceKeeper], tmp_path: Path) -> None:
     keeper = make_keeper()
     frames = [judged(seq, decision=Decision.NOK) for seq in range(5)]
