@@ -39,10 +39,7 @@ _MAX_ASKERS = 16
 # A longer answer (a file's bytes) is not kept: it can be asked for again, and the ledger stays small.
 _MAX_ANSWER = 8192
 _TOO_LONG = "it was done; the answer was too long to be kept, ask again with a new key"
-INTERRUPTED = json.dumps({
-    "ok": False,
-    "reason": "interrupted: the box ended while it did this; see whether it was done, and ask again with a new key",
-})  # fmt: skip
+_INTERRUPTED = "interrupted: the box ended while it did this; see whether it was done, and ask again with a new key"
 
 
 def _now() -> datetime:
@@ -178,7 +175,7 @@ class Commands:
             return Admission(answer=_read(known[1]) | {"id": command.id})
         running = next((one for one in self._running.values() if one.key == command.key), None)
         if running is None:
-            return Admission(answer=_read(INTERRUPTED) | {"id": command.id})
+            return _refuse(command, _INTERRUPTED)
         if command.id not in running.askers and len(running.askers) < _MAX_ASKERS:
             running.askers.append(command.id)
         return Admission()

@@ -43,18 +43,15 @@ class Ledger:
 
     Args:
         path: the database file.
-        interrupted: answer for commands that were begun and not answered when the last process ended.
         max_keys: the newest that are kept.
     """
 
-    def __init__(self, path: Path, *, interrupted: str, max_keys: int = 4096) -> None:
+    def __init__(self, path: Path, *, max_keys: int = 4096) -> None:
         self.path = path
         self.damage = ""
-        self._interrupted = interrupted
         self._max_keys = max_keys
         self._lock = threading.RLock()
         self._db: sqlite3.Connection | None = None
-        self._fresh = True
 
     def close(self) -> None:
         """Close the file; the next call opens it again."""
@@ -88,7 +85,7 @@ class Ledger:
         self._do(lambda db: db.execute(query, (moment_us,)), durable=False)
 
     def find(self, key: str) -> tuple[str, str | None] | None:
-        """Digest and answer noted for a key; the answer is None while the command runs; None: a new key.
+        """Digest and answer noted for a key; the answer is None where none was noted; None: a new key.
 
         Raises:
             StoreError: the file cannot be used.
@@ -176,19 +173,14 @@ class Ledger:
 
     def _open(self) -> sqlite3.Connection:
         try:
-            db = _FILE.open(self.path)
+            self._db = _FILE.open(self.path)
         except DamagedError as error:
             self._put_aside(error)
             try:
-                db = _FILE.open(self.path)
+                self._db = _FILE.open(self.path)
             except DamagedError as again:
                 raise StoreError(f"ledger {self.path}: {again} as soon as it is made; check the disk") from again
-        if self._fresh:
-            # Only what an earlier process left: a command of this one may still be answered.
-            db.execute("UPDATE commands SET answer = ? WHERE answer IS NULL", (self._interrupted,))
-            self._fresh = False
-        self._db = db
-        return db
+        return self._db
 
     def _put_aside(self, error: Exception) -> None:
         self.close()

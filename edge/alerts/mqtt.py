@@ -278,7 +278,10 @@ class Link:
         if flags.is_disconnect_packet_from_server:
             self._inbox.put(Lost(_with_cure(name), refused=name not in _PASSING, disliked=name in _DISLIKES))
         elif self._accepted:
-            self._inbox.put(Lost("the connection was lost"))
+            # mosquitto's answer to a message over its message_size_limit has a code that paho does not know there.
+            unread = name == "Protocol error"
+            text = "an answer of the broker cannot be read; does it limit the size of messages?"
+            self._inbox.put(Lost(text if unread else "the connection was lost", disliked=unread))
         elif refusal := tls_trouble(self._last_words.text, self._settings) if self._settings.tls else "":
             # With TLS 1.3 a broker looks at our certificate after the handshake has succeeded on our side.
             self._inbox.put(Lost(refusal, refused=True))

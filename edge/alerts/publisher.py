@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from queue import Empty
 from typing import TYPE_CHECKING, Any
 
-from edge.alerts.commands import INTERRUPTED, Commands, id_of
+from edge.alerts.commands import Commands, id_of
 from edge.alerts.home_assistant import BIRTH, HomeAssistant
 from edge.alerts.ledger import Ledger
 from edge.alerts.message import (
@@ -92,8 +92,7 @@ class Publisher:
             )
         self._identity = identity
         self._outbox = outbox
-        path = outbox.path.with_name(f"{outbox.path.stem}-ledger.db")
-        self._ledger = Ledger(path, interrupted=INTERRUPTED)
+        self._ledger = Ledger(outbox.path.with_name(f"{outbox.path.stem}-ledger.db"))
         self._retained = Retained(self._ledger)
         self._commands = Commands(self._ledger, clock=clock)
         self._refused = Refused()

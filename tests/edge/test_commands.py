@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.alerts import commands as commands_module
-from edge.alerts.commands import INTERRUPTED, Clock, Commands
+from edge.alerts.commands import Clock, Commands
 from edge.alerts.ledger import Ledger
 from edge.alerts.message import COMMANDS, CommandMessage, ReplayCommand, ShipCommand, build
 from edge.errors import StoreError
@@ -49,7 +49,7 @@ class Desk:
     def restart(self) -> None:
         if hasattr(self, "ledger"):
             self.ledger.close()
-        self.ledger = Ledger(self.path, interrupted=INTERRUPTED, max_keys=8)
+        self.ledger = Ledger(self.path, max_keys=8)
         self.commands = Commands(self.ledger, clock=self.time.clock())
 
     def ask(self, verb: str = "ship", *, later: bool = False, **fields: Any) -> list[dict[str, Any]]:
@@ -278,10 +278,6 @@ def test_no_history_does_a_key_twice(tmp_path_factory: pytest.TempPathFactory, s
                     running[key] = desk.done[-1]
     desk.ledger.close()
     assert len(done) == len(set(done))
-
-
-def test_interrupted_is_an_answer() -> None:
-    assert json.loads(INTERRUPTED)["ok"] is False
 
 
 def test_replay_keeps_its_own_fields() -> None:

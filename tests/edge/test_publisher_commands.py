@@ -204,11 +204,9 @@ def test_retained_command_is_not_done(mosquitto: Mosquitto, outbox: Outbox) -> N
     topic, late = IDENTITY.command("ship"), datetime.now(timezone.utc) + timedelta(hours=1)
     publish.single(topic, json.dumps({"expires_at": late.isoformat()}), qos=1, retain=True, port=mosquitto.port)
     url = BrokerSettings(url=mosquitto.url, **FAST)  # type: ignore[arg-type]
-    with (
-        Publisher(settings=url, identity=IDENTITY, outbox=outbox, clock=SURE) as publisher,
-        Commander(url, site="plant", box="box1") as commander,
-    ):
-        publisher.on_command("ship", lambda command: done.append(command) or {"ok": True})
+    publisher = Publisher(settings=url, identity=IDENTITY, outbox=outbox, clock=SURE)
+    publisher.on_command("ship", lambda command: done.append(command) or {"ok": True})
+    with publisher, Commander(url, site="plant", box="box1") as commander:
         assert publisher.wait_until_drained(10)
         assert commander.ask("ship", {}).ok
     assert len(done) == 1
