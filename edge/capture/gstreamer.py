@@ -24,6 +24,8 @@ from edge.capture.sources import IDLE, TIMEOUT_S, CorruptFrameError, Grab, Idle
 from edge.errors import CaptureError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import numpy as np
     import numpy.typing as npt
 
@@ -35,6 +37,7 @@ _PIPE_BYTES = 1 << 20
 _POLL_S = 0.2
 # A network stream may wait for its next key frame, a camera service for its start.
 _FIRST_FRAME_S = 15.0
+_CAPS_WAIT_S = 1.0
 _END_S = 1.0
 _END_POLL_S = 0.01
 _HEAD_BYTES = 512
@@ -185,15 +188,16 @@ class GstreamerSource:
         self._body: npt.NDArray[np.uint8] | None = None
         self._size = (0, 0)
         self._filled = 0
+        self._padded = 0
         self._negotiated: deque[tuple[int, int]] = deque(maxlen=8)
         self._rest_of_text = b""
         self._said: deque[str] = deque(maxlen=8)
         self._rest_of_errors = b""
 
-    def _poll(self, seconds: float) -> set[int]:
+    def _poll(self, seconds: float, *, data: bool = True) -> set[int]:
         poll = select.poll()
         for one in (self._data, self._text, self._errors):
-            if one >= 0:
+            if one >= 0 and (data or one != self._data):
                 poll.register(one, select.POLLIN)
         ready = {one for one, _ in poll.poll(1000 * seconds)}
         if self._text in ready:
@@ -203,7 +207,6 @@ class GstreamerSource:
         return ready
 
     def _listen(self) -> None:
-        """Caps are said before the first frame that has them."""
         data = _available(self._text)
         if data is None:
             self._text = -1
@@ -265,15 +268,23 @@ class GstreamerSource:
     def _size_of(self, length: int) -> tuple[int, int]:
         if not 0 < length <= _MAX_FRAME_BYTES:
             raise CaptureError(f"the pipeline's frames have {length} bytes; ask for a smaller size")
-        if self._text >= 0:
-            self._listen()
-        # The newest that fits: when the size changes, the pipe still holds frames of the one before.
-        for width, height in reversed(self._negotiated):
-            if length % height == 0 and 0 <= length // height - _CHANNELS * width < _MAX_PADDING:
-                return width, height
-        raise CaptureError(
-            f"the pipeline's frames of {length} bytes have no size that it told; it must end in raw video"
-        )
+        deadline = time.monotonic() + _CAPS_WAIT_S
+        while True:
+            size = _fitting(self._negotiated, length, exact=True)
+            if size is not None:
+                return size
+            # gst-launch says new caps from another thread, at times after their first frame.
+            if self._text < 0 or length == self._padded or time.monotonic() >= deadline:
+                break
+            self._poll(_END_POLL_S, data=False)
+        size = _fitting(self._negotiated, length, exact=False)
+        if size is None:
+            raise CaptureError(
+                f"the pipeline's frames of {length} bytes have no size that it told; it must end in raw video"
+            )
+        # Waited for once: the frames behind it have the same layout.
+        self._padded = length
+        return size
 
     def _finished_frame(self) -> Grab:
         assert self._body is not None
@@ -310,6 +321,21 @@ class GstreamerSource:
         elif _CANNOT_LINK.search(said):
             cure = "; the pipeline must end in raw video of the width and height asked for, and name no sink"
         return (f": {said[:400]}" if said else "") + cure
+
+
+def _fitting(sizes: Iterable[tuple[int, int]], length: int, *, exact: bool) -> tuple[int, int] | None:
+    """The newest size that a frame of so many bytes can have: when it changes, the pipe holds frames of the one before.
+
+    Args:
+        sizes: width and height, in the order told.
+        length: of the frame.
+        exact: rows padded as GStreamer does it (GstVideoInfo: to a multiple of four bytes), not as a driver may.
+    """
+    for width, height in reversed(tuple(sizes)):
+        padding = length // height - _CHANNELS * width
+        if length % height == 0 and 0 <= padding < _MAX_PADDING and (not exact or padding == -_CHANNELS * width % 4):
+            return width, height
+    return None
 
 
 def pipeline_words(settings: SourceSettings) -> list[str]:

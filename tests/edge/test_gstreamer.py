@@ -224,6 +224,27 @@ def test_damaged_stream_is_a_typed_error(tmp_path: Path, written: bytes, error: 
     one.close()
 
 
+def test_rows_that_a_driver_pads_are_cut_to_the_picture(tmp_path: Path) -> None:
+    rows = b"".join(bytes([row]) * 64 * 3 + b"p" * 64 for row in range(48))
+    program = tmp_path / "padding-gst"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import os, sys\n"
+        "caps = 'video/x-raw, width=(int)64, height=(int)48'\n"
+        "print(f'/a/GstCapsFilter:lineward_caps.GstPad:src: caps = {caps}', flush=True)\n"
+        "with os.fdopen(int(sys.argv[-1].removeprefix('fd=')), 'wb') as pipe:\n"
+        f"    for _ in range(30): pipe.write({HEAD % len(rows)!r} + {rows!r})\n"
+    )
+    program.chmod(0o700)
+    one = GstreamerSource(SourceSettings(kind="gstreamer", pipeline=BLUE), buffers=1, program=str(program))
+    one.open()
+    grabs = all_grabs(one)
+    one.close()
+    assert len(grabs) == 30
+    assert all(grab.image.shape == (48, 64, 3) for grab in grabs)
+    assert all((grab.image == np.arange(48, dtype=np.uint8)[:, None, None]).all() for grab in grabs)
+
+
 def test_child_dies_with_a_box_that_is_killed() -> None:
     program = (
         "import sys, time\n"
