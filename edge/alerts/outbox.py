@@ -27,6 +27,7 @@ from edge.alerts.outbox_rows import (
     Rows,
     set_meta,
 )
+from edge.alerts.outbox_space import OwnedSpace
 from edge.database import DamagedError, is_damage, is_full
 from edge.errors import OutboxError
 
@@ -82,6 +83,7 @@ class Outbox:
         self._lock = threading.RLock()
         self._group: GroupCommit[Draft, list[int]] = GroupCommit(self._commit, lock=self._lock)
         self._mark = MarkFile(path)
+        self._space = OwnedSpace(path)
         self._mark_errors = 0
         self._live = LiveLane()
         self._commits = 0
@@ -323,6 +325,7 @@ class Outbox:
         if self._db is not None:
             self._db.close()
             self._db = None
+        self._space.release()
         self._rows.in_flight.clear()
         self.quarantined = outbox_file.FILE.put_aside(self.path)
         self.damage = f"the outbox was damaged ({why}); it lies aside as {self.quarantined}, a new epoch has begun"
@@ -356,6 +359,7 @@ class Outbox:
                 set_meta(db, key, value)
 
         self._write(work)
+        self._guard(self._space.own)
 
     def _write(self, work: Callable[[sqlite3.Connection], _T], *, durable: bool = True, shed: bool = False) -> _T:
         def transaction(db: sqlite3.Connection) -> _T:
@@ -376,8 +380,11 @@ class Outbox:
         try:
             return self._guard(transaction)
         except OutboxError as error:
-            full = isinstance(error.__cause__, sqlite3.Error) and is_full(error.__cause__)
-            if not (shed and full and self._rows.totals.acked):
+            if not (isinstance(error.__cause__, sqlite3.Error) and is_full(error.__cause__)):
+                raise
+            if self._guard(self._space.grow):
+                return self._write(work, durable=durable, shed=shed)
+            if not (shed and self._rows.totals.acked):
                 raise
             # Space is for what is still owed: acknowledged rows give theirs up, then one more try.
             fewest = max(_FEWEST_SHED, self._rows.totals.acked // 4)
@@ -405,3 +412,4 @@ class Outbox:
         if self._db is not None:
             self._db.close()
             self._db = None
+        self._space.release()

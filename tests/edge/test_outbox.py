@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import sqlite3
+import subprocess
+import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -16,7 +21,7 @@ from edge.alerts.outbox import Draft, Outbox, Priority
 from edge.errors import OutboxError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 SECOND = 1_000_000_000
@@ -298,28 +303,90 @@ def test_cap_keeps_exact_count_of_what_is_missing(
     outbox.close()
 
 
+@contextlib.contextmanager
+def full_disk(outbox: Outbox, *, more_pages: int = 0) -> Iterator[None]:
+    """The disk gives nothing more than ``more_pages`` beyond what the file has in use or owns."""
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    allocate = outbox._space._allocate
+    pages, limit = (outbox._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "max_page_count"))  # type: ignore[union-attr]
+    outbox._space._allocate = refuse
+    outbox._db.execute(f"PRAGMA max_page_count={pages + more_pages}")  # type: ignore[union-attr]
+    yield
+    outbox._space._allocate = allocate
+    outbox._db.execute(f"PRAGMA max_page_count={limit}")  # type: ignore[union-attr]
+
+
+def fill_disk(outbox: Outbox) -> list[int]:
+    """Append until nothing more is taken; returns the numbers of what was."""
+    taken = []
+    with contextlib.suppress(OutboxError):
+        while True:
+            taken += fill(outbox, 1, size=1000)
+    return taken
+
+
 def test_full_disk_refuses_and_recovers(tmp_path: Path) -> None:
     with open_outbox(tmp_path) as outbox:
         fill(outbox, 5, size=1000)
-        pages = outbox._db.execute("PRAGMA page_count").fetchone()[0]  # type: ignore[union-attr]
-        outbox._db.execute(f"PRAGMA max_page_count={pages + 2}")  # type: ignore[union-attr]
-        with pytest.raises(OutboxError, match="disk is full"):
-            fill(outbox, 100, size=1000)
-        assert seqs(outbox) == [1, 2, 3, 4, 5]
-        assert outbox.depth == 5
-        outbox._db.execute("PRAGMA max_page_count=100000")  # type: ignore[union-attr]
-        assert fill(outbox, 2) == [6, 7]
+        with full_disk(outbox):
+            with pytest.raises(OutboxError, match="disk is full"):
+                fill(outbox, 2000, size=1000)
+            assert seqs(outbox) == [1, 2, 3, 4, 5]
+            assert outbox.depth == 5
+            assert fill_disk(outbox)[0] == 6, "what the file owns is used to the end"
+            last = outbox.last_seq
+            assert outbox.acknowledge([1]) == 1, "what needs no space goes on"
+            assert fill(outbox, 1) == [last + 1], "and gives some back"
+        assert fill(outbox, 2000, size=1000)[0] == last + 2
     with open_outbox(tmp_path) as outbox:
-        assert seqs(outbox) == list(range(1, 8))
+        assert seqs(outbox) == list(range(2, last + 2002))
 
 
 def test_full_disk_takes_space_from_acknowledged_rows(tmp_path: Path) -> None:
     with open_outbox(tmp_path) as outbox:
-        outbox.acknowledge(fill(outbox, 200, size=1000))
-        pages = outbox._db.execute("PRAGMA page_count").fetchone()[0]  # type: ignore[union-attr]
-        outbox._db.execute(f"PRAGMA max_page_count={pages}")  # type: ignore[union-attr]
-        assert fill(outbox, 40, size=1000) == list(range(201, 241))
+        with full_disk(outbox, more_pages=50):
+            acknowledged = fill_disk(outbox)
+            outbox.acknowledge(acknowledged)
+            first = acknowledged[-1] + 1
+            assert fill(outbox, 40, size=1000) == list(range(first, first + 40))
         assert outbox.counters["trimmed"] > 0
+
+
+def test_file_owns_the_space_it_grows_into(tmp_path: Path) -> None:
+    """After each growth the database's file is as long as it counts pages, and the log has its size."""
+    with open_outbox(tmp_path) as outbox:
+        for _ in range(30):
+            fill(outbox, 100, size=1000)
+            stat = (tmp_path / "outbox.db").stat()
+            pages = outbox._db.execute("PRAGMA page_count").fetchone()[0]  # type: ignore[union-attr]
+            assert stat.st_size >= pages * 4096
+            assert stat.st_blocks * 512 >= pages * 4096
+            assert (tmp_path / "outbox.db-wal").stat().st_size == 4 * 2**20
+        assert outbox._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)  # type: ignore[union-attr]
+
+
+def test_outbox_works_where_the_system_cannot_allocate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "posix_fallocate")
+    with open_outbox(tmp_path) as outbox:
+        assert len(fill(outbox, 3000, size=1000)) == 3000
+    with open_outbox(tmp_path) as outbox:
+        assert outbox.depth == 3000
+
+
+def test_second_process_stays_refused_while_the_file_grows(tmp_path: Path) -> None:
+    """Closing any descriptor of a file would end this process's locks on it: another process could then open it."""
+    program = (
+        "import pathlib, sys\nfrom edge.alerts.outbox import Outbox\n"
+        "Outbox(pathlib.Path(sys.argv[1]), make_gap=lambda **_: ('', b''))"
+    )
+    with open_outbox(tmp_path) as outbox:
+        fill(outbox, 3000, size=1000)
+        path = str(tmp_path / "outbox.db")
+        found = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=False)
+        assert "is in use by another process" in found.stderr
 
 
 def test_second_process_is_refused(tmp_path: Path) -> None:

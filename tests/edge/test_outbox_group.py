@@ -9,7 +9,7 @@ import pytest
 
 from edge.alerts.outbox_group import Call, GroupCommit
 from edge.errors import OutboxError
-from tests.edge.test_outbox import body, open_outbox, seqs
+from tests.edge.test_outbox import body, full_disk, open_outbox, seqs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,9 +71,8 @@ def test_message_that_cannot_be_made_fails_alone_and_takes_no_number(tmp_path: P
 
 def test_row_too_large_for_the_disk_is_refused_and_the_others_are_stored(tmp_path: Path) -> None:
     with open_outbox(tmp_path) as outbox:
-        pages = outbox._db.execute("PRAGMA page_count").fetchone()[0]  # type: ignore[union-attr]
-        outbox._db.execute(f"PRAGMA max_page_count={pages + 4}")  # type: ignore[union-attr]
-        found = append_at_once(outbox, [body(), body(100_000), body()])
+        with full_disk(outbox, more_pages=4):
+            found = append_at_once(outbox, [body(), body(100_000), body()])
         assert isinstance(found[1], OutboxError)
         assert "disk is full" in str(found[1])
         assert [found[0], found[2]] == [1, 2]

@@ -10,6 +10,7 @@ import pytest
 
 from edge.errors import OutboxError
 from tests.alert_values import draft
+from tests.edge.test_outbox import full_disk
 from tests.faults.log_damage import ROWS, contents, damage_log, leave_crashed, open_outbox
 
 if TYPE_CHECKING:
@@ -127,15 +128,14 @@ def test_damage_while_running_is_put_aside_and_appending_goes_on(tmp_path: Path)
 
 def test_full_disk_in_a_burst_loses_nothing_that_was_accepted(tmp_path: Path) -> None:
     with open_outbox(tmp_path / "outbox.db") as outbox:
-        outbox._db.execute("PRAGMA max_page_count=40")  # type: ignore[union-attr]
         accepted, refused = [], 0
-        for _ in range(300):
-            with contextlib.suppress(OutboxError):
-                accepted.append(outbox.append(*draft()[:2]))
-                continue
-            refused += 1
-        assert refused > 0, "the disk was never full: this test would show nothing"
-        assert contents(outbox)[0] == accepted == list(range(1, len(accepted) + 1))
-        assert outbox._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)  # type: ignore[union-attr]
-        outbox._db.execute("PRAGMA max_page_count=10000")  # type: ignore[union-attr]
+        with full_disk(outbox, more_pages=40):
+            for _ in range(300):
+                with contextlib.suppress(OutboxError):
+                    accepted.append(outbox.append(*draft()[:2]))
+                    continue
+                refused += 1
+            assert refused > 0, "the disk was never full: this test would show nothing"
+            assert contents(outbox)[0] == accepted == list(range(1, len(accepted) + 1))
+            assert outbox._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)  # type: ignore[union-attr]
         assert outbox.append(*draft()[:2]) == len(accepted) + 1
