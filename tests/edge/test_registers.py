@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import struct
-import sys
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -173,9 +173,18 @@ def test_new_stations_draw_a_new_session_and_keep_the_counters_of_those_that_sta
     assert registers.read(STATION_BASE + 1, 1) == [1]
 
 
+class Slow(list[int]):
+    """Words whose writing lets every other thread have a look in between."""
+
+    def __setitem__(self, *what: Any) -> None:
+        super().__setitem__(*what)
+        time.sleep(0)
+
+
 def test_reader_never_sees_half_a_verdict() -> None:
-    interval = sys.getswitchinterval()
     registers = table("one")
+    block = registers._blocks["one"]
+    block.words = Slow(block.words)
     stop = threading.Event()
 
     def write() -> None:
@@ -186,7 +195,6 @@ def test_reader_never_sees_half_a_verdict() -> None:
 
     writer = threading.Thread(target=write)
     writer.start()
-    sys.setswitchinterval(1e-6)
     try:
         for _ in range(5_000):
             words = registers.read(STATION_BASE, STATION_WORDS)
@@ -199,6 +207,5 @@ def test_reader_never_sees_half_a_verdict() -> None:
                 score = struct.unpack(">f", struct.pack(">HH", *latest[6:8]))[0]
                 assert score == latest[4] << 16 | latest[5]
     finally:
-        sys.setswitchinterval(interval)
         stop.set()
         writer.join()
