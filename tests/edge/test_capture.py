@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -23,7 +26,6 @@ from edge.errors import CaptureError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from edge.frames import Frame
 
@@ -610,3 +612,11 @@ def test_redact_hides_logins_of_pipelines(password: str) -> None:
     assert password not in shown
     assert "admin7" not in shown
     assert shown.endswith("! video/x-raw,width=64")
+
+
+def test_sources_of_the_manual_are_valid() -> None:
+    manual = (Path(__file__).parents[2] / "docs" / "cameras.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(source:.*?)```", manual, re.DOTALL)
+    kinds = [SourceSettings.model_validate(yaml.safe_load(block)["source"]).kind.value for block in blocks]
+    assert set(kinds) == {"camera", "gstreamer", "genicam", "folder"}
+    assert len(blocks) == manual.count("```yaml")
