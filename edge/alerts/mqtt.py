@@ -252,6 +252,9 @@ class Link:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)  # type: ignore[attr-defined]  # paho declares less than a socket has
         self._client.loop_stop()
+        # Client and link refer to each other; its pair of sockets would stay open until the garbage collector comes by.
+        for name in ("on_connect", "on_disconnect", "on_publish", "on_message", "on_subscribe"):
+            setattr(self._client, name, None)
 
     def _on_connect(
         self, _client: Client, _data: object, _flags: ConnectFlags, reason: ReasonCode, properties: Properties | None
