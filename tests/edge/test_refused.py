@@ -10,10 +10,14 @@ import pytest
 
 from edge.alerts import refused as refused_module
 from edge.alerts.commander import Commander
+from edge.alerts.ledger import Ledger
 from edge.alerts.message import Alert, Status, gap_maker
+from edge.alerts.mqtt import Acked, Connected, Lost
 from edge.alerts.outbox import Draft, Outbox
 from edge.alerts.publisher import Publisher
 from edge.alerts.refused import Refused
+from edge.alerts.retained import Retained
+from edge.alerts.session import Session
 from edge.alerts.settings import BrokerSettings
 from edge.alerts.subscriber import EVERYTHING, Subscriber
 from tests.alert_values import IDENTITY, draft
@@ -235,3 +239,49 @@ def test_retained_topic_that_is_refused_holds_up_nothing(
         (broker.folder / "acl").write_text(ALL)
         broker.reload()
         until(lambda: publisher.state.reason == "")
+
+
+class Wire:
+    """A link that notes what is published; a broker of a test's own answers."""
+
+    def __init__(self) -> None:
+        self.published: list[bytes] = []
+
+    def publish(self, _topic: str, payload: bytes, *, retain: bool = False) -> int:  # noqa: ARG002 (as a link has it)
+        self.published.append(payload)
+        return len(self.published)
+
+
+def test_message_that_a_broker_hangs_up_about_unnamed_is_found_by_going_one_by_one(
+    outbox: Outbox, tmp_path: Path
+) -> None:
+    outbox.append_many([draft()] * 8)
+    patience, careful, delivered = Patience(), 0, 0
+    refused, counters = patience.refused(), dict.fromkeys(("published", "acknowledged", "refused"), 0)
+    for _ in range(30):
+        wire = Wire()
+        outbox.release_sent()
+        session = Session(
+            wire, Connected(20), outbox=outbox, retained=Retained(Ledger(tmp_path / "ledger.db")),  # type: ignore[arg-type]
+            refused=refused, window=20, careful=careful, unproving="", counters=counters,
+        )  # fmt: skip
+        refused.accept("other")
+        lost = None
+        while lost is None and outbox.depth:
+            before = len(wire.published)
+            session.send_rows()
+            if len(wire.published) == before:
+                break
+            for mid, payload in enumerate(wire.published[before:], start=before + 1):
+                if b'"seq":4,' in payload:
+                    assert careful == 0 or len(wire.published) - before == 1, "alone"
+                    lost = Lost("Payload format invalid", refused=True, disliked=True)
+                    break
+                session.on_acked(Acked(mid))
+                delivered += 1
+        session.settle()
+        if lost is None:
+            break
+        careful = session.blame(lost)
+        patience.now += 6
+    assert ([letter.seq for letter in outbox.dead_letters(9)], delivered, outbox.depth) == ([4], 7, 0)
