@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import secrets
 import sys
 import threading
@@ -13,6 +14,7 @@ from edge.alerts.message import alert_from_event, encode, gap_maker
 from edge.alerts.outbox import Draft, Outbox, Priority
 from edge.alerts.publisher import Publisher
 from edge.alerts.settings import BrokerSettings
+from edge.errors import OutboxError
 from tests.alert_values import IDENTITY, JUDGE, event
 from tests.faults.history import Kind, Recorder
 
@@ -109,7 +111,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--keepalive", type=int, default=5, help="seconds")
     parser.add_argument("--patient", action="store_true", help="wait between attempts as a box does by default")
     parser.add_argument("--one-lane", action="store_true", help="send live rows behind all that wait")
-    parser.add_argument("--commands", action="store_true", help="take commands from stdin: burst COUNT, end")
+    parser.add_argument("--commands", action="store_true", help="take commands from stdin, see obey()")
     parser.add_argument("--unsynced", action="store_true", help="leave syncing to the disk")
     return parser.parse_args(arguments)
 
@@ -126,7 +128,8 @@ def main(arguments: Sequence[str]) -> None:
 
     def alert() -> None:
         while not ended.is_set() and (options.rows is None or outbox.counters["appended"] < options.rows):
-            outbox.alert()
+            with contextlib.suppress(OutboxError):
+                outbox.alert()
             ended.wait(1 / options.rate)
 
     threads = [threading.Thread(target=alert, daemon=True) for _ in range(options.threads)]
@@ -143,15 +146,19 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def obey(outbox: RecordingOutbox) -> None:
-    """Do what stdin says, until it says ``end``."""
+    """Do what stdin says, until it says ``end``: ``burst COUNT`` appends, and says how many were refused."""
     for line in sys.stdin:
         verb, *values = line.split()
         if verb == "end":
             return
-        left = int(values[0])
-        while left > 0:
-            left -= len(outbox.alert(count=min(left, _BURST)))
-        say("done")
+        refused = 0
+        for left in range(int(values[0]), 0, -_BURST):
+            count = min(left, _BURST)
+            try:
+                outbox.alert(count=count)
+            except OutboxError:
+                refused += count
+        say(f"done {refused}")
 
 
 def say(word: str) -> None:

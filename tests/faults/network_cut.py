@@ -17,7 +17,7 @@ from tests.faults.history import Fact, Id, Kind, Report, check, ids, read
 from tests.faults.listener import Listener
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from tests.mosquitto_process import Mosquitto
 
@@ -142,9 +142,11 @@ def _recovery(facts: list[Fact], returned_ns: int) -> Recovery:
 
 
 @contextmanager
-def running_alert_box(folder: Path, history: Path, url: str, *options: str) -> Iterator[subprocess.Popen[str]]:
+def running_alert_box(
+    folder: Path, history: Path, url: str, *options: str, before: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[str]]:
     """A box of :mod:`tests.faults.alert_box` that takes commands; killed at the end where it has not ended."""
-    program = [sys.executable, "-m", "tests.faults.alert_box", "--outbox", str(folder / "outbox.db")]
+    program = [*before, sys.executable, "-m", "tests.faults.alert_box", "--outbox", str(folder / "outbox.db")]
     program += ["--history", str(history), "--url", url, "--commands", *options]
     with subprocess.Popen(program, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as box:
         assert box.stdout is not None
@@ -155,10 +157,12 @@ def running_alert_box(folder: Path, history: Path, url: str, *options: str) -> I
             box.kill()
 
 
-def command(box: subprocess.Popen[str], line: str) -> None:
-    """Have a box do something and wait until it is done."""
+def command(box: subprocess.Popen[str], line: str) -> int:
+    """Have a box do something and wait until it is done; returns how much of it was refused."""
     assert box.stdin is not None
     assert box.stdout is not None
     box.stdin.write(f"{line}\n")
     box.stdin.flush()
-    assert box.stdout.readline() == "done\n", f"the box did not do {line!r}"
+    word, _, refused = box.stdout.readline().partition(" ")
+    assert word == "done", f"the box did not do {line!r}"
+    return int(refused)

@@ -1,0 +1,161 @@
+"""Boxes whose disk is full for a while, a real file system of a few megabytes, filled to the last byte."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from edge.alerts.message import Status
+from edge.alerts.settings import BrokerSettings
+from edge.alerts.subscriber import Subscriber
+from edge.alerts.topics import Kind as TopicKind
+from tests.faults.fault_proxy import FaultProxy
+from tests.faults.history import Kind, Report, check, ids, read
+from tests.faults.listener import Listener
+from tests.faults.network_cut import command, running_alert_box
+from tests.faults.whole_box import SmallDisk, log_of, make_line, running_box, write_settings
+from tests.mosquitto_process import free_port
+
+if TYPE_CHECKING:
+    import subprocess
+    from pathlib import Path
+
+    from tests.mosquitto_process import Mosquitto
+
+_DISK_MB = 24
+_SAMPLE = re.compile(r"^(lineward_up_seconds|lineward_frames_judged_total)(?:\{[^}]*\})? ([0-9.e+]+)$", re.MULTILINE)
+# The box makes the page of its figures again after a second at the latest.
+_PAGE_S = 1.2
+
+
+@dataclass
+class Disk:
+    """What became of the messages of a box.
+
+    Attributes:
+        report: of the checker.
+        produced: messages that the box has made, accepted or not.
+        present: of them, those that arrived.
+        counted: how many the box says it has lost.
+        ratios: frames judged per second with the disk full, as a share of those before, one per round.
+        recovered_s: from the return of space to the next message that was stored, the longest.
+    """
+
+    report: Report
+    produced: int
+    present: int
+    counted: int
+    ratios: list[float] = field(default_factory=list)
+    recovered_s: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.ratios)
+
+    @property
+    def exact(self) -> bool:
+        return self.produced - self.present == self.counted
+
+
+def fill_under_outbox(broker: Mosquitto, folder: Path, *, rows: int) -> Disk:
+    """Fill the disk under a box that only alerts, append more than it has room for, free it, append again."""
+    history = folder / "history.jsonl"
+    disk = SmallDisk(folder / "disk", size_mb=_DISK_MB)
+    with Listener(broker.port, history) as listener, FaultProxy(broker.port) as proxy:
+        url = f"mqtt://127.0.0.1:{proxy.port}"
+        with running_alert_box(folder / "disk", history, url, before=disk.before) as box:
+            assert command(box, "burst 100") == 0
+            proxy.faults.refuse = True
+            proxy.reset()
+            disk.fill(box.pid)
+            refused = command(box, f"burst {rows}")
+            disk.free(box.pid)
+            freed_ns = time.monotonic_ns()
+            assert command(box, f"burst {rows}") == 0, "space is back, and messages are refused"
+            proxy.faults.refuse = False
+            listener.wait_for(set(ids(read(history), Kind.ENQUEUED)), quiet_s=20.0)
+    return _found(history, refused, [], [freed_ns])
+
+
+def fill_under_box(broker: Mosquitto, folder: Path, *, rounds: int, phase_s: float, **settings: object) -> Disk:
+    """Fill the disk under a whole box that judges as fast as it can, and free it, in turns.
+
+    While it is full the box has no broker either: what it has no room for can go nowhere.
+
+    Args:
+        broker: that runs.
+        folder: for everything but the box's state.
+        rounds: of a phase with space and one without.
+        phase_s: how long each lasts.
+        settings: more of the box.
+
+    Returns:
+        What became of its messages, and of its pace.
+    """
+    history = folder / "history.jsonl"
+    disk = SmallDisk(folder / "disk", size_mb=_DISK_MB)
+    bundle, images = make_line(folder)
+    port, freed, ratios, status = free_port(), [], [], []
+    with (
+        Subscriber(BrokerSettings(url=broker.url), kinds=frozenset({TopicKind.STATUS})) as statuses,
+        Listener(broker.port, history) as listener,
+        FaultProxy(broker.port) as proxy,
+    ):
+        statuses.wait_until_ready(10)
+        config = write_settings(
+            folder, bundle, images, f"mqtt://127.0.0.1:{proxy.port}", fps=None, state_dir=folder / "disk" / "state",
+            metrics={"port": port}, **settings,
+        )  # fmt: skip
+        with running_box(config, history, before=disk.before) as box:
+            assert listener.wait_for_count(20, 60), log_of(config)
+            for _ in range(rounds):
+                with_space = _rate(port, phase_s)
+                proxy.faults.refuse = True
+                proxy.reset()
+                disk.fill(box.pid)
+                ratios.append(_rate(port, phase_s) / with_space)
+                disk.free(box.pid)
+                freed.append(time.monotonic_ns())
+                proxy.faults.refuse = False
+            _end(box, config)
+        listener.wait_for(set(ids(read(history), Kind.ENQUEUED)), quiet_s=5.0)
+        while (received := statuses.receive(1.0)) is not None:
+            if isinstance(received.message, Status):
+                status.append(received.message)
+    return _found(history, status[-1].drops.get("messages_lost", 0), ratios, freed)
+
+
+def _end(box: subprocess.Popen[bytes], config: Path) -> None:
+    threading.Event().wait(_PAGE_S)  # time to alert once more
+    box.terminate()
+    assert box.wait(30) == 0, log_of(config)
+
+
+def _rate(port: int, seconds: float) -> float:
+    """Frames judged per second of the box's own time, over about so many seconds."""
+    began = _sample(port)
+    threading.Event().wait(seconds)
+    ended = _sample(port)
+    return (ended[1] - began[1]) / (ended[0] - began[0])
+
+
+def _sample(port: int) -> tuple[float, float]:
+    threading.Event().wait(_PAGE_S)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        found = dict(_SAMPLE.findall(answer.read().decode()))
+    return float(found["lineward_up_seconds"]), float(found["lineward_frames_judged_total"])
+
+
+def _found(history: Path, counted: int, ratios: list[float], freed: list[int]) -> Disk:
+    facts = read(history)
+    # A message that is made again after the file has grown is still one.
+    produced = {fact.content for fact in facts if fact.kind is Kind.ATTEMPTED}
+    present = {fact.content for fact in facts if fact.kind is Kind.DELIVERED}
+    stored = [fact.at_ns for fact in facts if fact.kind is Kind.ENQUEUED]
+    waits = [min((at for at in stored if at > moment), default=2**63) - moment for moment in freed]
+    return Disk(check(facts), len(produced), len(present), counted, ratios, max(waits) / 1e9)

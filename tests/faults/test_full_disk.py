@@ -1,0 +1,37 @@
+"""A full disk: judging goes on, what is lost is counted to the message, and storing goes on once there is space."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.faults.full_disk import fill_under_box, fill_under_outbox
+from tests.faults.whole_box import SmallDisk
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.mosquitto_process import Mosquitto
+
+MISSING = SmallDisk.missing()
+pytestmark = [pytest.mark.broker, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
+RATIO, RECOVERED_S = 0.95, 5.0
+
+
+def test_full_disk_loses_what_it_counts_and_recovers(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    found = fill_under_outbox(mosquitto, tmp_path, rows=2500)
+    assert found.report.findings == []
+    assert found.counted > 0, "the disk was never full: this test would show nothing"
+    assert found.exact
+    assert found.recovered_s <= RECOVERED_S
+
+
+@pytest.mark.slow
+def test_box_judges_on_while_its_disk_is_full(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    found = fill_under_box(mosquitto, tmp_path, rounds=3, phase_s=8)
+    assert found.report.findings == []
+    assert found.counted > 0
+    assert found.exact
+    assert found.ratio >= RATIO
+    assert found.recovered_s <= RECOVERED_S
