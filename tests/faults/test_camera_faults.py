@@ -20,9 +20,13 @@ import pytest
 
 import edge.capture.gstreamer
 import edge.capture.opencv
+from edge.bundle import Engine, Precision
 from edge.capture.capture import CameraState, Capture
 from edge.capture.opencv import CameraSource
 from edge.capture.settings import SourceSettings
+from edge.inference.detector import Detector
+from tests.edge.test_camera import work
+from tests.edge.tiny_bundle import make_tiny_bundle
 from tests.faults import rtsp_camera
 from tests.faults.mjpeg_camera import MjpegCamera
 from tests.faults.rtsp_camera import RtspCamera
@@ -289,3 +293,32 @@ def test_buffers_hold_the_memory_of_a_camera_steady() -> None:
         assert len(addresses) <= 2
         with contextlib.suppress(OSError):
             source.close()
+
+
+@needs_gstreamer
+def test_judge_goes_on_when_a_camera_changes_its_size(tmp_path: Path) -> None:
+    bundle = make_tiny_bundle(tmp_path / "bundle")
+    detector = Detector.open(bundle, engine=Engine.ONNXRUNTIME, precision=Precision.FLOAT32, threads=1)
+    text = "concat name=c"
+    for width, height in ((96, 96), (160, 90), (50, 70)):
+        text += f" videotestsrc num-buffers=10 ! video/x-raw,width={width},height={height} ! c."
+    stop = threading.Event()
+    worker, recorder, _ = work(
+        tmp_path,
+        detector=detector,
+        stop=stop,
+        mode="stream",
+        source={"kind": "gstreamer", "pipeline": f"{text} c.", "capacity": 64},
+    )
+    worker.start()
+    deadline = time.monotonic() + SOON
+    while worker.status()["counters"]["judged"] + worker.status()["counters"]["not_judged"] < 30:
+        time.sleep(0.01)  # the worker's own counters: they tell nobody
+        assert time.monotonic() < deadline
+    stop.set()
+    assert worker.join(SOON)
+    counters = worker.status()["counters"]
+    assert counters["resized"] >= 2
+    assert counters["failed"] == 0
+    assert counters["judged"] >= 30
+    assert not any("failed" in reason for _, reason in recorder.states)
