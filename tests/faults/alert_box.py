@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import secrets
 import sys
 import threading
@@ -112,12 +113,15 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--patient", action="store_true", help="wait between attempts as a box does by default")
     parser.add_argument("--one-lane", action="store_true", help="send live rows behind all that wait")
     parser.add_argument("--commands", action="store_true", help="take commands from stdin, see obey()")
+    parser.add_argument("--unowned", action="store_true", help="let files grow as SQLite likes")
     parser.add_argument("--unsynced", action="store_true", help="leave syncing to the disk")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> None:
     options = parse_options(arguments)
+    if options.unowned:
+        del os.posix_fallocate
     kind = OneLane if options.one_lane else RecordingOutbox
     outbox = kind(options.outbox, options.history, synced=not options.unsynced)
     settings = settings_for(options.url, keepalive_s=options.keepalive, patient=options.patient)

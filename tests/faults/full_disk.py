@@ -82,6 +82,16 @@ def fill_under_outbox(broker: Mosquitto, folder: Path, *, rows: int) -> Disk:
     return _found(history, refused, [], [freed_ns])
 
 
+def refused_while_full(broker: Mosquitto, folder: Path, *, rows: int, options: tuple[str, ...] = ()) -> int:
+    """How many of ``rows`` messages a box refuses whose disk is full and whose broker takes everything."""
+    history = folder / "history.jsonl"
+    disk = SmallDisk(folder / "disk", size_mb=_DISK_MB)
+    with running_alert_box(folder / "disk", history, broker.url, *options, before=disk.before) as box:
+        assert command(box, "burst 100") == 0
+        disk.fill(box.pid)
+        return command(box, f"burst {rows}")
+
+
 def fill_under_box(broker: Mosquitto, folder: Path, *, rounds: int, phase_s: float, **settings: object) -> Disk:
     """Fill the disk under a whole box that judges as fast as it can, and free it, in turns.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.faults.full_disk import fill_under_box, fill_under_outbox
+from tests.faults.full_disk import fill_under_box, fill_under_outbox, refused_while_full
 from tests.faults.whole_box import SmallDisk
 
 if TYPE_CHECKING:
@@ -25,6 +25,15 @@ def test_full_disk_loses_what_it_counts_and_recovers(mosquitto: Mosquitto, tmp_p
     assert found.counted > 0, "the disk was never full: this test would show nothing"
     assert found.exact
     assert found.recovered_s <= RECOVERED_S
+
+
+def test_full_disk_refuses_nothing_while_the_broker_takes_it(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    assert refused_while_full(mosquitto, tmp_path, rows=300) == 0
+
+
+def test_files_that_own_no_space_refuse_at_once(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    """The control of the space that the outbox owns."""
+    assert refused_while_full(mosquitto, tmp_path, rows=300, options=("--unowned",)) > 0
 
 
 @pytest.mark.slow
