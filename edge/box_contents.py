@@ -15,6 +15,7 @@ from edge.alerts.topics import Identity
 from edge.camera import CameraWorker
 from edge.cameras import Cameras, make_judge
 from edge.errors import LinewardError, OutboxError
+from edge.health.camera_watch import HEALTH_FOLDER, CameraWatches
 from edge.health.metrics import Metrics
 from edge.health.watchdog import Watchdog
 from edge.inference.detectors import Detectors
@@ -85,6 +86,7 @@ class BoxContents:
         self._given = GivenThresholds(settings.state_dir / THRESHOLDS_FILE)
         self._evidence: EvidenceKeeper | None = None
         self._slot_watch: SlotWatch | None = None
+        self._watches: CameraWatches | None = None
 
     def open(self, *, switch: Callable[[], None]) -> None:
         """Open and make everything; only the connection to the broker begins.
@@ -166,6 +168,7 @@ class BoxContents:
             keep_evidence=None if self._evidence is None else self._evidence.keep,
             observers=self._observers(camera, detectors),
             station=self.inspection.station_of(camera.name),
+            health=None if self._watches is None else self._watches.watch(camera),
         )
 
     def _open_bundles(self) -> tuple[Detectors, dict[str, Judge]]:
@@ -230,6 +233,9 @@ class BoxContents:
         thresholds = ThresholdCommands(self._given, cameras=self.cameras, notify=self.reporter.notice)
         thresholds.attach(self.publisher)
         self.parts.append(thresholds)
+        health = self.settings.state_dir / HEALTH_FOLDER
+        self._watches = CameraWatches(health, cameras=self.cameras, notify=self.reporter.notice)
+        self.parts.append(self._watches)
         self.inspection = Inspection(
             self.settings, reporter=self.reporter, publisher=self.publisher, metrics=self.metrics
         )

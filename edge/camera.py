@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from edge.bundle import Bundle
     from edge.frames import AnomalyEvent, Frame, Prediction, Verdict
+    from edge.health.camera_watch import CameraWatch
     from edge.health.metrics import Metrics
     from edge.health.watchdog import Watchdog
     from edge.inference.detector import Detector, PendingPrediction
@@ -66,6 +67,7 @@ class CameraWorker:
         keep_evidence: called before them with the same and the bundle that judged it; returns it with the reference of
             the pictures that will be kept of it, where there are any. Must return at once and not raise.
         station: in triggered mode the one that the camera belongs to; it says which frames are parts, and reports.
+        health: watches whether the camera is well, where anybody asked for that.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class CameraWorker:
         observers: Sequence[Observer] = (),
         keep_evidence: KeepEvidence | None = None,
         station: Station | None = None,
+        health: CameraWatch | None = None,
     ) -> None:
         assert (station is not None) == (settings.mode is Mode.TRIGGERED)
         self.name = settings.name
@@ -92,7 +95,8 @@ class CameraWorker:
         self._judges = {judge.memory_version: judge}
         self._judges_lock = threading.Lock()
         self._met = judge
-        self._observers = tuple(observers)
+        self._observers = tuple(observers) if health is None else (*observers, health.observe)
+        self._health = health
         self._keep_evidence = keep_evidence
         self._event_evidence: str | None = None
         self._reporter = reporter
@@ -222,6 +226,7 @@ class CameraWorker:
             "threshold": dataclasses.asdict(threshold),
             "levels": {name: getattr(self._judge, name) for name in ("enter_level", "leave_level", "threshold_source")},
             "failure": self._failure or None,
+            "health": None if self._health is None else self._health.status(),
         }
 
     def warnings(self) -> list[str]:
@@ -236,6 +241,8 @@ class CameraWorker:
                 "extrapolated from them"
             )
         found += self._capture.remarks
+        if self._health is not None:
+            found += self._health.warnings()
         if self._failure:
             found.append(self._failure)
         return [f"{self.name}: {text}" for text in found]
@@ -326,6 +333,9 @@ class CameraWorker:
         prediction, verdict, code = self._judged(frame, predict)
         if code is Reason.NONE and not self._in_time(frame.camera_seq):
             verdict, code = self._too_late(frame), Reason.DEADLINE
+        unwell = "" if self._health is None or code is not Reason.NONE else self._health.veto(frame, verdict.decision)
+        if unwell:
+            verdict, code = self._judge.not_judged(frame, unwell), Reason.CAMERA_UNWELL
         judged = verdict.decision is not Decision.NOT_JUDGED
         if judged:
             stages = verdict.latency_ms

@@ -36,6 +36,7 @@ class Reason(IntEnum):
     TOO_CLOSE = 7
     SOURCE_ENDED = 8
     STOPPED = 9
+    CAMERA_UNWELL = 10
 
 
 @dataclass(frozen=True, slots=True)
