@@ -1,18 +1,22 @@
-"""How fast is a frame judged, beside what its bare graphs allow, and what is int8 worth?
+"""How many decoded 1080p frames a second does a box judge on two cores, beside what its bare graphs allow?
 
-Every ratio is of two things measured in turns within one run: other work on the machine slows both.
+Bare graphs: trunk and head by parallel asynchronous requests, on inputs that lie ready. The box: a whole one, from the
+frame in memory to the verdict in its counters. Both take turns, so that other work on the machine slows both.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import tempfile
 import threading
 import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -28,27 +32,35 @@ from benchmarks._setting import (
     print_goals,
     spread,
 )
-from edge.bundle import Bundle, Engine, Precision, Resize
+from edge.box import Box
+from edge.bundle import Bundle, Engine, Precision
+from edge.capture.capture import CameraState, Counters
+from edge.errors import EngineError
+from edge.frames import Frame
 from edge.inference.detector import Detector
 from edge.inference.engines import GraphSession, open_graph
 from edge.inference.preprocessing import cut_tiles, to_canvas
 from edge.inference.sessions import ANOMALY_MAP, IMAGE, graph_file
+from edge.inference.state import stored_state
 from edge.judgement.verdicts import Judge
+from edge.settings import BoxSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
-    Step = Callable[[int], object]
+    Images = Sequence[npt.NDArray[np.uint8]]
 
-CORES = 2
-SHARE_GOAL, INT8_GOAL = 0.8, 2.0
-# A threshold as a box would use it: one frame in a hundred may be called wrongly.
-ALPHA = 0.01
+CORES, CAMERAS = 2, 4
+SHARE_GOAL, WATCHED_GOAL = 0.9, 0.8
+PRECISIONS = (Precision.INT8, Precision.FLOAT32)
+# So that no frame is an anomaly: alerts and their pictures are measured elsewhere.
+CALM = 1e9
+PATIENCE_S = 60.0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Round:
     """One turn of one candidate: frames per second of wall time, and milliseconds of processor time per frame."""
 
@@ -56,11 +68,13 @@ class Round:
     cpu_ms: float
 
 
-def take_turns(candidates: dict[str, Sequence[Step]], *, rounds: int, seconds: float) -> dict[str, list[Round]]:
+def take_turns(
+    candidates: Mapping[str, Callable[[float], int]], *, rounds: int, seconds: float
+) -> dict[str, list[Round]]:
     """Let candidates run in turns.
 
     Args:
-        candidates: by name, one callable for each thread; it is called with 0, 1, 2, ...
+        candidates: by name; each runs for some seconds and returns the frames that it took.
         rounds: turns of each.
         seconds: length of a turn.
 
@@ -68,86 +82,145 @@ def take_turns(candidates: dict[str, Sequence[Step]], *, rounds: int, seconds: f
         The turns of each, in order, so that equal indices are neighbours in time.
     """
     found: dict[str, list[Round]] = {name: [] for name in candidates}
-    for steps in candidates.values():
-        _run(steps, seconds / 4)  # caches, lazy buffers
+    for run in candidates.values():
+        run(seconds / 4)  # caches, lazy buffers
     names = list(candidates)
     for index in range(rounds):
         # In reverse every other time, so that nobody always comes after the same one.
         for name in names if index % 2 == 0 else reversed(names):
-            found[name].append(_run(candidates[name], seconds))
+            wall, cpu = time.monotonic(), cpu_seconds()
+            frames = max(1, candidates[name](seconds))
+            wall, cpu = time.monotonic() - wall, cpu_seconds() - cpu
+            found[name].append(Round(frames / wall, 1000 * cpu / frames))
     return found
 
 
-def _run(steps: Sequence[Step], seconds: float) -> Round:
-    counts = [0] * len(steps)
-    gate = threading.Barrier(len(steps) + 1)
+class ReadyFrames:
+    """In place of a capture: decoded frames, as many as are asked for while its box has its turn."""
 
-    def work(lane: int) -> None:
-        step = steps[lane]
-        gate.wait()
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            step(counts[lane])
-            counts[lane] += 1
+    state = CameraState.STREAMING
+    error: str | None = None
+    remarks = ()
+    finished = False
 
-    threads = [threading.Thread(target=work, args=(lane,)) for lane in range(len(steps))]
-    for thread in threads:
-        thread.start()
-    gate.wait()
-    wall, cpu = time.monotonic(), cpu_seconds()
-    for thread in threads:
-        thread.join()
-    wall, cpu = time.monotonic() - wall, cpu_seconds() - cpu
-    frames = max(1, sum(counts))
-    return Round(frames / wall, 1000 * cpu / frames)
+    def __init__(self, turn: threading.Event, images: Images, *, name: str, **_: object) -> None:
+        self.name = name
+        self._turn, self._images = turn, itertools.cycle(images)
+        self._count = 0
+        self.idle = threading.Event()
+
+    @property
+    def queued(self) -> int:
+        """Whether the next frame is there already."""
+        return int(self._turn.is_set())
+
+    @property
+    def counters(self) -> Counters:
+        """No frame is ever dropped."""
+        return Counters(captured=self._count, delivered=self._count)
+
+    def get(self, timeout: float) -> Frame | None:
+        """Give the next frame, or wait for the turn."""
+        if not self._turn.is_set() and timeout > 0:
+            self.idle.set()
+            self._turn.wait(timeout)
+        if not self._turn.is_set():
+            return None
+        self.idle.clear()
+        self._count += 1
+        return Frame(next(self._images), self.name, self._count - 1, time.monotonic_ns(), datetime.now(timezone.utc))
+
+    def start(self) -> None:
+        """Nothing has to be opened."""
+
+    def stop(self, _timeout: float) -> None:
+        """Nothing has to be closed."""
 
 
-def _judge(bundle: Bundle, detector: Detector) -> Judge:
-    return Judge(
-        calibration=bundle.calibration(detector.status.engine, detector.status.precision),
-        pooling=bundle.manifest.pooling,
-        crop=bundle.manifest.preprocessing.crop,
-        alpha=ALPHA,
-        bundle_id=bundle.id,
-    )
+class RunningBox:
+    """A whole box that judges frames from memory while it has its turn."""
+
+    def __init__(self, settings: BoxSettings, images: Images) -> None:
+        self._turn = threading.Event()
+        self._captures: list[ReadyFrames] = []
+
+        def capture(*, name: str, **_: object) -> ReadyFrames:
+            self._captures.append(ReadyFrames(self._turn, images, name=name))
+            return self._captures[-1]
+
+        self._box = Box(settings)
+        with mock.patch("edge.camera.Capture", capture):
+            self._box.start()
+
+    def run(self, seconds: float) -> int:
+        """Judge for some seconds; returns how many frames."""
+        before = self._box.metrics.value("judged")
+        for capture in self._captures:
+            capture.idle.clear()
+        self._turn.set()
+        time.sleep(seconds)
+        self._turn.clear()
+        for capture in self._captures:
+            if not capture.idle.wait(PATIENCE_S):
+                raise SystemExit(f"{capture.name} does not end its turn")
+        failed = self._box.metrics.value("frames_failed") + self._box.metrics.value("not_judged")
+        if failed:
+            raise SystemExit(f"{failed} frames could not be judged")
+        return self._box.metrics.value("judged") - before
+
+    def stop(self) -> None:
+        """Stop the box."""
+        self._box.stop()
 
 
-def whole_path(
-    bundle: Bundle, images: Sequence[npt.NDArray[np.uint8]], *, lanes: int, threads: int = CORES
-) -> list[Step]:
-    """Frame in, decision out: one caller for each stream of one detector, each with its own judge."""
-    detector = Detector.open(bundle, engine=Engine.OPENVINO, precision=Precision.INT8, threads=threads, streams=lanes)
-    steps: list[Step] = []
-    for lane in range(lanes):
-        judge = _judge(bundle, detector)
+def box_settings(
+    bundle: Bundle, folder: Path, precision: Precision, *, cameras: int, threads: int, watched: bool
+) -> BoxSettings:
+    """Settings of a box that raises no alert.
 
-        def step(index: int, judge: Judge = judge, lane: int = lane) -> object:
-            image = images[(index + lane) % len(images)]
-            return judge.judge(detector.predict(as_frame(image, index, time.monotonic_ns())))
-
-        steps.append(step)
-    return steps
+    Args:
+        bundle: that judges.
+        folder: for its state.
+        precision: numerics.
+        cameras: how many.
+        threads: of the engine.
+        watched: with evidence and camera health.
+    """
+    camera: dict[str, Any] = {
+        "source": {"kind": "folder", "path": str(folder)},
+        "threshold": {"value": CALM, "bundle_id": bundle.id, "memory_version": 0},
+        "health": {} if watched else None,
+    }
+    return BoxSettings.model_validate(
+        {
+            "site": "bench", "box": "box", "state_dir": folder, "bundle": bundle.path,
+            "engine": "openvino", "precision": precision.value, "threads": threads,
+            "broker": {"url": "mqtt://127.0.0.1:9", "backoff_min_s": 8, "backoff_max_s": 8},
+            "cameras": [{"name": f"cam{index}", **camera} for index in range(cameras)],
+            "evidence": {"min_free_mb": 0} if watched else None,
+        }
+    )  # fmt: skip
 
 
 def open_bare(
-    bundle: Bundle, *, lanes: int, threads: int = CORES
-) -> tuple[GraphSession, GraphSession, dict[str, np.ndarray]]:
-    """Open trunk and head as the detector does, and the taps of one prepared input."""
-    from edge.inference.state import stored_state
-
+    bundle: Bundle, precision: Precision, *, streams: int, threads: int
+) -> tuple[GraphSession, GraphSession, dict[str, npt.NDArray[Any]]]:
+    """Open trunk and head as the detector does, with the taps of one prepared input."""
     manifest = bundle.manifest
     preprocessing = manifest.preprocessing
     tiles = cut_tiles(to_canvas(frames_1080p(1, seed=9)[0], preprocessing), preprocessing).copy()
-    common = {"engine": Engine.OPENVINO, "precision": Precision.INT8, "threads": threads, "streams": lanes}
+    common: dict[str, Any] = {
+        "engine": Engine.OPENVINO, "precision": precision, "threads": threads, "streams": streams,
+    }  # fmt: skip
     trunk = open_graph(
-        graph_file(bundle, manifest.trunk, Precision.INT8),
+        graph_file(bundle, manifest.trunk, precision),
         outputs=manifest.taps,
         input_shapes={IMAGE: tiles.shape},
         **common,
     )
     taps = {name: value.copy() for name, value in trunk.run({IMAGE: tiles}).items()}
     head = open_graph(
-        graph_file(bundle, manifest.head, Precision.INT8),
+        graph_file(bundle, manifest.head, precision),
         outputs=[ANOMALY_MAP],
         state=stored_state(bundle),
         input_shapes={name: value.shape for name, value in taps.items()},
@@ -156,158 +229,127 @@ def open_bare(
     return trunk, head, {IMAGE: tiles, **taps}
 
 
-def bare_graphs(bundle: Bundle, *, lanes: int, threads: int = CORES) -> list[Step]:
-    """Run trunk and head alone, on inputs that are there already."""
-    trunk, head, prepared = open_bare(bundle, lanes=lanes, threads=threads)
+def bare_graphs(bundle: Bundle, precision: Precision, *, requests: int, threads: int) -> Callable[[float], int]:
+    """Run trunk and head alone, so many requests side by side on ``threads`` streams of one thread each."""
+    trunk, head, prepared = open_bare(bundle, precision, streams=threads, threads=threads)
+    pairs = [(trunk, head)] + [(trunk.clone(), head.clone()) for _ in range(requests - 1)]
     image = prepared.pop(IMAGE)
-    pairs = [(trunk, head)] + [(trunk.clone(), head.clone()) for _ in range(lanes - 1)]
 
-    def lane(pair: tuple[GraphSession, GraphSession]) -> Step:
-        mine, taps = {IMAGE: image.copy()}, {name: value.copy() for name, value in prepared.items()}
-        return lambda _index: (pair[0].run(mine), pair[1].run(taps))
+    def work(pair: tuple[GraphSession, GraphSession], end: float, counts: list[int]) -> None:
+        mine, count = {IMAGE: image.copy()}, 0
+        while time.monotonic() < end:
+            pair[0].start(mine)
+            # The head takes the trunk's own buffers, as in the box.
+            pair[1].start(pair[0].finish())
+            pair[1].finish()
+            count += 1
+        counts.append(count)
 
-    return [lane(pair) for pair in pairs]
+    def run(seconds: float) -> int:
+        counts: list[int] = []
+        end = time.monotonic() + seconds
+        workers = [threading.Thread(target=work, args=(pair, end, counts)) for pair in pairs]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return sum(counts)
 
-
-def bare_trunk(bundle: Bundle, engine: Engine, precision: Precision, *, lanes: int, threads: int) -> list[Step]:
-    """Run the trunk alone, pruned to the taps that the head takes."""
-    manifest = bundle.manifest
-    preprocessing = manifest.preprocessing
-    image = cut_tiles(to_canvas(frames_1080p(1, seed=9)[0], preprocessing), preprocessing)
-    session = open_graph(
-        graph_file(bundle, manifest.trunk, precision),
-        engine=engine,
-        precision=precision,
-        threads=threads,
-        streams=lanes,
-        outputs=manifest.taps,
-        input_shapes={IMAGE: image.shape},
-    )
-    sessions = [session] + [session.clone() for _ in range(lanes - 1)]
-
-    def lane(one: GraphSession) -> Step:
-        mine = {IMAGE: image.copy()}
-        return lambda _index: one.run(mine)
-
-    return [lane(one) for one in sessions]
+    return run
 
 
-def stage_times(bundle: Bundle, images: Sequence[npt.NDArray[np.uint8]], *, count: int) -> dict[str, list[float]]:
-    """Milliseconds of each stage on one thread, stage after stage of the same frame."""
-    trunk, head, _ = open_bare(bundle, lanes=1, threads=1)
-    detector = Detector.open(bundle, engine=Engine.OPENVINO, precision=Precision.INT8, threads=1)
-    judge = _judge(bundle, detector)
-    preprocessing = bundle.manifest.preprocessing
-    found: dict[str, list[float]] = {name: [] for name in ("resize", "trunk", "head", "judge", "whole path")}
-    for index, image in zip(range(count), itertools.cycle(images), strict=False):
-        start = time.perf_counter()
-        tiles = cut_tiles(to_canvas(image, preprocessing), preprocessing)
-        resized = time.perf_counter()
-        taps = trunk.run({IMAGE: tiles})
-        tapped = time.perf_counter()
-        head.run(taps)
-        mapped = time.perf_counter()
-        prediction = detector.predict(as_frame(image, index))
-        predicted = time.perf_counter()
-        judge.judge(prediction)
-        judged = time.perf_counter()
-        marks = (start, resized, tapped, mapped, predicted, judged)
-        steps = [1000 * (b - a) for a, b in itertools.pairwise(marks)]
-        for name, value in zip(found, (steps[0], steps[1], steps[2], steps[4], steps[3] + steps[4]), strict=True):
-            found[name].append(value)
-    return found
-
-
-def _ratio(left: Sequence[Round], right: Sequence[Round], *, of: str = "rate") -> list[float]:
-    """Ratios of neighbouring turns; above 1 where ``left`` is faster."""
-    if of == "rate":
-        return [a.rate / b.rate for a, b in zip(left, right, strict=True)]
-    return [b.cpu_ms / a.cpu_ms for a, b in zip(left, right, strict=True)]
-
-
-def measure_share(bundle: Bundle, *, rounds: int, seconds: float) -> list[Goal]:
-    """Whole path beside bare graphs: one caller per core, one caller on both, one thread, and with a cheaper resize."""
+def measure_share(bundle: Bundle, folder: Path, precision: Precision, *, rounds: int, seconds: float) -> list[Goal]:
+    """A whole box beside its bare graphs: four cameras on two cores, one camera on one thread."""
     images = frames_1080p(6)
-    manifest = bundle.manifest
-    preprocessing = manifest.preprocessing.model_copy(update={"resize": Resize.LINEAR})
-    linear = dataclasses.replace(bundle, manifest=manifest.model_copy(update={"preprocessing": preprocessing}))
-    turns = take_turns(
-        {
-            "whole path, a caller per core": whole_path(bundle, images, lanes=CORES),
-            "bare graphs, a caller per core": bare_graphs(bundle, lanes=CORES),
-            "whole path, one caller on both": whole_path(bundle, images, lanes=1),
-            "whole path, 1 thread": whole_path(bundle, images, lanes=1, threads=1),
-            "bare graphs, 1 thread": bare_graphs(bundle, lanes=1, threads=1),
-            "whole path, 1 thread, resize linear": whole_path(linear, images, lanes=1, threads=1),
-        },
-        rounds=rounds,
-        seconds=seconds,
-    )
-    print(f"1080p BGR frame in, decision out, OpenVINO int8, {CORES} cores\n")
+    with ExitStack() as stack:
+
+        def box(name: str, *, cameras: int = CAMERAS, threads: int = CORES, watched: bool = False) -> Any:  # noqa: ANN401 (a candidate)
+            (folder / name).mkdir(parents=True)
+            settings = box_settings(bundle, folder / name, precision, cameras=cameras, threads=threads, watched=watched)
+            running = RunningBox(settings, images)
+            stack.callback(running.stop)
+            return running.run
+
+        turns = take_turns(
+            {
+                f"bare graphs, {CORES} cores": bare_graphs(bundle, precision, requests=CORES + 1, threads=CORES),
+                f"box, {CORES} cores": box("plain"),
+                f"box with evidence and health, {CORES} cores": box("watched", watched=True),
+                "bare graphs, 1 thread": bare_graphs(bundle, precision, requests=1, threads=1),
+                "box of one camera, 1 thread": box("alone", cameras=1, threads=1),
+                f"box of one camera, {CORES} threads": box("both", cameras=1),
+            },
+            rounds=rounds,
+            seconds=seconds,
+        )
+    print(f"decoded 1080p frame to verdict, OpenVINO {precision.value}, {CAMERAS} cameras unless said otherwise\n")
     print("| candidate | frames/s best | median | processor ms per frame, best | median |\n|---|---|---|---|---|")
     for name, rounds_of in turns.items():
         rates, cpu = [turn.rate for turn in rounds_of], [turn.cpu_ms for turn in rounds_of]
         print(f"| {name} | {max(rates):.0f} | {np.median(rates):.0f} | {min(cpu):.2f} | {np.median(cpu):.2f} |")
     print()
-    goals = []
-    for lane, of, label in (
-        ("a caller per core", "rate", "frames/s, 2 cores"),
-        ("a caller per core", "cpu", "processor time, 2 cores"),
-        ("1 thread", "cpu", "processor time, 1 thread"),
-    ):
-        whole, bare = turns[f"whole path, {lane}"], turns[f"bare graphs, {lane}"]
-        ratios, best = _ratio(whole, bare, of=of), _best(whole, of) / _best(bare, of)
-        text = f"{spread(ratios)}; best turn over best turn {best:.2f}"
-        goals.append(Goal(f"share of the bare graphs, {label}", float(np.median(ratios)), SHARE_GOAL, True, text))
-    return goals
+    bare, plain, watched, bare_one, alone = itertools.islice(turns.values(), 5)
+    return [
+        _share(f"{precision.value}: box over bare graphs, frames/s", plain, bare, SHARE_GOAL),
+        _share(f"{precision.value}: with evidence and health, frames/s", watched, bare, WATCHED_GOAL),
+        _share(f"{precision.value}: box over bare graphs, processor time", plain, bare, None, of="cpu"),
+        _share(f"{precision.value}: the same, one camera, 1 thread", alone, bare_one, None, of="cpu"),
+    ]
 
 
-def measure_int8(bundle: Bundle, *, rounds: int, seconds: float) -> list[Goal]:
-    """The bare trunk in int8 and float32 on both engines: throughput on 2 cores, latency on one thread."""
-    engines = {Engine.OPENVINO: "OpenVINO", Engine.ONNXRUNTIME: "ONNX Runtime"}
-    goals = []
-    for what, lanes, threads in ((f"{CORES} cores", CORES, CORES), ("1 thread", 1, 1)):
-        turns = take_turns(
-            {
-                f"{engine.value} {precision.value}": bare_trunk(bundle, engine, precision, lanes=lanes, threads=threads)
-                for engine in engines
-                for precision in (Precision.FLOAT32, Precision.INT8)
-            },
-            rounds=rounds,
-            seconds=seconds,
-        )
-        print(f"bare trunk, {what}\n")
-        print("| engine and precision | frames/s best | median | processor ms per frame, best | median |")
-        print("|---|---|---|---|---|")
-        for name, rounds_of in turns.items():
-            rates, cpu = [turn.rate for turn in rounds_of], [turn.cpu_ms for turn in rounds_of]
-            print(f"| {name} | {max(rates):.0f} | {np.median(rates):.0f} | {min(cpu):.2f} | {np.median(cpu):.2f} |")
-        print()
-        for engine, name in engines.items():
-            int8, float32 = turns[f"{engine.value} int8"], turns[f"{engine.value} float32"]
-            for of, label in (("rate", "frames/s"), ("cpu", "processor time")):
-                ratios = _ratio(int8, float32, of=of)
-                best = _best(int8, of) / _best(float32, of)
-                goals.append(
-                    Goal(
-                        f"{name}: int8 trunk over float32, {what}, {label}",
-                        float(np.median(ratios)),
-                        INT8_GOAL if engine is Engine.OPENVINO else float("nan"),
-                        True,
-                        f"{spread(ratios)}; best turn over best turn {best:.2f}",
-                    )
-                )
-    return goals
+def _share(name: str, left: Sequence[Round], right: Sequence[Round], limit: float | None, *, of: str = "rate") -> Goal:
+    """Ratio of neighbouring turns; above 1 where ``left`` is faster."""
+    ratios = [a.rate / b.rate if of == "rate" else b.cpu_ms / a.cpu_ms for a, b in zip(left, right, strict=True)]
+    best = _best(left, of) / _best(right, of)
+    text = f"{spread(ratios)}; best turn over best turn {best:.2f}"
+    return Goal(name, float(np.median(ratios)), float("nan") if limit is None else limit, True, text)
 
 
 def _best(turns: Sequence[Round], of: str) -> float:
     return max(turn.rate if of == "rate" else 1 / turn.cpu_ms for turn in turns)
 
 
+def stage_times(bundle: Bundle, precision: Precision, images: Images, *, count: int) -> dict[str, list[float]]:
+    """Milliseconds of each stage on one thread, stage after stage of the same frame; JPEG decoding apart."""
+    trunk, head, _ = open_bare(bundle, precision, streams=1, threads=1)
+    detector = Detector.open(bundle, engine=Engine.OPENVINO, precision=precision, threads=1)
+    judge = Judge(
+        calibration=bundle.calibration(detector.status.engine, detector.status.precision),
+        pooling=bundle.manifest.pooling,
+        crop=bundle.manifest.preprocessing.crop,
+        alpha=0.01,
+        bundle_id=bundle.id,
+    )
+    preprocessing = bundle.manifest.preprocessing
+    files = [cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1] for image in images]
+    names = ("decode of a JPEG file", "resize", "trunk", "head", "detector, all three", "judge")
+    found: dict[str, list[float]] = {name: [] for name in names}
+
+    def steps(image: npt.NDArray[np.uint8], file: npt.NDArray[np.uint8]) -> Iterator[object]:
+        yield cv2.imdecode(file, cv2.IMREAD_COLOR)
+        tiles = cut_tiles(to_canvas(image, preprocessing), preprocessing)
+        yield tiles
+        taps = trunk.run({IMAGE: tiles})
+        yield taps
+        yield head.run(taps)
+        prediction = detector.predict(as_frame(image, 0))
+        yield prediction
+        yield judge.judge(prediction)
+
+    for _, (image, file) in zip(range(count), itertools.cycle(list(zip(images, files, strict=True))), strict=False):
+        before = time.perf_counter()
+        for name, _done in zip(names, steps(image, file), strict=True):
+            now = time.perf_counter()
+            found[name].append(1000 * (now - before))
+            before = now
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> list[Goal]:
+    """Measure and print; about four minutes."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_bundle_option(parser)
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each candidate")
+    parser.add_argument("--rounds", type=int, default=12, help="turns of each candidate")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a turn")
     parser.add_argument("--tiny", action="store_true", help="two short turns, to see that it runs")
     options = parser.parse_args(argv)
@@ -315,14 +357,20 @@ def main(argv: Sequence[str] | None = None) -> list[Goal]:
     # One thread of OpenCV for each caller: both cores have one already.
     cv2.setNumThreads(1)
     heading("throughput")
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = bundle_for(options.bundle, Path(folder))
-        goals = measure_share(bundle, rounds=rounds, seconds=seconds)
-        goals += measure_int8(bundle, rounds=rounds, seconds=seconds)
-        print("| stage, one thread | ms best | median |\n|---|---|---|")
-        for name, values in stage_times(bundle, frames_1080p(6), count=10 if options.tiny else 400).items():
-            print(f"| {name} | {min(values):.2f} | {np.median(values):.2f} |")
-        print()
+    goals: list[Goal] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        bundle = bundle_for(options.bundle, folder)
+        for precision in PRECISIONS:
+            try:
+                goals += measure_share(bundle, folder / precision.value, precision, rounds=rounds, seconds=seconds)
+            except EngineError as error:
+                raise SystemExit(str(error)) from error
+            print(f"| stage, {precision.value}, one thread | ms best | median |\n|---|---|---|")
+            times = stage_times(bundle, precision, frames_1080p(6), count=10 if options.tiny else 200)
+            for stage, values in times.items():
+                print(f"| {stage} | {min(values):.2f} | {np.median(values):.2f} |")
+            print()
     print_goals(goals)
     return goals
 

@@ -26,19 +26,18 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def test_throughput_gives_every_figure(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     goals = throughput.main([TINY, "--bundle", str(bundle.path)])
-    assert [goal.limit for goal in goals[:3]] == [throughput.SHARE_GOAL] * 3
-    assert sum(goal.limit == throughput.INT8_GOAL for goal in goals) == 4
+    assert [goal.limit for goal in goals if np.isfinite(goal.limit)] == [0.9, 0.8, 0.9, 0.8]
+    assert len(goals) == 8
     assert all(np.isfinite(goal.value) and goal.value > 0 for goal in goals)
     assert "| resize |" in capsys.readouterr().out
 
 
 def test_take_turns_gives_neighbours_equal_indices() -> None:
     order: list[str] = []
-    candidates = {name: [lambda _index, name=name: order.append(name)] for name in ("a", "b")}
+    candidates = {name: lambda _seconds, name=name: order.append(name) or 3 for name in ("a", "b")}
     found = throughput.take_turns(candidates, rounds=2, seconds=0.001)
-    changes = [name for index, name in enumerate(order) if index == 0 or order[index - 1] != name]
     # Warm-up a b, then a b, then b a.
-    assert "".join(changes) in ("ababa", "abababa")
+    assert "".join(order) == "ababba"
     assert {name: len(turns) for name, turns in found.items()} == {"a": 2, "b": 2}
 
 
