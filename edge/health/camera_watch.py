@@ -6,6 +6,7 @@ What a fault is, is :mod:`edge.health.camera_health`'s; this is threads, files a
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import queue
 import random
@@ -250,7 +251,7 @@ class CameraWatches:
             now = time.monotonic()
             if now - ticked >= TICK_S:
                 seconds, ticked = now - ticked, now
-                self._guarded(lambda seconds=seconds: self._tick(seconds))
+                self._guarded(functools.partial(self._tick, seconds))
 
     def _guarded(self, step: Callable[[], None]) -> None:
         try:
