@@ -39,6 +39,10 @@ class BufferPool:
             self._buffers.append(buffer)
         return buffer
 
+    def clear(self) -> None:
+        """Let go of all buffers; frames that somebody still holds stay as they are."""
+        self._buffers = []
+
     @property
     def addresses(self) -> tuple[int, ...]:
         """Where the buffers kept lie in memory."""

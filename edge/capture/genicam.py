@@ -177,6 +177,7 @@ class GenicamSource:
     def close(self) -> None:
         """Stop the camera and let go of it; may be called twice."""
         camera, self._camera = self._camera, None
+        self._pool.clear()
         if camera is not None:
             camera.close(away=self._away)
 

@@ -167,6 +167,7 @@ class GstreamerSource:
             # First of all: a sink that waits for room in the pipe gets an error instead.
             os.close(self._data)
             self._data = -1
+        self._pool.clear()
         child, self._child = self._child, None
         if child is None:
             return

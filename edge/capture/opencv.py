@@ -49,7 +49,11 @@ class _CvSource:
         return Grab(image, f"{self._position - 1}")
 
     def close(self) -> None:
-        """Release the device or file."""
+        """Release the device or file, and the buffers: what refers to a source may outlive it for long."""
+        self._release()
+        self._pool.clear()
+
+    def _release(self) -> None:
         if self._capture is not None:
             self._capture.release()
             self._capture = None
@@ -71,7 +75,7 @@ class VideoSource(_CvSource):
         """
         if not self._path.is_file():
             raise CaptureError(f"{self._path}: no such video file; set the source's path to a video")
-        self.close()
+        self._release()
         self._capture = _open_capture(str(self._path), _stream_backends(), [])
         self._position = 0
         if self._capture is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import socket
 import threading
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 NS_PER_S = 1_000_000_000
+NOTIFY_TIMEOUT_S = 0.5
 _TIME_ERROR = 5  # adjtimex(2): the clock is not synchronised
 
 
@@ -58,11 +60,19 @@ def notify_systemd(message: str) -> bool:
         return False
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as client:
+            # A manager that does not read must not stop the box.
+            client.settimeout(NOTIFY_TIMEOUT_S)
             client.connect(address.replace("@", "\0", 1) if address.startswith("@") else address)
             client.sendall(message.encode())
     except OSError:
         return False
     return True
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    # Each CDLL makes classes of its own, which only the garbage collector takes away again.
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def clock_synchronised() -> bool | None:
@@ -74,7 +84,7 @@ def clock_synchronised() -> bool | None:
     # struct timex has 208 bytes on 64-bit Linux; all zero means: read only.
     buffer = ctypes.create_string_buffer(512)
     try:
-        state = ctypes.CDLL(None, use_errno=True).adjtimex(buffer)
+        state = _libc().adjtimex(buffer)
     except (OSError, AttributeError):
         return None
     return None if state < 0 else state != _TIME_ERROR
