@@ -14,13 +14,45 @@ from edge.alerts.commands import CLOCK
 from edge.alerts.message import COMMANDS, CommandResult, format_utc
 from edge.alerts.subscriber import Subscriber
 from edge.alerts.topics import Identity, Kind
-from edge.errors import BrokerError, UsageError
+from edge.errors import BrokerError, CommandError, UsageError
 from edge.settings import explain
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
 
     from edge.alerts.settings import BrokerSettings
+
+
+def ask_for_missing(
+    settings: BrokerSettings,
+    missing: Mapping[tuple[str, str, str], Sequence[tuple[int, int]]],
+    *,
+    timeout: float = 10.0,
+) -> int:
+    """Ask boxes to send again what a subscriber has not got; what they still have follows with ``late`` set.
+
+    Args:
+        settings: the broker, with a login that may send commands.
+        missing: of :attr:`edge.alerts.subscriber.Subscriber.missing`: ranges by site, box and epoch.
+        timeout: seconds to wait for the broker and for each answer.
+
+    Returns:
+        How many messages the boxes send again.
+
+    Raises:
+        BrokerError: the broker, or one of the boxes, does not answer in time.
+        CommandError: a box refuses.
+    """
+    count = 0
+    for (site, box, epoch), ranges in missing.items():
+        with Commander(settings, site=site, box=box) as commander:
+            for first, last in ranges:
+                result = commander.ask("replay", {"epoch": epoch, "from": first, "to": last}, timeout=timeout)
+                if not result.ok:
+                    raise CommandError(f"{site}/{box} does not replay {first} to {last}: {result.reason}")
+                count += result.count
+    return count
 
 
 class Commander:

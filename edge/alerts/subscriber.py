@@ -5,7 +5,9 @@ Messages come in the order of their arrival; the order of the box is that of the
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import logging
 import secrets
 import threading
@@ -21,7 +23,7 @@ from edge.alerts.topics import Kind, subscriptions
 from edge.errors import BrokerError, MessageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
     from types import TracebackType
 
     from edge.alerts.settings import BrokerSettings
@@ -52,12 +54,18 @@ class Received:
 class Subscriber:
     """Alerts, verdicts, notices and gaps of boxes, each once; a context manager.
 
+    Messages are taken by iterating, ``async for`` included, by :meth:`receive`, or by a callback.
+
     Args:
         settings: the broker.
         site: only this plant; any by default.
         box: only this box; any by default.
         kinds: what to listen to, by default :data:`EVENTS`.
         holes: missing ranges remembered per box.
+        on_received: called with each message in the subscriber's thread, one at a time, in place of all other ways.
+            What it raises is logged and counted (``failed``), and ends nothing.
+        max_waiting: messages kept for whoever takes them. More are dropped and counted (``overrun``), and are missing
+            (:attr:`missing`), to be asked for again.
 
     Raises:
         MessageError: a name cannot be part of a topic.
@@ -71,7 +79,11 @@ class Subscriber:
         box: str = "+",
         kinds: frozenset[Kind] = EVENTS,
         holes: int = 10_000,
+        on_received: Callable[[Received], None] | None = None,
+        max_waiting: int = 100_000,
     ) -> None:
+        self._on_received = on_received
+        self._max_waiting = max_waiting
         self._filters = subscriptions(settings.prefix, site=site, box=box, kinds=kinds)
         self._prefix = settings.prefix
         self._received: SimpleQueue[Received] = SimpleQueue()
@@ -79,7 +91,8 @@ class Subscriber:
         self._seen = Deduplicator(holes=holes)
         self._lock = threading.Lock()
         self._ready = False
-        self._counters = dict.fromkeys(("received", "duplicates", "junk"), 0)
+        self._arrived: Callable[[], object] = _nobody_waits
+        self._counters = dict.fromkeys(("received", "duplicates", "junk", "overrun", "failed"), 0)
         self._reconnector = Reconnector(
             settings=settings,
             client_id=settings.client_id or f"lineward-watch-{secrets.token_hex(6)}",
@@ -107,6 +120,25 @@ class Subscriber:
             if received is not None:
                 yield received
 
+    async def __aiter__(self) -> AsyncIterator[Received]:
+        """Messages as they come, in an event loop that is never blocked, until :meth:`stop`.
+
+        Raises:
+            BrokerError: the broker refuses us.
+        """
+        while not self._reconnector.stopping.is_set():
+            received = self._take_one()
+            if received is not None:
+                yield received
+                continue
+            loop = asyncio.get_running_loop()
+            arrived = asyncio.Event()
+            self._arrived = functools.partial(loop.call_soon_threadsafe, arrived.set)
+            # Looked at once more: it may have come before the line above.
+            if self._received.empty():
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(arrived.wait(), _LOOK_S)
+
     @property
     def state(self) -> LinkState:
         """Where the connection stands."""
@@ -114,7 +146,7 @@ class Subscriber:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Since the start: received (each once), duplicates dropped, junk dropped, connections."""
+        """Since the start: received, dropped as duplicates, junk or overrun, failed callbacks, connections."""
         with self._lock:
             return {**self._counters, "connections": self._reconnector.connections}
 
@@ -159,11 +191,21 @@ class Subscriber:
             try:
                 return self._received.get(timeout=max(0.0, left))
             except Empty:
-                if self.state.kind is LinkKind.REFUSED:
-                    raise BrokerError(f"broker: {self.state.reason}") from None
+                self._raise_refusal()
                 stopped = self._reconnector.stopping.is_set()
                 if stopped or (deadline is not None and time.monotonic() >= deadline):
                     return None
+
+    def _take_one(self) -> Received | None:
+        try:
+            return self._received.get_nowait()
+        except Empty:
+            self._raise_refusal()
+            return None
+
+    def _raise_refusal(self) -> None:
+        if self.state.kind is LinkKind.REFUSED:
+            raise BrokerError(f"broker: {self.state.reason}")
 
     def _serve(self, link: Link, inbox: Inbox, _granted: Connected) -> Lost | None:
         link.subscribe(self._filters)
@@ -203,6 +245,10 @@ class Subscriber:
             LOG.debug("dropped: %s", error)
             return
         with self._lock:
+            if self._received.qsize() >= self._max_waiting:
+                # Not noted as seen: a numbered one is missing from now on, and can be asked for again.
+                self._counters["overrun"] += 1
+                return
             if isinstance(message, (Alert, VerdictMessage, Gap, Notice)):
                 if not self._seen.is_new(message.site, message.box, message.epoch, message.seq):
                     self._counters["duplicates"] += 1
@@ -210,4 +256,22 @@ class Subscriber:
                 if isinstance(message, Gap):
                     self._seen.explain(message.site, message.box, message.epoch, message.first, message.last)
             self._counters["received"] += 1
-        self._received.put(Received(event.topic, message, event.payload, now))
+        self._hand_out(Received(event.topic, message, event.payload, now))
+
+    def _hand_out(self, received: Received) -> None:
+        if self._on_received is None:
+            self._received.put(received)
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody waits any more
+                self._arrived()
+            return
+        try:
+            self._on_received(received)
+        except Exception:
+            # Somebody else's code: it must not end the subscription.
+            with self._lock:
+                self._counters["failed"] += 1
+            LOG.exception("the callback failed on %s", received.topic)
+
+
+def _nobody_waits() -> None:
+    """In place of an event loop that waits."""
