@@ -33,13 +33,15 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 TICK_S = 0.2
-# systemd and a PLC wait; a box is down within 3 s of the signal.
+# systemd and a PLC wait; a box is down within 3 s of the signal. Seconds after it by which each must have ended.
 WORKERS_STOP_S = 1.2
-LAST_WORDS_S = 0.6
-PUBLISHER_STOP_S = 1.0
+PARTS_STOP_S = 1.4
+LAST_WORDS_S = 2.0
+STOP_S = 2.7
 # Of TICK_S: a status that waits for a disk or a lock is no news before this.
 SUPERVISED_S = 5.0
-PART_STOP_S = 0.2
+# Whoever comes after one that hangs gets this at least.
+PART_STOP_S = 0.1
 
 
 class Box:
@@ -248,21 +250,25 @@ class Box:
 
     def stop(self) -> None:
         """End events, publish ``stopped`` and close, within 3 s. Stopping again does nothing."""
-        deadline = time.monotonic() + WORKERS_STOP_S
+        began = time.monotonic()
+
+        def left(until_s: float) -> float:
+            return max(PART_STOP_S, began + until_s - time.monotonic())
+
         self._stop.set()
         notify_systemd("STOPPING=1")
         for part in self._contents.parts:
             part.request_stop()
-        self.cameras.join(deadline)
+        self.cameras.join(began + WORKERS_STOP_S)
         for part in reversed(self._contents.parts):
-            if not part.stop(max(PART_STOP_S, deadline - time.monotonic())):
+            if not part.stop(left(PARTS_STOP_S)):
                 _LOG.warning("%s does not stop; left behind", part.name)
         if self.publisher is not None:
             self._publish(self.status())
             if self.publisher.state.kind is LinkKind.CONNECTED:
                 # The last events and states; what the broker does not take in time stays in the outbox.
-                self.publisher.wait_until_drained(LAST_WORDS_S)
-            self.publisher.stop(PUBLISHER_STOP_S)
+                self.publisher.wait_until_drained(left(LAST_WORDS_S))
+            self.publisher.stop(left(STOP_S))
         if self.outbox is not None:
             self.outbox.close()
 

@@ -72,3 +72,13 @@ def test_absent_service_manager_is_no_error(address: str, monkeypatch: pytest.Mo
 
 def test_clock_state_is_known_or_unknown() -> None:
     assert clock_synchronised() in (True, False, None)
+
+
+def test_service_manager_that_does_not_read_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+        server.bind(str(address))
+        monkeypatch.setenv("NOTIFY_SOCKET", str(address))
+        monkeypatch.setattr("edge.health.watchdog.NOTIFY_TIMEOUT_S", 0.01)
+
+        assert not all(notify_systemd("WATCHDOG=1") for _ in range(1000))
