@@ -76,7 +76,7 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
     files = {
         "/etc/mosquitto/certs/ca.pem": authority.cert, "/etc/mosquitto/certs/broker.pem": server.cert,
         "/etc/mosquitto/certs/broker.key": server.key, "/etc/mosquitto/lineward.acl": folder / "lineward.acl",
-        "/etc/mosquitto/lineward.passwords": folder / "passwords", "/var/lib/mosquitto/": f"{folder}/",
+        "/etc/mosquitto/lineward.passwords": folder / "passwords",
     }  # fmt: skip
     config = (SHIPPED / "lineward.conf").read_text()
     for path, ours in files.items():
@@ -87,7 +87,9 @@ def plant(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plant]:
         assert count == 1
     broker = Mosquitto(folder)
     own = [line for line in broker.config.read_text().splitlines() if line.startswith("user ")]
-    broker.config.write_text("\n".join([*own, config]))
+    # Debian's mosquitto.conf, which includes ours, has these two; mosquitto refuses some keys that stand twice.
+    debian = ["persistence true", f"persistence_location {folder}/"]
+    broker.config.write_text("\n".join([*own, *debian, config]))
     broker.port = ports["8884"]
     identity = Identity("plant", "house")
     node = HomeAssistant(HomeAssistantSettings(), identity).node
