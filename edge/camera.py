@@ -292,7 +292,7 @@ class CameraWorker:
         ended = self._ending_reason or self._failure or self._capture.error or "the source has ended"
         reason = "stopped" if self._stop.is_set() else ended
         if self._post is not None:
-            self._post.end(reason[:200])
+            self._post.end(reason[:200], Reason.STOPPED if self._stop.is_set() else Reason.SOURCE_ENDED)
             self._post.station.flush()
         self._show_not_judged(reason)
         self._watchdog.forget(self.name)

@@ -149,7 +149,7 @@ class Parts:
         self._backlog = backlog
         self._queue: deque[Part] = deque()
         self._open: dict[int, Part] = {}
-        self._ended: dict[str, str] = {}
+        self._ended: dict[str, View] = {}
         self.next_number = 0
 
     def __len__(self) -> int:
@@ -196,8 +196,8 @@ class Parts:
         self._open[part.number] = part
         if len(self._open) > self._capacity:
             self._refuse(part, now_ns)
-        for camera, reason in self._ended.items():
-            self._fill(part, View(camera, Decision.NOT_JUDGED, Reason.SOURCE_ENDED, reason))
+        for missing in self._ended.values():
+            self._fill(part, missing)
         if len(self._queue) > self._capacity + self._backlog and self._queue[0].verdict is None:
             self._refuse(self._queue[0], now_ns)
         self.advance(now_ns)
@@ -216,12 +216,12 @@ class Parts:
         self.advance(now_ns)
         return True
 
-    def end(self, camera: str, reason: str, now_ns: int) -> None:
-        """No frame of this camera will come for any part that has none, nor for later ones."""
-        self._ended[camera] = reason
+    def end(self, missing: View, now_ns: int) -> None:
+        """No frame of this view's camera will come for any part that has none, nor for later ones."""
+        self._ended[missing.camera] = missing
         for part in self:
-            if camera not in part.frames:
-                self._fill(part, View(camera, Decision.NOT_JUDGED, Reason.SOURCE_ENDED, reason))
+            if missing.camera not in part.frames:
+                self._fill(part, missing)
         self.advance(now_ns)
 
     def resume(self, camera: str) -> None:

@@ -132,7 +132,8 @@ class Station:
         self._late_run = 0
         self._counts = dict.fromkeys(("parts", "ok", "nok", "not_judged", "late_views", "frames_between"), 0)
         for camera in sorted(plan.disabled):
-            self._parts.end(camera, "the camera is disabled", clock())
+            missing = View(camera, Decision.NOT_JUDGED, Reason.SOURCE_ENDED, "the camera is disabled")
+            self._parts.end(missing, clock())
 
     def attach(
         self,
@@ -243,11 +244,11 @@ class Station:
         """Whether a view of that part would count now."""
         return part.verdict is None and (part.deadline_ns is None or self._clock() < part.deadline_ns)
 
-    def end(self, post: Post, reason: str) -> None:
+    def end(self, post: Post, missing: View) -> None:
         """No more frames come from a camera."""
         with self._lock:
             if self._posts.get(post.camera) is post:
-                self._parts.end(post.camera, reason, self._clock())
+                self._parts.end(missing, self._clock())
                 self._settle()
 
     def _fire(self, camera: str, post: Post | None, part: Part) -> None:
@@ -340,12 +341,13 @@ class Post:
         view = View(self.camera, verdict.decision, code, verdict.reason, verdict, calibration_count)
         return self.station.view(part, view)
 
-    def end(self, reason: str) -> None:
+    def end(self, reason: str, code: Reason = Reason.SOURCE_ENDED) -> None:
         """Say that no frame will come any more, and none of those that were wanted will be judged."""
+        missing = View(self.camera, Decision.NOT_JUDGED, code, reason)
         while self._parts:
             _, part = self._parts.popitem()
-            self.station.view(part, View(self.camera, Decision.NOT_JUDGED, Reason.SOURCE_ENDED, reason))
-        self.station.end(self, reason)
+            self.station.view(part, missing)
+        self.station.end(self, missing)
 
 
 def _matcher(plan: StationPlan, parts: Parts) -> Matcher:

@@ -1,0 +1,284 @@
+"""A box with stations as its own process: a PLC over Modbus TCP and a subscriber over MQTT agree on every part."""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import pytest
+import yaml
+from pymodbus.client import ModbusTcpClient
+
+import edge.box
+from edge.alerts.commander import Commander
+from edge.alerts.message import CameraState, Status, VerdictMessage
+from edge.alerts.settings import BrokerSettings
+from edge.alerts.subscriber import EVERYTHING, Subscriber
+from edge.box import Box
+from edge.inspection.registers import ENTRY_WORDS, RING, RING_BASE, STATION_BASE, TRIGGER_BASE
+from edge.settings import load_settings
+from tests.edge.tiny_bundle import defective_frame, good_frame, make_tiny_bundle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from edge.bundle import Bundle
+    from tests.mosquitto_process import Mosquitto
+
+pytestmark = pytest.mark.broker
+SOON = 30.0
+LINEWARD = [str(Path(sys.executable).parent / "lineward")]
+PARTS = 20
+FIRST_NUMBER = 4_000_000_000
+DEFECTS = {"left": {3, 4, 11}, "right": {4, 7}, "hand": {1}}
+DECISIONS = {1: "OK", 2: "NOK", 3: "NOT_JUDGED"}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return make_tiny_bundle(tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def cameras(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Three folders that give a picture when fired; one of ``left`` cannot be read."""
+    found = []
+    for name, defects in DEFECTS.items():
+        folder = tmp_path_factory.mktemp(name)
+        for index in range(PARTS):
+            frame = defective_frame(4000 + index) if index in defects else good_frame(4000 + index)
+            cv2.imwrite(str(folder / f"{index:03d}.png"), frame)
+        if name == "left":
+            (folder / "015.png").write_bytes(b"torn")
+        source = {"kind": "folder", "path": str(folder), "trigger": "software"}
+        found.append({"name": name, "mode": "triggered", "source": source})
+    return found
+
+
+def write(path: Path, url: str, bundle: Bundle, cameras: list[dict[str, Any]]) -> Path:
+    settings = {
+        "site": "plant", "box": "box1", "state_dir": str(path / "state"), "bundle": str(bundle.path), "threads": 1,
+        "engine": "onnxruntime", "broker": {"url": url, "backoff_max_s": 0.5}, "cameras": cameras,
+        "modbus": {"port": 0, "unit": 3},
+        "stations": [
+            {"name": "press", "cameras": ["left", "right"], "trigger": "modbus", "deadline_ms": 20_000},
+            {"name": "bench", "cameras": ["hand"], "trigger": "mqtt", "deadline_ms": 20_000},
+        ],
+    }  # fmt: skip
+    config = path / "box.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    return config
+
+
+@contextmanager
+def running(config: Path) -> Iterator[int]:
+    """A box; the port of its registers."""
+    process = subprocess.Popen([*LINEWARD, "run", "--config", str(config)], stderr=subprocess.PIPE, text=True)
+    log: list[str] = []
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            log.append(line)
+            if found := re.search(r"modbus: listening on 127\.0\.0\.1:(\d+)", line):
+                break
+        else:
+            pytest.fail("the box does not listen:\n" + "".join(log))
+        drain = threading.Thread(target=lambda: log.extend(process.stderr or ()), daemon=True)
+        drain.start()
+        yield int(found[1])
+    finally:
+        process.terminate()
+        process.wait(SOON)
+
+
+class Plc:
+    """A control that follows the manual: it triggers, and reads each verdict once, in order."""
+
+    def __init__(self, port: int, station: int = 0) -> None:
+        self._client = ModbusTcpClient("127.0.0.1", port=port, timeout=SOON)
+        self._station = station
+        # The counters of the box at the begin of a session are where a PLC begins.
+        self.triggered, self.read = self._words(0, 2)
+
+    def trigger(self, number: int) -> None:
+        self.triggered = (self.triggered + 1) % 65_536
+        words = [number >> 16, number & 0xFFFF, self.triggered]
+        answer = self._client.write_registers(TRIGGER_BASE + 10 * self._station, words, device_id=3)
+        assert not answer.isError(), answer
+        assert self._words(0, 1) == [self.triggered]
+
+    def verdict(self) -> dict[str, Any]:
+        deadline = time.monotonic() + SOON
+        while self._words(1, 1)[0] == self.read:
+            assert time.monotonic() < deadline, "no verdict came"
+            time.sleep(0.002)  # the cycle of a PLC
+        self.read = (self.read + 1) % 65_536
+        words = self._words(RING_BASE + ENTRY_WORDS * (self.read % RING), ENTRY_WORDS)
+        assert words[0] == self.read
+        return {
+            "decision": DECISIONS[words[1]], "code": words[2], "trigger": words[3],
+            "number": words[4] << 16 | words[5], "score": struct.unpack(">f", struct.pack(">HH", *words[6:8]))[0],
+            "latency_ms": words[8], "nok": words[9],
+        }  # fmt: skip
+
+    def box(self) -> list[int]:
+        return list(self._client.read_input_registers(0, count=10, device_id=3).registers)
+
+    def _words(self, offset: int, count: int) -> list[int]:
+        address = STATION_BASE + 100 * self._station + offset
+        return list(self._client.read_input_registers(address, count=count, device_id=3).registers)
+
+
+@contextmanager
+def listening(url: str) -> Iterator[Subscriber]:
+    with Subscriber(BrokerSettings(url=url, backoff_max_s=0.5), kinds=EVERYTHING) as subscriber:
+        subscriber.wait_until_ready(SOON)
+        yield subscriber
+
+
+def collect(subscriber: Subscriber, until: Callable[[list[Any]], bool]) -> list[Any]:
+    messages: list[Any] = []
+    deadline = time.monotonic() + SOON
+    while not until(messages):
+        received = subscriber.receive(deadline - time.monotonic())
+        assert received is not None, f"waited in vain; received {messages}"
+        messages.append(received.message)
+    return messages
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SOON
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)  # a PLC polls
+
+
+def verdicts(messages: list[Any], station: str) -> list[VerdictMessage]:
+    return [one for one in messages if isinstance(one, VerdictMessage) and one.camera == station]
+
+
+def expected(part: int) -> str:
+    if part in DEFECTS["left"] | DEFECTS["right"]:
+        return "NOK"
+    return "NOT_JUDGED" if part == 15 else "OK"
+
+
+def test_plc_and_subscriber_agree_on_every_part(
+    mosquitto: Mosquitto, bundle: Bundle, cameras: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    with listening(mosquitto.url) as subscriber, running(write(tmp_path, mosquitto.url, bundle, cameras)) as port:
+        plc = Plc(port)
+        found = []
+        for part in range(PARTS):
+            plc.trigger(FIRST_NUMBER + part)
+            found.append(plc.verdict())
+        messages = collect(subscriber, lambda messages: len(verdicts(messages, "press")) == PARTS)
+        wait_for(lambda: plc.box()[2:4] == [1, 0])
+        before = plc.box()
+        wait_for(lambda: plc.box()[1] != before[1])
+
+    assert before[5] == 2
+    assert [one["number"] for one in found] == [FIRST_NUMBER + part for part in range(PARTS)]
+    assert [one["trigger"] for one in found] == list(range(1, PARTS + 1))
+    assert [one["decision"] for one in found] == [expected(part) for part in range(PARTS)]
+    assert [one["nok"] for one in found] == [
+        (part in DEFECTS["left"]) + 2 * (part in DEFECTS["right"]) for part in range(PARTS)
+    ]
+    assert found[15]["code"] == 3
+    for told, read in zip(verdicts(messages, "press"), found, strict=True):
+        assert told.part_id == str(read["number"])
+        assert told.decision.value == read["decision"]
+        assert round(told.latency_ms["part"]) == read["latency_ms"]
+        assert [view.camera for view in told.views] == ["left", "right"]
+        if told.score is not None:
+            assert told.score == pytest.approx(read["score"], rel=1e-6)
+            assert told.decided_by in ("left", "right")
+            assert told.score == next(view.score for view in told.views if view.camera == told.decided_by)
+    states = [one for one in messages if isinstance(one, CameraState) and one.camera == "press"]
+    assert {state.state for state in states} >= {"ok", "nok", "not_judged"}
+
+
+def test_part_that_is_announced_over_mqtt_has_its_verdict_there(
+    mosquitto: Mosquitto, bundle: Bundle, cameras: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    config = write(tmp_path, mosquitto.url, bundle, cameras)
+    broker = BrokerSettings(url=mosquitto.url, backoff_max_s=0.5)
+    with listening(mosquitto.url) as subscriber, running(config), Commander(broker, site="plant", box="box1") as ask:
+        messages = []
+        for part in ("blue 1", "blue 2"):
+            answer = ask.ask("trigger", {"part_id": part}, timeout=SOON)
+            assert (answer.ok, answer.count) == (True, 1)
+            messages += collect(subscriber, lambda found: bool(verdicts(found, "bench")))
+        refused = ask.ask("trigger", {"part_id": "x", "station": "press"}, timeout=SOON)
+
+    assert not refused.ok
+    assert "bench" in refused.reason
+    told = verdicts(messages, "bench")
+    assert [(one.part_id, one.decision.value) for one in told] == [("blue 1", "OK"), ("blue 2", "NOK")]
+    assert [one.camera_seq for one in told] == [0, 1]
+    assert told[1].regions
+
+
+def test_box_that_stops_gives_open_parts_their_verdict(
+    mosquitto: Mosquitto, bundle: Bundle, cameras: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    away = {"name": "right", "mode": "triggered", "source": {"kind": "camera", "url": "rtsp://127.0.0.1:9/none"}}
+    config = write(tmp_path, mosquitto.url, bundle, [cameras[0], away, cameras[2]])
+    with listening(mosquitto.url) as subscriber:
+        with running(config) as port:
+            plc = Plc(port)
+            plc.trigger(1)
+        messages = collect(
+            subscriber,
+            lambda found: any(
+                isinstance(one, CameraState) and one.camera == "press" and one.reason == "stopped" for one in found
+            ),
+        )
+
+    (told,) = verdicts(messages, "press")
+    assert told.decision.value == "NOT_JUDGED"
+    assert told.views[1].reason == "stopped"
+    assert told.part_id == "1"
+
+
+def test_heartbeat_stands_still_once_nobody_supervises_the_box(
+    mosquitto: Mosquitto, bundle: Bundle, cameras: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge.box, "SUPERVISED_S", 0.5)
+    box = Box(load_settings(write(tmp_path, mosquitto.url, bundle, cameras)))
+    box.start()
+    try:
+        inspection = box.status()["detail"]["inspection"]
+        plc = Plc(inspection["modbus"]["port"])
+        starting = plc.box()
+        wait_for(lambda: box.supervise() or plc.box()[1] >= starting[1] + 3)
+        # It notices by itself that nobody looks after it.
+        wait_for(lambda: plc.box()[2] != 1)
+        stopped = plc.box()
+        assert stopped[2:4] == [2, 1]
+        time.sleep(0.3)  # three beats of a box that is well
+        assert plc.box()[1] == stopped[1]
+        wait_for(lambda: box.supervise() or plc.box()[1] != stopped[1])
+    finally:
+        box.stop()
+
+
+def test_status_tells_of_stations(
+    mosquitto: Mosquitto, bundle: Bundle, cameras: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    with listening(mosquitto.url) as subscriber, running(write(tmp_path, mosquitto.url, bundle, cameras)):
+        messages = collect(
+            subscriber,
+            lambda found: any(isinstance(one, Status) and "inspection" in one.detail for one in found),
+        )
+
+    said = next(one for one in messages if isinstance(one, Status) and "inspection" in one.detail).detail["inspection"]
+    assert set(said["stations"]) == {"press", "bench"}  # type: ignore[index,call-overload,arg-type]  # JSON
