@@ -412,8 +412,8 @@ def until(condition: Callable[[], bool], capture: Capture) -> None:
 
 @pytest.mark.parametrize("hangs_in", ["open", "read"])
 def test_driver_that_never_returns_is_left_behind_and_the_camera_opened_anew(hangs_in: str) -> None:
-    fake, let_go = FakeTime(), threading.Event()
-    made = [HangingSource(let_go, frames=2, hangs_in=hangs_in), HangingSource(let_go, frames=3)]
+    fake, let_go, hold = FakeTime(), threading.Event(), threading.Event()
+    made = [HangingSource(let_go, frames=2, hangs_in=hangs_in), HangingSource(hold, frames=3)]
     left = list(made)
     capture = Capture(
         name="a", settings=IMPATIENT, make_source=lambda: left.pop(0), clock=fake.clock, wait=fake.wait, capacity=9
@@ -431,8 +431,11 @@ def test_driver_that_never_returns_is_left_behind_and_the_camera_opened_anew(han
     assert capture.counters.abandoned == 1
     let_go.set()
     assert made[0].closed.wait(WAIT_SECONDS), "it cleans up once its driver returns"
-    until(lambda: capture.counters.captured > before + 3, capture)
+    until(lambda: not capture._hung[0].alive, capture)
+    assert capture.counters.captured == before + 3, "what it gives then is nobody's frame"
+    assert capture.state is CameraState.STREAMING
     assert capture.counters.reconnects == (hangs_in == "read")
+    hold.set()
     capture.stop()
 
 
@@ -534,16 +537,23 @@ def test_armed_camera_is_stalled_only_where_a_trigger_gives_no_frame() -> None:
     settings = SourceSettings(kind="genicam", device="x", trigger="software", stall_seconds=5)
     with Capture(name="a", settings=settings, make_source=lambda: source, clock=fake.clock) as capture:
         until(lambda: capture.state is CameraState.STREAMING, capture)
-        for _ in range(4):
-            fake.now += 4_000_000_000
-            seen = source.reads
-            until(lambda: source.reads >= seen + 2, capture)  # noqa: B023 (called in this round)
-            assert capture.state is CameraState.STREAMING
+
+        def pass_time() -> None:
+            # In steps shorter than the stall time, each within another call of the driver.
+            for _ in range(4):
+                fake.now += 4_000_000_000
+                seen = source.reads
+                until(lambda: source.reads >= seen + 2, capture)  # noqa: B023 (called in this round)
+
+        pass_time()
+        assert capture.state is CameraState.STREAMING
         capture.fire()
         assert capture.get(WAIT_SECONDS) is not None
+        pass_time()
+        assert capture.state is CameraState.STREAMING
         source.deaf = True
         capture.fire()
-        fake.now += 5_000_000_000
+        pass_time()
         assert capture.state is CameraState.STALLED
         source.deaf = False
         capture.fire()

@@ -38,15 +38,20 @@ class QueueRules(RuleBasedStateMachine):
         self.delivered: list[int] = []
         self.lost: list[int] = []
 
-    @rule(ending=st.booleans())
-    def put(self, *, ending: bool) -> None:
-        full = len(self.expected) == self.capacity
-        if full and self.policy is DropPolicy.WAIT and not ending:
-            return  # it would wait, see below
+    @rule(count=st.integers(1, 8), ending=st.booleans())
+    def put(self, *, count: int, ending: bool) -> None:
+        for _ in range(count):
+            full = len(self.expected) == self.capacity
+            if full and self.policy is DropPolicy.WAIT and not ending:
+                return  # it would wait, see below
+            self._put_one(full=full, ending=ending)
+
+    def _put_one(self, *, full: bool, ending: bool) -> None:
         number = self.put_count
         self.put_count += 1
         with self.changed:
             lost = self.queue.put(frame(number), ends=lambda: ending)
+        assert (lost is not None) is full
         if not full:
             self.expected.append(number)
         elif self.policy is DropPolicy.DROP_OLDEST:
@@ -54,7 +59,6 @@ class QueueRules(RuleBasedStateMachine):
             assert lost.camera_seq == self.expected.pop(0)
         else:
             assert lost.camera_seq == number
-        assert (lost is not None) is full
         self.lost += [] if lost is None else [lost.camera_seq]
 
     @rule()

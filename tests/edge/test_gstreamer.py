@@ -147,6 +147,18 @@ def test_login_is_in_no_message() -> None:
     assert "rtsp://***@127.0.0.1:1/a" in settings.label
 
 
+def test_login_that_a_child_says_is_hidden(tmp_path: Path) -> None:
+    program = tmp_path / "talking-gst"
+    program.write_text("#!/bin/sh\necho 'cannot reach rtsp://admin:hunter2@cam/1 user-pw=hunter3' >&2\nexit 1\n")
+    program.chmod(0o700)
+    one = GstreamerSource(SourceSettings(kind="gstreamer", pipeline=BLUE), buffers=1, program=str(program))
+    one.open()
+    with pytest.raises(CaptureError) as caught:
+        next_grab(one)
+    one.close()
+    assert str(caught.value) == "the pipeline ended: cannot reach rtsp://***@cam/1 user-pw=***"
+
+
 def test_pipeline_is_never_a_shells_line(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     settings = SourceSettings(
@@ -233,14 +245,18 @@ def test_rows_that_a_driver_pads_are_cut_to_the_picture(tmp_path: Path) -> None:
         "caps = 'video/x-raw, width=(int)64, height=(int)48'\n"
         "print(f'/a/GstCapsFilter:lineward_caps.GstPad:src: caps = {caps}', flush=True)\n"
         "with os.fdopen(int(sys.argv[-1].removeprefix('fd=')), 'wb') as pipe:\n"
-        f"    for _ in range(30): pipe.write({HEAD % len(rows)!r} + {rows!r})\n"
+        f"    for _ in range(20): pipe.write({HEAD % len(rows)!r} + {rows!r})\n"
+        "    pipe.flush()\n"
+        "    sys.stdin.read(); import time; time.sleep(99)\n"
     )
     program.chmod(0o700)
     one = GstreamerSource(SourceSettings(kind="gstreamer", pipeline=BLUE), buffers=1, program=str(program))
     one.open()
-    grabs = all_grabs(one)
+    started = time.monotonic()
+    grabs = [next_grab(one) for _ in range(20)]
+    # The layout is waited for once, a second long, not with each frame.
+    assert time.monotonic() - started < 15
     one.close()
-    assert len(grabs) == 30
     assert all(grab.image.shape == (48, 64, 3) for grab in grabs)
     assert all((grab.image == np.arange(48, dtype=np.uint8)[:, None, None]).all() for grab in grabs)
 
