@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from benchmarks import box, resolution, throughput
+from benchmarks import box, resolution, roofline, throughput
 from benchmarks._setting import Goal, frames_1080p, print_goals
+from edge.bundle import Precision
 from tests.edge.tiny_bundle import make_tiny_bundle
 
 if TYPE_CHECKING:
@@ -39,6 +40,22 @@ def test_take_turns_gives_neighbours_equal_indices() -> None:
     # Warm-up a b, then a b, then b a.
     assert "".join(order) == "ababba"
     assert {name: len(turns) for name, turns in found.items()} == {"a": 2, "b": 2}
+
+
+def test_roofline_counts_what_is_computed(bundle: Bundle) -> None:
+    made = roofline.graphs(bundle, Precision.FLOAT32, 1)
+    # 4x4 and 2x2 convolutions of 3 -> 8 -> 12 channels; 64 patches of 20 channels against 32 rows.
+    assert made["trunk"].giga_operations * 1e9 == pytest.approx(2 * (16 * 16 * 8 * 3 * 16 + 8 * 8 * 12 * 8 * 4))
+    assert made["head"].giga_operations * 1e9 == pytest.approx(2 * 64 * 20 * 32)
+
+
+def test_roofline_gives_a_share_of_a_rate_in_the_precision_it_names(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    goals = roofline.measure(bundle, Precision.INT8, 1, rounds=2, seconds=0.001)
+    assert goals[0].limit == roofline.GOALS[Precision.INT8]
+    assert all(np.isfinite(goal.value) and goal.value > 0 for goal in goals)
+    assert "| OpenVINO matmul |" in capsys.readouterr().out
 
 
 @pytest.mark.broker
