@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+import random
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -163,3 +165,116 @@ def test_peak_and_frames_grow_within_an_event(scores: list[float], settings: Eve
             assert later.peak_score >= max(earlier.peak_score, later.score)
             assert later.frames >= earlier.frames
             assert later.captured_ns >= earlier.captured_ns
+
+
+def test_enter_level_above_the_threshold_keeps_weak_hits_from_beginning_an_event() -> None:
+    tracker = EventTracker(EventSettings(enter_hits=2, enter_window=3, leave_calm=1))
+    found = [
+        event.camera_seq
+        for seq, score in enumerate([2, 2, 2, 5, 2, 5])
+        for event in tracker.step(verdict(seq, score), leave_level=LEAVE, enter_level=4)
+    ]
+
+    assert found == [5]
+    # Once it lasts, the leave level alone ends it.
+    assert tracker.step(verdict(6, 2), leave_level=LEAVE, enter_level=4) == []
+    assert tracker.active
+
+
+def shifted(one: Verdict, *, monotonic_ns: int, wall: timedelta) -> Verdict:
+    return dataclasses.replace(one, captured_ns=one.captured_ns + monotonic_ns, captured_at=one.captured_at + wall)
+
+
+@given(
+    scores=SCORES,
+    settings=SETTINGS,
+    boot_ns=st.integers(0, 10**18),
+    steps=st.lists(st.integers(-40_000, 40_000), min_size=80, max_size=80),
+)
+def test_no_setting_of_a_clock_changes_the_events(
+    scores: list[float], settings: EventSettings, boot_ns: int, steps: list[int]
+) -> None:
+    """Neither the wall clock, stepped at every frame by up to a century, nor how long the box has been up."""
+
+    def played(monotonic_ns: int, days: list[int]) -> list[tuple[str, int, float, int]]:
+        tracker, events = EventTracker(settings), []
+        for seq, (score, day) in enumerate(zip(scores, days, strict=False)):
+            one = shifted(verdict(seq, score), monotonic_ns=monotonic_ns, wall=timedelta(days=day))
+            events += tracker.step(one, leave_level=LEAVE)
+        return [(e.phase.value, e.camera_seq, e.peak_score, e.frames) for e in events + tracker.finish()]
+
+    assert played(boot_ns, steps) == played(0, [0] * 80)
+
+
+@given(before=SCORES, after=SCORES, settings=SETTINGS, stall_s=st.sampled_from([0.1, 2.0, 3600.0]))
+def test_event_across_a_stall_is_one_event_and_cool_down_goes_on(
+    before: list[float], after: list[float], settings: EventSettings, stall_s: float
+) -> None:
+    """A source that stalls and goes on: nothing is doubled, and a stall longer than the cool-down ends that."""
+    tracker, ends, news = EventTracker(settings), [], []
+    times = [float(index) for index in range(len(before))]
+    times += [len(before) + stall_s + index for index in range(len(after))]
+    lasting: str | None = None
+    for seq, (score, at) in enumerate(zip([*before, *after], times, strict=True)):
+        for event in tracker.step(verdict(seq, score, seconds=at), leave_level=LEAVE):
+            if event.phase is EventPhase.NEW:
+                assert lasting is None
+                assert not ends or at >= ends[-1] + settings.cool_down_s
+                lasting = event.event_id
+                news.append(at)
+            assert event.event_id == lasting
+            if event.phase is EventPhase.END:
+                lasting = None
+                ends.append(at)
+    assert len(news) - len(ends) == tracker.active
+
+
+@given(scores=SCORES, settings=SETTINGS, switch_at=st.integers(0, 80), offset=st.sampled_from([-10.0, 10.0]))
+def test_memory_switch_with_other_levels_changes_no_event(
+    scores: list[float], settings: EventSettings, switch_at: int, offset: float
+) -> None:
+    """Scores of another memory lie elsewhere, and so do its levels: what counts is on which side of them a frame is."""
+
+    def played(offset: float) -> list[tuple[str, int, int]]:
+        tracker, events = EventTracker(settings), []
+        for seq, score in enumerate(scores):
+            moved = offset if seq >= switch_at else 0.0
+            one = verdict(seq, score)
+            one = dataclasses.replace(
+                one, score=score + moved, threshold=THRESHOLD + moved, memory_version=int(seq >= switch_at)
+            )
+            events += tracker.step(one, leave_level=LEAVE + moved, enter_level=THRESHOLD + moved)
+        return [(e.phase.value, e.camera_seq, e.frames) for e in events + tracker.finish()]
+
+    assert played(offset) == played(0.0)
+
+
+def test_ten_thousand_frames_keep_phases_counts_and_cool_down() -> None:
+    """A long stream of bursts, calm, frames that were not judged, stalls and lost sources, against plain counting."""
+    rng = random.Random(7)
+    settings = EventSettings(enter_hits=3, enter_window=5, leave_calm=10, update_every_s=2, cool_down_s=1.5)
+    tracker = EventTracker(settings)
+    level, now, lives, quiet_since = -2.0, 0.0, 0, -math.inf
+    window: list[bool] = []
+    for seq in range(10_000):
+        if rng.random() < 0.02:
+            level = rng.choice([-2.0, 0.0, 2.0, 5.0])
+        now += 0.04 if rng.random() > 0.001 else rng.uniform(1, 30)
+        score = math.nan if rng.random() < 0.01 else level + rng.choice([0.0, 0.5, -2.0])
+        lost = rng.random() < 0.0005
+        was_active = tracker.active
+        events = tracker.step(verdict(seq, score, seconds=now), leave_level=LEAVE)
+        if not was_active and not math.isnan(score) and now >= quiet_since:
+            window = [*window, score >= THRESHOLD][-settings.enter_window :]
+        if any(event.phase is EventPhase.NEW for event in events):
+            assert sum(window) >= settings.enter_hits
+            lives, window = lives + 1, []
+        elif not was_active:
+            assert sum(window) < settings.enter_hits
+        ended = [event for event in (*events, *(tracker.finish() if lost else ())) if event.phase is EventPhase.END]
+        if lost:
+            window = []
+        if ended:
+            window = []
+            quiet_since = ended[0].captured_ns / NS_PER_S + settings.cool_down_s
+    assert lives > 20
