@@ -199,7 +199,7 @@ def test_no_setting_of_a_clock_changes_the_events(
     def played(monotonic_ns: int, days: list[int]) -> list[tuple[str, int, float, int]]:
         tracker, events = EventTracker(settings), []
         for seq, (score, day) in enumerate(zip(scores, days, strict=False)):
-            one = shifted(verdict(seq, score), monotonic_ns=monotonic_ns, wall=timedelta(days=day))
+            one = shifted(verdict(seq, score), monotonic_ns=monotonic_ns, wall=timedelta(days=day, seconds=day))
             events += tracker.step(one, leave_level=LEAVE)
         return [(e.phase.value, e.camera_seq, e.peak_score, e.frames) for e in events + tracker.finish()]
 
