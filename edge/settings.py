@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from edge.alerts.settings import BrokerSettings
 from edge.alerts.topics import check_camera, check_segment
 from edge.bundle import Engine, Precision  # noqa: TC001 (pydantic needs them at run time)
-from edge.capture.settings import SourceSettings  # noqa: TC001 (pydantic needs it at run time)
+from edge.capture.settings import SourceSettings, TriggerMode
 from edge.errors import MessageError, SettingsError
 from edge.evidence.settings import EvidenceSettings  # noqa: TC001 (pydantic needs it at run time)
 from edge.federation.settings import FederationSettings  # noqa: TC001 (pydantic needs it at run time)
@@ -91,6 +91,12 @@ class CameraSettings(BaseModel):
             return check_camera(name)
         except MessageError as error:
             raise ValueError(str(error)) from error
+
+    @model_validator(mode="after")
+    def _something_fires_it(self) -> CameraSettings:
+        if self.mode is Mode.STREAM and self.source.trigger is TriggerMode.SOFTWARE:
+            raise ValueError(f"camera {self.name!r} has a software trigger, and nothing fires it in mode stream")
+        return self
 
     @property
     def alpha(self) -> float:

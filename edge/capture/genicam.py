@@ -39,13 +39,13 @@ class _Format(NamedTuple):
     code: int | None
 
 
-# OpenCV names a Bayer pattern by its second row and column; the four-letter names are those of PFNC.
+# OpenCV names a Bayer pattern by its second row, from the second pixel on: its BG is PFNC's RG, RGGB.
 FORMATS = {
     0x01080001: _Format(1, cv2.COLOR_GRAY2BGR),  # Mono8
-    0x01080008: _Format(1, cv2.COLOR_BayerGRBG2BGR),  # BayerGR8
-    0x01080009: _Format(1, cv2.COLOR_BayerRGGB2BGR),  # BayerRG8
-    0x0108000A: _Format(1, cv2.COLOR_BayerGBRG2BGR),  # BayerGB8
-    0x0108000B: _Format(1, cv2.COLOR_BayerBGGR2BGR),  # BayerBG8
+    0x01080008: _Format(1, cv2.COLOR_BayerGB2BGR),  # BayerGR8
+    0x01080009: _Format(1, cv2.COLOR_BayerBG2BGR),  # BayerRG8
+    0x0108000A: _Format(1, cv2.COLOR_BayerGR2BGR),  # BayerGB8
+    0x0108000B: _Format(1, cv2.COLOR_BayerRG2BGR),  # BayerBG8
     0x02180014: _Format(3, cv2.COLOR_RGB2BGR),  # RGB8
     0x02180015: _Format(3, None),  # BGR8
     0x02100032: _Format(2, cv2.COLOR_YUV2BGR_YUY2),  # YUV422_8

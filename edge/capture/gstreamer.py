@@ -117,8 +117,7 @@ class GstreamerSource:
                 pass_fds=(write_end,),
                 # A signal from the terminal is for the box, which ends the child itself.
                 start_new_session=True,
-                # What it says is looked for words.
-                env=os.environ | {"LC_ALL": "C", "GST_DEBUG_NO_COLOR": "1"},
+                env=_environment(),
             )
         except OSError as error:
             os.close(read_end)
@@ -364,6 +363,12 @@ def _dies_with_us() -> list[str]:
     """
     setpriv = shutil.which("setpriv")
     return [] if setpriv is None else [setpriv, "--pdeathsig", "KILL", "--"]
+
+
+def _environment() -> dict[str, str]:
+    """English, since what the child says is looked for words; and not the box's line to systemd."""
+    kept = {name: value for name, value in os.environ.items() if name != "NOTIFY_SOCKET"}
+    return kept | {"LC_ALL": "C", "GST_DEBUG_NO_COLOR": "1"}
 
 
 def _ends_within(child: subprocess.Popen[bytes], seconds: float) -> int | None:

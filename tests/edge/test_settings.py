@@ -144,6 +144,10 @@ def test_budget_is_said_in_its_own_units(tmp_path: Path) -> None:
         ("site: [unclosed", "line 1"),
         ("site: a\nsite: b\n", "key 'site' is given twice"),
         ("site: !!python/object:os.system x\n", "could not determine a constructor"),
+        (
+            content(cameras=[camera(source={"kind": "folder", "path": "a", "trigger": "software"})]),
+            "nothing fires it in mode stream",
+        ),
     ],
 )
 def test_refused_file_names_key_and_cure(tmp_path: Path, values: object, words: str) -> None:
