@@ -491,7 +491,8 @@ class Reconnector:
             return Lost(str(error))
         except (OSError, ValueError) as error:
             # ValueError: paho and the ssl module answer so to host names that cannot be encoded.
-            question = "does this port speak TLS" if self._settings.tls else "is the broker running at this address"
+            answered = self._settings.tls and not isinstance(error, ConnectionRefusedError)
+            question = "does this port speak TLS" if answered else "is the broker running at this address"
             return Lost(f"{getattr(error, 'strerror', None) or error}; {question}?")
         else:
             return lost
