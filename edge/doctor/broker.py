@@ -129,7 +129,7 @@ def _rights(link: Link, inbox: Inbox, settings: BoxSettings, protocol: Protocol)
     link.subscribe(subscriptions(broker.prefix, site=settings.site, box=settings.box, kinds=frozenset({Kind.COMMAND})))
     answer = _await(inbox, (Subscribed, Lost), broker.connect_timeout_s)
     if isinstance(answer, Subscribed) and not answer.refusal:
-        yield fine("broker", "commands", f"may be read under {identity.root}/cmd")
+        yield fine("broker", "commands", f"subscribed under {identity.root}/cmd")
     else:
         reason = answer.refusal if isinstance(answer, Subscribed) else "no answer"
         cure = f"let the user read {identity.root}/cmd/+ in the broker's access list"
