@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 import threading
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from tests.mosquitto_process import Mosquitto
 
 _DISK_MB = 24
-_SAMPLE = re.compile(r"^(lineward_up_seconds|lineward_frames_judged_total)(?:\{[^}]*\})? ([0-9.e+]+)$", re.MULTILINE)
+_FEW, _DRAIN_S = 100, 30.0
+_NAMES = "lineward_up_seconds|lineward_frames_judged_total|lineward_outbox_depth"
+_SAMPLE = re.compile(rf"^({_NAMES})(?:\{{[^}}]*\}})? ([0-9.e+]+)$", re.MULTILINE)
 # The box makes the page of its figures again after a second at the latest.
 _PAGE_S = 1.2
 
@@ -44,6 +47,7 @@ class Disk:
         counted: how many the box says it has lost.
         ratios: frames judged per second with the disk full, as a share of those before, one per round.
         recovered_s: from the return of space to the next message that was stored, the longest.
+        pictures: of evidence that lie on the disk at the end.
     """
 
     report: Report
@@ -52,6 +56,7 @@ class Disk:
     counted: int
     ratios: list[float] = field(default_factory=list)
     recovered_s: float = 0.0
+    pictures: int = 0
 
     @property
     def ratio(self) -> float:
@@ -95,7 +100,8 @@ def refused_while_full(broker: Mosquitto, folder: Path, *, rows: int, options: t
 def fill_under_box(broker: Mosquitto, folder: Path, *, rounds: int, phase_s: float, **settings: object) -> Disk:
     """Fill the disk under a whole box that judges as fast as it can, and free it, in turns.
 
-    While it is full the box has no broker either: what it has no room for can go nowhere.
+    In both phases the box has no broker: what it has no room for can go nowhere, and sending costs neither its pace.
+    Between rounds it has one, until little is left to send.
 
     Args:
         broker: that runs.
@@ -124,20 +130,33 @@ def fill_under_box(broker: Mosquitto, folder: Path, *, rounds: int, phase_s: flo
         with running_box(config, history, before=disk.before) as box:
             assert listener.wait_for_count(20, 60), log_of(config)
             for _ in range(rounds):
-                with_space = _rate(port, phase_s)
                 proxy.faults.refuse = True
                 proxy.reset()
+                with_space = _rate(port, phase_s)
                 disk.fill(box.pid)
                 ratios.append(_rate(port, phase_s) / with_space)
                 disk.free(box.pid)
                 freed.append(time.monotonic_ns())
                 proxy.faults.refuse = False
+                _drain(port)
+            # Not by a glob: folders go while it looks.
+            folders = os.walk(disk.inside(box.pid))
+            pictures = sum(name.endswith(".jpg") for _, _, names in folders for name in names)
             _end(box, config)
         listener.wait_for(set(ids(read(history), Kind.ENQUEUED)), quiet_s=5.0)
         while (received := statuses.receive(1.0)) is not None:
             if isinstance(received.message, Status):
                 status.append(received.message)
-    return _found(history, status[-1].drops.get("messages_lost", 0), ratios, freed)
+    found = _found(history, status[-1].drops.get("messages_lost", 0), ratios, freed)
+    found.pictures = pictures
+    return found
+
+
+def _drain(port: int) -> None:
+    """Wait until few messages wait, or for half a minute: the box makes new ones meanwhile."""
+    deadline = time.monotonic() + _DRAIN_S
+    while _sample(port)["lineward_outbox_depth"] > _FEW and time.monotonic() < deadline:
+        pass
 
 
 def _end(box: subprocess.Popen[bytes], config: Path) -> None:
@@ -151,14 +170,14 @@ def _rate(port: int, seconds: float) -> float:
     began = _sample(port)
     threading.Event().wait(seconds)
     ended = _sample(port)
-    return (ended[1] - began[1]) / (ended[0] - began[0])
+    judged, up = (ended[name] - began[name] for name in ("lineward_frames_judged_total", "lineward_up_seconds"))
+    return judged / up
 
 
-def _sample(port: int) -> tuple[float, float]:
+def _sample(port: int) -> dict[str, float]:
     threading.Event().wait(_PAGE_S)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        found = dict(_SAMPLE.findall(answer.read().decode()))
-    return float(found["lineward_up_seconds"]), float(found["lineward_frames_judged_total"])
+        return {name: float(value) for name, value in _SAMPLE.findall(answer.read().decode())}
 
 
 def _found(history: Path, counted: int, ratios: list[float], freed: list[int]) -> Disk:
