@@ -22,6 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 from edge.errors import BrokerError, CommandError, GateError, LinewardError, MissingExtraError, OutboxError, UsageError
 from edge.evidence.cli import app as evidence_app
 from edge.judgement.cli import threshold
+from edge.process_memory import use_few_arenas
 from edge.slots.cli import app as bundle_app
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ def run(
     # Read when numpy is loaded. On a box its matrix products are the memory's alone, which has time: with threads of
     # their own they would spin on the cores that the engine judges with.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    use_few_arenas()
     from edge.settings import load_settings, settings_schema
 
     if print_schema:

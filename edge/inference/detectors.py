@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from edge.bundle import Bundle
 from edge.inference.detector import Detector
 from edge.inference.engines import Accelerator, Provider
+from edge.process_memory import give_back_freed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -90,6 +91,8 @@ class Detectors:
                     accelerator=accelerator,
                 )
             found[path] = by_id[known.bundle.id] = known
+        # What compiling needed and the graphs do not.
+        give_back_freed()
         return cls(found, default, cameras, runtime)
 
     @property
