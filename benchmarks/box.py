@@ -46,7 +46,7 @@ from tests.mosquitto_process import Mosquitto
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-MEMORY_GOAL_MB, START_GOAL_S, LATENCY_GOAL_MS = 300.0, 3.0, 100.0
+MEMORY_GOAL_MB, START_GOAL_S, LATENCY_GOAL_MS = 250.0, 3.0, 100.0
 SITE, BOX, CAMERA = "bench", "box", "cam"
 PATIENCE_S = 60.0
 # Good and defective frames take turns in runs of so many; every run is one event's begin or end.
