@@ -52,7 +52,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def configure(tmp_path: Path, bundle: Bundle, images: Path) -> Callable[..., Path]:
     def write(url: str, **camera: Any) -> Path:
-        source = {"kind": "folder", "path": str(images), "loop": True, "fps": 30}
+        source = {"kind": "folder", "path": str(images), "loop": True, "fps": 10}
         settings = {
             "site": "plant", "box": "box1", "state_dir": "state", "bundle": str(bundle.path), "threads": 1,
             "engine": "onnxruntime", "broker": {"url": url, "backoff_max_s": 0.5},
