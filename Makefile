@@ -19,11 +19,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install $(if $(TORCH_IND
 # Debian puts mosquitto where only root's path looks.
 export PATH := $(PATH):/usr/sbin:/usr/local/sbin
 
-.PHONY: help install demo test lint format docs bench clean flower-env flower-test
+.PHONY: help install demo test test-offline lint format docs bench clean flower-env flower-test
 
 help:
 	@echo "make demo [DATA=DIR]  train, pack, run a box, replay a line with defects, show the alerts"
 	@echo "make test             run every test"
+	@echo "make test-offline     the same without any network but loopback (Linux)"
 	@echo "make install | lint | format | docs | bench | clean"
 	@echo "make flower-env | flower-test    the scale-out engine, in $(FLOWER) (Python >= 3.11)"
 
@@ -49,6 +50,10 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow"
+
+# Nothing of ours needs a network: the suite in a namespace that has loopback only.
+test-offline: $(VENV)/.installed-dev
+	$(BIN)/python tests/offline.py -m "not slow"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
