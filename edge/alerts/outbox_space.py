@@ -60,7 +60,7 @@ class OwnedSpace:
             return False
         pages, page_size = _pages(db)
         try:
-            self._allocate(self._file, 0, (pages + _STEP_PAGES) * page_size)
+            self._allocate(self._file, pages * page_size, _STEP_PAGES * page_size)
         except OSError:
             return False
         db.execute(f"PRAGMA max_page_count={pages + _STEP_PAGES}")
