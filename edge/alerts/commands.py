@@ -84,6 +84,7 @@ class Commands:
         self._lock = threading.Lock()
         self._running: OrderedDict[str, _Running] = OrderedDict()
         self._noted = float("-inf")
+        self._note_failed = False
 
     def admit(self, verb: str, command: CommandMessage) -> Admission:
         """Decide about a command; what it gives to hand on is noted on disk, where it has a key.
@@ -123,7 +124,11 @@ class Commands:
             try:
                 self._ledger.note_seen(_microseconds(self._clock.now()))
             except StoreError as error:
-                LOG.warning("the time cannot be noted: %s", error)
+                if not self._note_failed:
+                    LOG.warning("the time cannot be noted: %s", error)
+                self._note_failed = True
+            else:
+                self._note_failed = False
 
     def trouble(self) -> str:
         """Why no expiry can be judged now, with the cure; empty where it can be.

@@ -270,7 +270,8 @@ class Link:
             return
         name = str(reason)
         if "rotocol version" in name or "rotocol error" in name:
-            self._inbox.put(Lost(f"the broker does not take this MQTT version ({name})", other_protocol=True))
+            text = f"the broker does not take this MQTT version ({name})"
+            self._inbox.put(Lost(text, refused=True, other_protocol=True))
         else:
             self._inbox.put(Lost(_with_cure(name), refused=name not in _PASSING))
 
@@ -440,15 +441,18 @@ class Reconnector:
 
     def _run(self) -> None:
         delay = self._settings.backoff_min_s
-        short_lives = 0
+        short_lives, older = 0, False
         while not self.stopping.is_set():
             began, before = time.monotonic(), self.connections
             lost = self._connect_and_serve()
             if lost is None or self.stopping.is_set():
                 break
-            if lost.other_protocol and self._settings.protocol is Protocol.AUTO and self._protocol is Protocol.V5:
-                self._protocol = Protocol.V311
-                continue
+            if self._settings.protocol is Protocol.AUTO and not older:
+                if lost.other_protocol and self._protocol is Protocol.V5:
+                    # Said by the broker it stays so; a broker that hung up may only have been starting or ending.
+                    self._protocol, older = Protocol.V311, lost.refused
+                    continue
+                self._protocol = Protocol.V5
             lasted = time.monotonic() - began
             if lasted > self._settings.backoff_max_s:
                 delay = self._settings.backoff_min_s

@@ -326,6 +326,23 @@ def test_port_that_is_no_broker_is_not_a_hang(outbox: Outbox) -> None:
             assert publisher._reconnector.wait_for(lambda: "MQTT broker?" in publisher.state.reason, 10)
 
 
+def test_broker_that_hung_up_while_it_started_is_spoken_to_in_version_5(
+    make_mosquitto: Callable[..., Mosquitto], outbox: Outbox
+) -> None:
+    broker = make_mosquitto()
+    broker.kill()
+    with publisher_for(broker, outbox) as publisher:
+        with socket.create_server(("127.0.0.1", broker.port)) as server:
+            for _ in range(3):
+                server.accept()[0].close()
+        broker.start()
+        assert publisher.wait_until_connected(10)
+        broker.restart()
+        assert publisher._reconnector.wait_for(lambda: publisher._reconnector.connections >= 2, 10)
+        assert publisher.wait_until_drained(10)
+        assert publisher._reconnector._protocol is Protocol.V5
+
+
 def test_tls_to_a_plain_port_is_refused_with_a_cure(mosquitto: Mosquitto, outbox: Outbox) -> None:
     settings = BrokerSettings(url=mosquitto.url.replace("mqtt:", "mqtts:"), connect_timeout_s=1, **FAST)
     with Publisher(settings=settings, identity=IDENTITY, outbox=outbox) as publisher:
