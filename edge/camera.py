@@ -213,13 +213,16 @@ class CameraWorker:
 
     def status(self) -> dict[str, Any]:
         """What the box's status says of this camera."""
-        threshold = self._judge.threshold
+        threshold, bundle = self._judge.threshold, self._detector.bundle
         counters = self._capture.counters
         captured = {name: before + getattr(counters, name) for name, before in self._captured_before.items()}
         return {
             "state": self._capture.state.value,
             "error": self._capture.error,
             "mode": self._settings.mode.value,
+            "product": bundle.manifest.product,
+            "bundle": {"id": bundle.id, "method": bundle.manifest.method},
+            "memory_version": self._judge.memory_version,
             "source": self._settings.source.label,
             "queued": counters.captured - counters.delivered - counters.dropped - counters.skipped,
             "counters": captured | self._counts,

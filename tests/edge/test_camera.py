@@ -71,6 +71,8 @@ class Recorder:
 class Brightness:
     """A detector whose map is the image's own brightness; ``fail_on`` names values that break it."""
 
+    bundle = SimpleNamespace(id="0" * 64, manifest=SimpleNamespace(product="grey", method="brightness"))
+
     def __init__(self, fail_on: int | None = None, nan_on: int | None = None) -> None:
         self.fail_on = fail_on
         self.nan_on = nan_on
@@ -387,7 +389,6 @@ class InSteps(Brightness):
         super().__init__()
         self.steps: list[tuple[str, int]] = []
         self.requests = requests
-        self.bundle = None
 
     def begin(self, frame: Frame) -> SimpleNamespace | None:
         if int(frame.image[0, 0, 0]) == self.fail_on:
