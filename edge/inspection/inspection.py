@@ -39,7 +39,7 @@ _LOG = logging.getLogger(__name__)
 MAX_WAITING = 4096
 # A timer that was not seen for so long is no guard of deadlines any more.
 SILENT_S = 2.0
-FLUSH_S = 1.0
+FLUSH_S = 0.5
 _NS = 1_000_000_000
 _STOPPING = "the box stops"
 
@@ -166,6 +166,8 @@ class Inspection:
             found.append(f"inspection: {self._reports.dropped} verdicts were not stored, the disk is too slow")
         if self._reports.failure:
             found.append(f"inspection: a verdict could not be reported: {self._reports.failure}")
+        if self._deadlines.silent_ns > SILENT_S * _NS and not self._stopping:
+            found.append("inspection: the timer of deadlines is silent; restart the box")
         if self._modbus is not None:
             found += self._modbus.warnings()
         return found

@@ -6,9 +6,11 @@ Knows when something is due and whom to tell; how parts are decided and frames m
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +105,7 @@ class Station:
         sink: called with every verdict, in the order of the triggers, under the station's lock; must return at once.
         count: adds one to a counter of the box.
         flush: waits, not for long, until the sink's verdicts are on their way.
+        new_shots: makes the thread in which a camera is fired.
         clock: monotonic nanoseconds.
     """
 
@@ -114,10 +117,12 @@ class Station:
         sink: Sink,
         count: Callable[[str], None],
         flush: Callable[[], object] = lambda: None,
+        new_shots: Callable[[str], Shots] | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.plan = plan
         self.flush = flush
+        self._new_shots = Shots if new_shots is None else new_shots
         self._deadlines = deadlines
         self._sink = sink
         self._count = count
@@ -139,7 +144,7 @@ class Station:
         self,
         camera: str,
         *,
-        fire: Callable[[], None] | None = None,
+        fire: Callable[[], None],
         judge: Callable[[], Judge] | None = None,
     ) -> Post:
         """Take the place of a camera; whoever had it before has no say any more.
@@ -150,11 +155,14 @@ class Station:
             judge: whose threshold is shown where no frame came.
         """
         assert camera in self.plan.cameras
-        post = Post(self, camera, fire=fire, judge=judge)
+        post = Post(self, camera, fire=fire, judge=judge, shots=self._new_shots(camera))
         with self._lock:
+            before = self._posts.get(camera)
             self._posts[camera] = post
             self._parts.resume(camera)
             self._matcher.resume(camera)
+        if before is not None:
+            before.shots.stop()
         return post
 
     def judge_of(self, camera: str) -> Judge | None:
@@ -181,9 +189,11 @@ class Station:
             refused = "" if part.verdict is None else part.verdict.reason
             shots = [(camera, self._posts.get(camera)) for camera in self._matcher.triggered(part, now)]
             self._settle()
-        # Outside the lock: frames must not wait for a camera's answer to the command.
         for camera, post in shots:
-            self._fire(camera, post, part)
+            if post is None:
+                self._not_fired(camera, part, "the camera is not there")
+            else:
+                post.shots.put(partial(self._fire, post, part))
         return refused
 
     def tick(self) -> None:
@@ -198,6 +208,9 @@ class Station:
             self._closed = True
             self._parts.close(reason, self._clock())
             self._settle()
+            posts = list(self._posts.values())
+        for post in posts:
+            post.shots.stop()
 
     def status(self) -> dict[str, Any]:
         """What the box's status says of it."""
@@ -251,15 +264,17 @@ class Station:
                 self._parts.end(missing, self._clock())
                 self._settle()
 
-    def _fire(self, camera: str, post: Post | None, part: Part) -> None:
-        reason = "the camera is not there"
-        if post is not None and post.fire is not None:
-            try:
-                post.fire()
-            except CaptureError as error:
-                reason = str(error)
-            else:
-                return
+    def _fire(self, post: Post, part: Part) -> None:
+        """In the camera's own thread: neither frames nor whoever triggers wait for the camera's answer."""
+        if part.verdict is not None:
+            self._not_fired(post.camera, part, "it did not answer in time")
+            return
+        try:
+            post.fire()
+        except CaptureError as error:
+            self._not_fired(post.camera, part, str(error))
+
+    def _not_fired(self, camera: str, part: Part, reason: str) -> None:
         self._count("triggers_failed")
         view = View(camera, Decision.NOT_JUDGED, Reason.NOT_FIRED, f"not triggered: {reason}"[:200])
         with self._lock:
@@ -276,6 +291,32 @@ class Station:
         self._deadlines.set(self, self._parts.due_ns())
 
 
+class Shots:
+    """Fires one camera, one shot after the other, in a thread that begins with the first of them.
+
+    Args:
+        camera: its name.
+    """
+
+    def __init__(self, camera: str) -> None:
+        self._waiting: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"fire-{camera}", daemon=True)
+
+    def put(self, shot: Callable[[], None]) -> None:
+        """Have a shot made; returns at once."""
+        self._waiting.put(shot)
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End behind the shots that wait; a driver that hangs is left behind."""
+        self._waiting.put(None)
+
+    def _run(self) -> None:
+        while (shot := self._waiting.get()) is not None:
+            shot()
+
+
 class Post:
     """One camera's place at its station, from which it learns which frames are parts and tells what it sees of them.
 
@@ -284,15 +325,23 @@ class Post:
         camera: whose place it is.
         fire: asks the camera for a frame.
         judge: of the camera.
+        shots: fires the camera.
     """
 
     def __init__(
-        self, station: Station, camera: str, *, fire: Callable[[], None] | None, judge: Callable[[], Judge] | None
+        self,
+        station: Station,
+        camera: str,
+        *,
+        fire: Callable[[], None],
+        judge: Callable[[], Judge] | None,
+        shots: Shots,
     ) -> None:
         self.station = station
         self.camera = camera
         self.fire = fire
         self.judge = judge
+        self.shots = shots
         # Of frames that wait to be judged: no more than the capture's queue holds.
         self._parts: dict[int, Part] = {}
 
@@ -348,6 +397,7 @@ class Post:
             _, part = self._parts.popitem()
             self.station.view(part, missing)
         self.station.end(self, missing)
+        self.shots.stop()
 
 
 def _matcher(plan: StationPlan, parts: Parts) -> Matcher:

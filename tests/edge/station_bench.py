@@ -11,7 +11,7 @@ from edge.frames import Decision, Verdict
 from edge.inspection.parts import Part, PartVerdict, Reason
 from edge.inspection.plan import StationPlan
 from edge.inspection.settings import TriggerSource
-from edge.inspection.station import Station
+from edge.inspection.station import Shots, Station
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +32,13 @@ class Timer:
             self.due.pop(station, None)
         else:
             self.due[station] = due_ns
+
+
+class AtOnce(Shots):
+    """Fires in the thread that triggers."""
+
+    def put(self, shot: Callable[[], None]) -> None:
+        shot()
 
 
 def plan(
@@ -59,10 +66,11 @@ class Bench:
             deadlines=self.timer,  # type: ignore[arg-type]  # only set() is called
             sink=lambda _, verdict: self.verdicts.append(verdict),
             count=lambda name: self.counts.update({name: self.counts.get(name, 0) + 1}),
+            new_shots=AtOnce,
             clock=lambda: self.now,
         )
         self.posts = {
-            camera: self.station.attach(camera, fire=None if fire is None else lambda camera=camera: fire(camera))
+            camera: self.station.attach(camera, fire=lambda camera=camera: fire(camera) if fire else None)
             for camera in what.cameras
             if camera not in what.disabled
         }

@@ -160,7 +160,7 @@ def test_disabled_camera_never_makes_ok() -> None:
 def test_whoever_lost_the_place_of_a_camera_has_no_say() -> None:
     bench = Bench(plan())
     before = bench.posts["a"]
-    bench.posts["a"] = bench.station.attach("a")
+    bench.posts["a"] = bench.station.attach("a", fire=lambda: None)
 
     assert not before.frame(1, at_ns=0, at=EPOCH, name="")
     before.end("left behind")

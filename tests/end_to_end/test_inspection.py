@@ -108,6 +108,9 @@ class Plc:
         # The counters of the box at the begin of a session are where a PLC begins.
         self.triggered, self.read = self._words(0, 2)
 
+    def wait_until_running(self) -> None:
+        wait_for(lambda: self.box()[2:4] == [1, 0])
+
     def trigger(self, number: int) -> None:
         self.triggered = (self.triggered + 1) % 65_536
         words = [number >> 16, number & 0xFFFF, self.triggered]
@@ -176,12 +179,12 @@ def test_plc_and_subscriber_agree_on_every_part(
 ) -> None:
     with listening(mosquitto.url) as subscriber, running(write(tmp_path, mosquitto.url, bundle, cameras)) as port:
         plc = Plc(port)
+        plc.wait_until_running()
         found = []
         for part in range(PARTS):
             plc.trigger(FIRST_NUMBER + part)
             found.append(plc.verdict())
         messages = collect(subscriber, lambda messages: len(verdicts(messages, "press")) == PARTS)
-        wait_for(lambda: plc.box()[2:4] == [1, 0])
         before = plc.box()
         wait_for(lambda: plc.box()[1] != before[1])
 
@@ -211,7 +214,12 @@ def test_part_that_is_announced_over_mqtt_has_its_verdict_there(
 ) -> None:
     config = write(tmp_path, mosquitto.url, bundle, cameras)
     broker = BrokerSettings(url=mosquitto.url, backoff_max_s=0.5)
-    with listening(mosquitto.url) as subscriber, running(config), Commander(broker, site="plant", box="box1") as ask:
+    with (
+        listening(mosquitto.url) as subscriber,
+        running(config) as port,
+        Commander(broker, site="plant", box="box1") as ask,
+    ):
+        Plc(port).wait_until_running()
         messages = []
         for part in ("blue 1", "blue 2"):
             answer = ask.ask("trigger", {"part_id": part}, timeout=SOON)
@@ -235,6 +243,7 @@ def test_box_that_stops_gives_open_parts_their_verdict(
     with listening(mosquitto.url) as subscriber:
         with running(config) as port:
             plc = Plc(port)
+            plc.wait_until_running()
             plc.trigger(1)
         messages = collect(
             subscriber,
