@@ -1,4 +1,4 @@
-"""What does a running box need, how soon does it judge, and how long does an alert take to a subscriber?
+"""What does a running box need, how soon does it judge and end, and how long does an alert take to a subscriber?
 
 A box as its own process, a real mosquitto, a folder of 1080p JPEG files as the camera. Times of the box and of the
 subscriber are of one monotonic clock: both run on this machine.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -46,7 +47,7 @@ from tests.mosquitto_process import Mosquitto
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-MEMORY_GOAL_MB, START_GOAL_S, LATENCY_GOAL_MS = 250.0, 3.0, 100.0
+MEMORY_GOAL_MB, START_GOAL_S, STOP_GOAL_S, LATENCY_GOAL_MS = 250.0, 3.0, 3.0, 100.0
 SITE, BOX, CAMERA = "bench", "box", "cam"
 PATIENCE_S = 60.0
 # Good and defective frames take turns in runs of so many; every run is one event's begin or end.
@@ -149,21 +150,40 @@ def _next(subscriber: Subscriber, process: subprocess.Popen[bytes], config: Path
     return received
 
 
-def measure_start(config: Path, url: str, *, runs: int) -> list[float]:
-    """Seconds from the start of the process until a subscriber sees the state of the first judged frame."""
-    found = []
-    for _ in range(runs):
+def measure_start_and_stop(config: Path, broker: Mosquitto, *, runs: int) -> dict[str, list[float]]:
+    """Start a box, and end it once it judges; every second time its broker hangs (SIGSTOP) by then.
+
+    Returns:
+        Seconds: ``start`` from the start of the process until a subscriber sees the state of the first judged frame,
+        ``stop`` from SIGTERM until the process is gone, ``stop_hung`` the same with a broker that hangs.
+    """
+    found: dict[str, list[float]] = {"start": [], "stop": [], "stop_hung": []}
+    for run in range(2 * runs):
         shutil.rmtree(config.parent / "state", ignore_errors=True)
-        with listening(url) as subscriber, running_box(config) as (process, started):
-            while True:
-                received = _next(subscriber, process, config)
-                message = received.message
-                # A retained state of the run before is older than this process.
-                judged = isinstance(message, CameraState) and message.state in ("ok", "nok")
-                if judged and received.received_ns > started and message.ts.timestamp() > time.time() - _age(started):
-                    found.append((received.received_ns - started) / 1e9)
-                    break
+        with listening(broker.url) as subscriber, running_box(config) as (process, started):
+            found["start"].append(_first_judged_s(subscriber, process, config, started))
+            hung = run % 2 == 1
+            assert broker.process is not None
+            if hung:
+                broker.process.send_signal(signal.SIGSTOP)
+            try:
+                ending = time.monotonic()
+                process.terminate()
+                process.wait(PATIENCE_S)
+                found["stop_hung" if hung else "stop"].append(time.monotonic() - ending)
+            finally:
+                broker.process.send_signal(signal.SIGCONT)
     return found
+
+
+def _first_judged_s(subscriber: Subscriber, process: subprocess.Popen[bytes], config: Path, started: int) -> float:
+    while True:
+        received = _next(subscriber, process, config)
+        message = received.message
+        # A retained state of the run before is older than this process.
+        judged = isinstance(message, CameraState) and message.state in ("ok", "nok")
+        if judged and received.received_ns > started and message.ts.timestamp() > time.time() - _age(started):
+            return (received.received_ns - started) / 1e9
 
 
 def _age(started: int) -> float:
@@ -246,7 +266,8 @@ def measure(bundle: Bundle, folder: Path, broker: Mosquitto, options: argparse.N
         folder, bundle, url=broker.url, images=folder / "frames", fps=options.fps, threshold=threshold
     )
     print_timeline(bundle, runs=options.starts)
-    starts = measure_start(config, broker.url, runs=options.starts)
+    times = measure_start_and_stop(config, broker, runs=options.starts)
+    starts = times["start"]
     shutil.rmtree(folder / "state", ignore_errors=True)
     fsync = fsync_ms(folder / "probe", count=options.alerts)
     found = measure_alerts(config, broker.url, alerts=options.alerts, frames=options.frames)
@@ -271,6 +292,11 @@ def measure(bundle: Bundle, folder: Path, broker: Mosquitto, options: argparse.N
              f"after {found['judged']} frames; peak {found['peak_mb']:.0f} MB", "MB"),
         Goal("process start to first judged frame", float(np.median(starts)), START_GOAL_S, False,
              f"{spread(starts)}; {len(starts)} runs, as a subscriber sees it", "s"),
+        *(
+            Goal(name, max(times[key]), STOP_GOAL_S, False, f"{spread(times[key])}; the longest of {len(times[key])}",
+                 "s")
+            for key, name in (("stop", "SIGTERM to the end"), ("stop_hung", "SIGTERM to the end, the broker hangs"))
+        ),
         Goal("frame decoded to alert received, p99", float(np.percentile(begins, 99)), LATENCY_GOAL_MS, False,
              f"{len(begins)} alerts, p50 {np.median(begins):.1f} ms; fsync p99 {np.percentile(fsync, 99):.1f} ms",
              "ms"),
@@ -288,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> list[Goal]:
     add_bundle_option(parser)
     parser.add_argument("--alerts", type=int, default=1000, help="events that begin, at least")
     parser.add_argument("--frames", type=int, default=500, help="frames judged before memory is read, at least")
-    parser.add_argument("--starts", type=int, default=7, help="starts of the process")
+    parser.add_argument("--starts", type=int, default=7, help="starts of the process, twice")
     parser.add_argument("--fps", type=float, default=20.0, help="pace of the source")
     parser.add_argument("--tiny", action="store_true", help="few of everything, to see that it runs")
     options = parser.parse_args(argv)
