@@ -162,7 +162,11 @@ class CameraHealth:
         changes = [change for fault, look in looks.items() if (change := self._step(fault, look, seconds)) is not None]
         if self.baseline is None and good and not unlit and not looks[CameraFault.FROZEN].bad:
             self._take_baseline(self._learner.take(sample))
-            self.baseline_changed = self.baseline is not None
+            if self.baseline is not None:
+                self.baseline_changed = True
+                self._learner = Learner(
+                    self._settings.baseline_frames
+                )  # its running means are as large as all the rest
         return changes
 
     def rate(self, frames_per_second: float | None, asked: float | None, seconds: float) -> list[Change]:
