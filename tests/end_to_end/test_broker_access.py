@@ -34,9 +34,16 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.broker
 SHIPPED = Path(__file__).parents[2] / "deploy" / "mosquitto"
 A, B = Identity("plant", "a"), Identity("plant", "b")
-# mosquitto_passwd takes no name with a colon; everything else is allowed in a name.
-PASSWORDS = {"lineward-watch": "watch-word", "lineward-operator": "operator-word", "plant/b": "box-b-word",
-             "plant": "site-word", "plant/+": "plus-word", "plant/a/cam": "long-word", "stranger": "stranger-word"}  # fmt: skip
+# Users of the password file, with boxes and with names that are almost a box's.
+PASSWORDS = {
+    "lineward-watch": "watch-word",
+    "lineward-operator": "operator-word",
+    "plant/b": "box-b-word",
+    "plant": "site-word",
+    "plant/+": "plus-word",
+    "plant/a/cam": "long-word",
+    "stranger": "stranger-word",
+}
 
 
 @dataclass
