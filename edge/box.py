@@ -36,8 +36,8 @@ TICK_S = 0.2
 # systemd and a PLC wait; a box is down within 3 s of the signal. Seconds after it by which each must have ended.
 WORKERS_STOP_S = 1.2
 PARTS_STOP_S = 1.4
-LAST_WORDS_S = 2.0
-STOP_S = 2.7
+LAST_WORDS_S = 1.8
+STOP_S = 2.4
 # Of TICK_S: a status that waits for a disk or a lock is no news before this.
 SUPERVISED_S = 5.0
 # Whoever comes after one that hangs gets this at least.
