@@ -32,7 +32,15 @@ QUIET_S = 3.0
 
 
 def kill_alert_boxes(
-    broker: Mosquitto, folder: Path, *, kills: int, rate: float, seed: int, durable: bool = True, life_s: float = 1.0
+    broker: Mosquitto,
+    folder: Path,
+    *,
+    kills: int,
+    rate: float,
+    seed: int,
+    durable: bool = True,
+    life_s: float = 1.0,
+    quiet_s: float = QUIET_S,
 ) -> tuple[Path, Report]:
     """Kill a box so many times at a random moment; then let one live until the broker has everything.
 
@@ -46,6 +54,7 @@ def kill_alert_boxes(
         seed: of the moments.
         durable: whether one outbox outlives the boxes; the control has a new one in each life.
         life_s: longest time until the kill.
+        quiet_s: without a message, after which none is waited for.
 
     Returns:
         The history, and what it shows.
@@ -64,7 +73,7 @@ def kill_alert_boxes(
             Publisher(settings=settings_for(broker.url), identity=IDENTITY, outbox=last) as publisher,
         ):
             assert publisher.wait_until_drained(60), "what is left does not leave"
-        listener.wait_for(set(ids(read(history), Kind.ENQUEUED)), quiet_s=QUIET_S)
+        listener.wait_for(set(ids(read(history), Kind.ENQUEUED)), quiet_s=quiet_s)
     return history, check(read(history))
 
 

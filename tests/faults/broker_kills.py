@@ -23,7 +23,7 @@ QUIET_S = 3.0
 
 
 def kill_broker(
-    broker: Mosquitto, folder: Path, *, kills: int, seed: int, replay_seconds: float = 300.0
+    broker: Mosquitto, folder: Path, *, kills: int, seed: int, replay_seconds: float = 300.0, quiet_s: float = QUIET_S
 ) -> tuple[Path, Report]:
     """Let a box alert, wait until the broker has acknowledged all, kill it at a random moment; then ask for all.
 
@@ -33,6 +33,7 @@ def kill_broker(
         kills: of the broker.
         seed: of the moments.
         replay_seconds: of the outbox; 0 in a control run.
+        quiet_s: without a message, after which none is waited for.
 
     Returns:
         The history, and what it shows. The broker keeps no order for a client that was away.
@@ -59,6 +60,6 @@ def kill_broker(
             assert connected, "the box does not come back"
         assert publisher.wait_until_drained(60), "the replay does not end"
     subscriber.come()
-    subscriber.wait_for(set(ids(read(history), Kind.ENQUEUED)), quiet_s=QUIET_S)
+    subscriber.wait_for(set(ids(read(history), Kind.ENQUEUED)), quiet_s=quiet_s)
     subscriber.leave()
     return history, check(read(history), lanes_ordered=False, whole=False)

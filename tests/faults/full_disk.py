@@ -18,7 +18,7 @@ from edge.alerts.topics import Kind as TopicKind
 from tests.faults.fault_proxy import FaultProxy
 from tests.faults.history import Kind, Report, check, ids, read
 from tests.faults.listener import Listener
-from tests.faults.network_cut import command, running_alert_box
+from tests.faults.network_cut import command, end, running_alert_box
 from tests.faults.whole_box import SmallDisk, log_of, make_line, running_box, write_settings
 from tests.mosquitto_process import free_port
 
@@ -83,7 +83,9 @@ def fill_under_outbox(broker: Mosquitto, folder: Path, *, rows: int) -> Disk:
             freed_ns = time.monotonic_ns()
             assert command(box, f"burst {rows}") == 0, "space is back, and messages are refused"
             proxy.faults.refuse = False
-            listener.wait_for(set(ids(read(history), Kind.ENQUEUED)), quiet_s=20.0)
+            # Its files go with it: it must have sent everything.
+            end(box, 60.0)
+        listener.wait_for(set(ids(read(history), Kind.ENQUEUED)), quiet_s=5.0)
     return _found(history, refused, [], [freed_ns])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -91,13 +92,8 @@ def cut_network(
             returned_ns = time.monotonic_ns()
             waiting = set(ids(read(history), Kind.ENQUEUED))
             listener.wait_for(waiting, quiet_s=patience_s)
-            assert box.stdin is not None
-            box.stdin.write("end\n")
-            box.stdin.flush()
-            try:
-                box.wait(patience_s)
-            except subprocess.TimeoutExpired:
-                box.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                end(box, patience_s)
         listener.wait_for(set(ids(read(history), Kind.ENQUEUED)), quiet_s=min(2.0, patience_s / 4))
     facts = read(history)
     return history, _recovery(facts, returned_ns)
@@ -155,6 +151,14 @@ def running_alert_box(
             yield box
         finally:
             box.kill()
+
+
+def end(box: subprocess.Popen[str], timeout: float) -> None:
+    """Let a box make no more alerts, send what it has, and end."""
+    assert box.stdin is not None
+    box.stdin.write("end\n")
+    box.stdin.flush()
+    box.wait(timeout)
 
 
 def command(box: subprocess.Popen[str], line: str) -> int:

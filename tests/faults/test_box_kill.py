@@ -32,12 +32,14 @@ def check_nothing_lost(broker: Mosquitto, folder: Path, **options: float) -> Non
 
 
 def test_box_killed_loses_nothing(mosquitto: Mosquitto, tmp_path: Path) -> None:
-    check_nothing_lost(mosquitto, tmp_path, kills=8, rate=200, life_s=0.3)
+    check_nothing_lost(mosquitto, tmp_path, kills=6, rate=200, life_s=0.3)
 
 
 def test_box_killed_without_a_durable_outbox_loses_rows(mosquitto: Mosquitto, tmp_path: Path) -> None:
     """The control: with a new file in each life the same check finds losses."""
-    _, report = kill_alert_boxes(mosquitto, tmp_path, kills=4, rate=200, seed=SEED, durable=False, life_s=0.3)
+    _, report = kill_alert_boxes(
+        mosquitto, tmp_path, kills=4, rate=200, seed=SEED, durable=False, life_s=0.3, quiet_s=1.0
+    )
     assert report.lost
     assert "lost" in str(report)
 
@@ -56,7 +58,7 @@ def check_whole_box(broker: Mosquitto, folder: Path, *, kills: int) -> None:
 
 
 def test_whole_box_killed_loses_nothing_and_its_events_are_consistent(mosquitto: Mosquitto, tmp_path: Path) -> None:
-    check_whole_box(mosquitto, tmp_path, kills=3)
+    check_whole_box(mosquitto, tmp_path, kills=2)
 
 
 @pytest.mark.slow

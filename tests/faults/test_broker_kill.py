@@ -26,12 +26,12 @@ def check_nothing_lost(broker: Mosquitto, folder: Path, *, kills: int) -> None:
 
 
 def test_broker_killed_loses_nothing_with_replay(make_mosquitto: Callable[..., Mosquitto], tmp_path: Path) -> None:
-    check_nothing_lost(make_mosquitto(autosave_s=1), tmp_path, kills=4)
+    check_nothing_lost(make_mosquitto(autosave_s=1), tmp_path, kills=3)
 
 
 def test_broker_killed_loses_rows_without_replay(make_mosquitto: Callable[..., Mosquitto], tmp_path: Path) -> None:
     """The control: the same broker, and nothing is sent again."""
-    _, report = kill_broker(make_mosquitto(autosave_s=1), tmp_path, kills=3, seed=SEED, replay_seconds=0)
+    _, report = kill_broker(make_mosquitto(autosave_s=1), tmp_path, kills=2, seed=SEED, replay_seconds=0, quiet_s=1.0)
     assert report.lost
 
 
