@@ -276,16 +276,17 @@ def test_whoever_triggers_does_not_wait_for_a_camera(make: Callable[..., Inspect
     )
     found = make(settings).station_of("a")
     assert found is not None
-    fired, gate = threading.Event(), threading.Event()
+    fired, gate, answered = threading.Event(), threading.Event(), list[bool]()
 
     def hang() -> None:
         fired.set()
-        gate.wait(SOON)
+        answered.append(gate.wait(SOON))
 
     found.attach("a", fire=hang)
 
     assert found.trigger("p") == ""
 
+    assert answered == []
     assert fired.wait(SOON)
     assert found.status()["open"] == 1
     gate.set()
