@@ -626,7 +626,7 @@ def test_redact_hides_logins_of_pipelines(password: str) -> None:
 
 def test_sources_of_the_manual_are_valid() -> None:
     manual = (Path(__file__).parents[2] / "docs" / "cameras.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```yaml\n(source:.*?)```", manual, re.DOTALL)
+    blocks = re.findall(r"```yml\n(source:.*?)```", manual, re.DOTALL)
     kinds = [SourceSettings.model_validate(yaml.safe_load(block)["source"]).kind.value for block in blocks]
     assert set(kinds) == {"camera", "gstreamer", "genicam", "folder"}
-    assert len(blocks) == manual.count("```yaml")
+    assert len(blocks) == manual.count("```yml") == 11
