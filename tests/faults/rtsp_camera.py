@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 LOGIN = "admin:hunter2"
-READY_S = 20
+_H264 = ["-c:v", "libx264", "-preset", "ultrafast", "-tune", "zerolatency", "-g", "5", "-pix_fmt", "yuv420p"]
+# RFC 2435 has no room for other Huffman tables.
+_JPEG = ["-c:v", "mjpeg", "-huffman", "default", "-pix_fmt", "yuvj420p", "-force_duplicated_matrix", "1"]
 
 
 def missing() -> str:
@@ -26,10 +28,19 @@ def missing() -> str:
 
 
 class RtspCamera:
-    """One stream at ``url``; asks for a login, and can be unplugged and plugged in again at the same port."""
+    """One stream at ``url``; asks for a login, and can be unplugged and plugged in again at the same port.
 
-    def __init__(self, folder: Path, size: str = "64x48") -> None:
+    Args:
+        folder: for its description.
+        size: of its pictures.
+        jpeg: send Motion JPEG in place of H.264.
+    """
+
+    def __init__(self, folder: Path, size: str = "64x48", *, jpeg: bool = False) -> None:
         self.size = size
+        self._codec = _JPEG if jpeg else _H264
+        # The last line that ffmpeg writes of each.
+        self._last_line = "m=video" if jpeg else "a=fmtp"
         self._sdp = folder / "stream.sdp"
         self._port = 0
         self._stop = threading.Event()
@@ -61,8 +72,7 @@ class RtspCamera:
         self._encoder = subprocess.Popen(
             [
                 "ffmpeg", "-loglevel", "error", "-re", "-f", "lavfi", "-i", f"testsrc=size={self.size}:rate=25",
-                "-c:v", "libx264", "-preset", "ultrafast", "-tune", "zerolatency", "-g", "5", "-threads", "1",
-                "-pix_fmt", "yuv420p", "-sdp_file", str(self._sdp),
+                *self._codec, "-threads", "1", "-sdp_file", str(self._sdp),
                 "-f", "rtp", f"rtp://127.0.0.1:{self._packets.getsockname()[1]}",
             ],
             stdin=subprocess.DEVNULL,
@@ -144,7 +154,7 @@ class RtspCamera:
     def _description(self) -> bytes:
         lines: list[str] = []
         waited = threading.Event()
-        while not any(line.startswith("a=fmtp") for line in lines):
+        while not any(line.startswith(self._last_line) for line in lines):
             # ffmpeg writes it with its first packet, and tells nobody.
             waited.wait(0.02)
             with contextlib.suppress(OSError):

@@ -225,6 +225,27 @@ def descriptors() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
+@needs_gstreamer
+@pytest.mark.skipif(bool(rtsp_camera.missing()), reason=rtsp_camera.missing())
+@pytest.mark.parametrize("login", ["in the address", "as properties"])
+def test_rtsp_camera_through_a_pipeline(tmp_path: Path, login: str, caplog: pytest.LogCaptureFixture) -> None:
+    with RtspCamera(tmp_path, jpeg=True) as camera:
+        location = f"location={camera.url}"
+        if login == "as properties":
+            location = f"location={camera.url.replace('admin:hunter2@', '')} user-id=admin user-pw=hunter2"
+        settings = pipeline(f"rtspsrc {location} protocols=tcp latency=0 ! rtpjpegdepay ! jpegdec")
+        with Consumer("a", settings) as consumer:
+            consumer.wait_for_frames(3)
+            camera.unplug()
+            consumer.wait_for_state(CameraState.RECONNECTING)
+            error = consumer.capture.error
+            camera.plug_in()
+            consumer.wait(lambda: consumer.capture.counters.reconnects >= 1)
+            consumer.wait_for_frames(3)
+            assert consumer.shapes == [(48, 64, 3)]
+        assert "hunter2" not in caplog.text + str(error)
+
+
 def child_of(consumer: Consumer) -> int | None:
     return consumer.capture._reader._source.pid
 
