@@ -177,11 +177,11 @@ class MemorySource:
 
 def run(spec: Spec) -> Report:
     """Run a box in this process."""
-    from edge.allocator import share_arenas
     from edge.box import Box
+    from edge.process_memory import use_few_arenas
     from edge.settings import BoxSettings
 
-    share_arenas()  # as `lineward run` does
+    use_few_arenas()  # as `lineward run` does
     images = np.load(spec.frames)
     images.setflags(write=False)
     (camera,) = spec.settings["cameras"]

@@ -55,8 +55,8 @@ def seen(**changes: list[float]) -> Soak:
 
 
 END = {
-    "code": 0, "empty": 100_000, "size": 150_000, "log": 0, "kept": 100_000, "stored": 50, "missing": 0, "duplicates": 3,
-    "evidence_mb": 1.0,
+    "code": 0, "empty": 100_000, "size": 150_000, "log": 0, "kept": 100_000, "stored": 50, "missing": 0,
+    "duplicates": 3, "evidence_mb": 1.0,
 }  # fmt: skip
 
 
