@@ -280,6 +280,37 @@ def test_heartbeat_stands_still_once_nobody_supervises_the_box(
         box.stop()
 
 
+def test_reload_changes_one_station_and_leaves_the_other_alone(
+    mosquitto: Mosquitto, bundle: Bundle, cameras: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    config = write(tmp_path, mosquitto.url, bundle, cameras)
+    box = Box(load_settings(config))
+    box.start()
+    try:
+        port = box.status()["detail"]["inspection"]["modbus"]["port"]
+        before = Plc(port)
+        wait_for(lambda: box.supervise() or before.box()[2] == 1)
+        before.trigger(1)
+        assert before.verdict()["decision"] == "OK"
+        session = before.box()[4]
+        hand = box.cameras["hand"]
+        config.write_text(config.read_text().replace("name: press", "name: press-2"))
+
+        box.reload(load_settings(config))
+
+        box.supervise()
+        assert not [text for text in box.status()["warnings"] if "not in force" in text]
+        assert box.cameras["hand"] is hand
+        after = Plc(port)
+        assert after.box()[4] != session
+        assert (after.triggered, after.read) == (0, 0)
+        after.trigger(2)
+        assert after.verdict()["number"] == 2
+        assert set(box.status()["detail"]["inspection"]["stations"]) == {"press-2", "bench"}
+    finally:
+        box.stop()
+
+
 def test_status_tells_of_stations(
     mosquitto: Mosquitto, bundle: Bundle, cameras: list[dict[str, Any]], tmp_path: Path
 ) -> None:
