@@ -203,14 +203,13 @@ class Detector:
         """Prepare a frame and let the engine begin, so that another frame can be finished meanwhile.
 
         Returns:
-            What will have the prediction; None where every request is in use: it never waits for one, since two
-            threads that hold one each and wait for a second would wait for ever.
+            What will have the prediction; None where all requests for that are in use.
 
         Raises:
             CaptureError: the frame does not fit the bundle's crop or is no colour image.
             EngineError: the engine gives up.
         """
-        slot = self._trunk.take(wait=False)
+        slot = self._trunk.take_ahead()
         if slot is None:
             return None
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -142,7 +143,13 @@ class OpenVinoSession(GraphSession):
 
 @functools.cache
 def core() -> Any:  # noqa: ANN401 openvino has no type information
-    """Return the process's one OpenVINO core."""
+    """Return the process's one OpenVINO core.
+
+    Importing OpenVINO reports the import to its maker over the internet where its telemetry package is installed, which
+    pip does on its own; without that package it has a stub of its own. A box reports to nobody.
+    """
+    # None makes the import fail (importlib's documented use of sys.modules).
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # typeshed knows modules only
     import openvino  # noqa: PLC0415 a box may have the other engine only
 
     return openvino.Core()

@@ -51,35 +51,41 @@ class Slot:
         index: of the request, 0, 1, ...
         session: of the trunk.
         image: uint8 [tiles, height, width, 3], the trunk's input, written in place.
+        ahead: whether it is for frames that are begun while their camera still has another one in hand.
         scratch: buffers of the preprocessing, by shape.
     """
 
     index: int
     session: GraphSession
     image: npt.NDArray[np.uint8]
+    ahead: bool = False
     scratch: dict[tuple[int, ...], npt.NDArray[np.uint8]] = field(default_factory=dict)
 
 
 class Trunk:
-    """A compiled trunk and its requests: one for each stream, and one that is prepared while those run."""
+    """A compiled trunk and its requests: for each stream one that runs, and one that is begun ahead.
+
+    They are lent apart: a camera that stores an alert while its next frame is begun keeps nobody else from the engine.
+    """
 
     def __init__(self, session: GraphSession, shape: tuple[int, ...], streams: int) -> None:
-        sessions = [session, *(session.clone() for _ in range(streams))]
-        self.requests = len(sessions)
+        self.requests = 2 * streams
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
-        for index, one in enumerate(sessions):
-            self._free.put(Slot(index, one, np.zeros(shape, np.uint8)))
+        self._free_ahead: queue.SimpleQueue[Slot] = queue.SimpleQueue()
+        for index in range(self.requests):
+            slot = Slot(index, session.clone() if index else session, np.zeros(shape, np.uint8), index >= streams)
+            (self._free_ahead if slot.ahead else self._free).put(slot)
 
-    def take(self, *, wait: bool) -> Slot | None:
-        """Lend a slot; where all are lent, wait for one, or return None. :meth:`give_back` ends the loan."""
+    def take_ahead(self) -> Slot | None:
+        """Lend a slot for a frame that is begun ahead; None where all are lent. :meth:`give_back` ends the loan."""
         try:
-            return self._free.get(block=wait)
+            return self._free_ahead.get_nowait()
         except queue.Empty:
             return None
 
     def give_back(self, slot: Slot) -> None:
-        """End a loan."""
-        self._free.put(slot)
+        """End a loan of :meth:`take_ahead`."""
+        self._free_ahead.put(slot)
 
     @contextmanager
     def borrow(self) -> Iterator[Slot]:

@@ -290,6 +290,51 @@ def test_bundles_of_one_trunk_share_its_session(bundle: Bundle, tmp_path: Path) 
     del first, second
 
 
+@pytest.mark.parametrize("engine", list(Engine))
+@pytest.mark.parametrize("tiles", [Tiles(), Tiles(rows=2, cols=2, overlap=32)])
+def test_frames_begun_ahead_are_judged_as_those_judged_at_once(tmp_path: Path, engine: Engine, tiles: Tiles) -> None:
+    bundle = make_tiny_bundle(tmp_path / "b", tiles=tiles)
+    detector = Detector.open(bundle, engine=engine, precision=Precision.FLOAT32, threads=2, streams=2)
+    frames = [frame_of(good_frame(1)), frame_of(defective_frame(2))]
+    expected = [detector.predict(frame).anomaly_map for frame in frames]
+    pending = [detector.begin(frame) for frame in frames]
+    assert detector.begin(frames[0]) is None
+    # Others judge meanwhile.
+    assert np.array_equal(detector.predict(frames[0]).anomaly_map, expected[0])
+    for one, frame, wanted in zip(pending, frames, expected, strict=True):
+        assert one is not None
+        found = one.result()
+        assert found.frame is frame
+        assert np.array_equal(found.anomaly_map, wanted)
+        assert min(found.preprocess_ns, found.inference_ns) > 0
+    again = detector.begin(frames[1])
+    assert again is not None
+    assert np.array_equal(again.result().anomaly_map, expected[1])
+
+
+def test_frame_that_cannot_be_begun_gives_its_request_back(bundle: Bundle) -> None:
+    detector = Detector.open(bundle, threads=1)
+    for _ in range(3):
+        with pytest.raises(CaptureError, match="check the camera's format"):
+            detector.begin(frame_of(np.zeros((96, 96), np.uint8)))
+    pending = detector.begin(frame_of(good_frame(1)))
+    assert pending is not None
+    pending.result()
+
+
+def test_frame_begun_before_a_switch_names_the_memory_whose_head_made_it(bundle: Bundle) -> None:
+    detector = Detector.open(bundle, engine=Engine.OPENVINO, precision=Precision.FLOAT32, threads=1)
+    frame = frame_of(good_frame(3))
+    before = detector.predict(frame).anomaly_map
+    pending = detector.begin(frame)
+    detector.switch_state(far_state(9.0), memory_version=7).result()
+    assert pending is not None
+    found = pending.result()
+    assert found.memory_version == 0
+    assert np.array_equal(found.anomaly_map, before)
+    assert detector.predict(frame).memory_version == 7
+
+
 def test_head_without_embedding_says_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     detector = Detector.open(bundle, threads=1)
     assert detector.has_embedding
