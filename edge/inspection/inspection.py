@@ -168,6 +168,12 @@ class Inspection:
             found.append(f"inspection: a verdict could not be reported: {self._reports.failure}")
         if self._deadlines.silent_ns > SILENT_S * _NS and not self._stopping:
             found.append("inspection: the timer of deadlines is silent; restart the box")
+        found += [
+            f"{plan.name}: {', '.join(sorted(plan.free))} runs freely, and delay_ms is 0: the first frame after a "
+            "trigger may show the part before; set delay_ms to the camera's latency"
+            for plan in (station.plan for station in self.stations())
+            if plan.free and not plan.delay_ns and plan.trigger is not TriggerSource.FRAME
+        ]
         if self._modbus is not None:
             found += self._modbus.warnings()
         return found

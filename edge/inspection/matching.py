@@ -71,12 +71,15 @@ class EachFrame(_FrameTriggered):
 class ByOrder(_FrameTriggered):
     """Several folders or videos: the k-th frame of each shows part k.
 
-    Nothing that reads files loses one unseen: unreadable and dropped ones keep their place.
+    Nothing that reads files loses one unseen: unreadable and dropped ones keep their place. Where one of the cameras
+    begins its files anew, no part is OK until all others have done so too.
     """
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         self._given = dict.fromkeys(parts.cameras, 0)
+        self._anew: set[str] = set()
+        self._begin = 0
 
     def frame(self, camera: str, at_ns: int, at: datetime, part_id: str | None, now_ns: int) -> Part | None:
         """See :class:`Matcher`."""
@@ -88,11 +91,18 @@ class ByOrder(_FrameTriggered):
             part = self._parts.get(number)
         if part is not None:
             part.frames[camera] = at_ns
+            if self._anew:
+                part.flaw = (Reason.TOO_CLOSE, "one camera has begun its files anew, others have not")
         return part
 
     def resume(self, camera: str) -> None:
-        """A folder that is read anew goes on with the parts of the others."""
-        self._given[camera] = self._parts.next_number
+        """All cameras that begin anew begin with the same part."""
+        if not self._anew:
+            self._begin = self._parts.next_number
+        self._given[camera] = self._begin
+        self._anew.add(camera)
+        if len(self._anew) == len(self._given):
+            self._anew.clear()
 
 
 class ByTime(_FrameTriggered):

@@ -35,6 +35,7 @@ class StationPlan:
         capacity: parts without a verdict.
         live: whether the cameras are live; else they read files.
         fired: cameras with a software trigger.
+        free: live cameras that run at their own rate.
         named_by_file: cameras whose frames have the part's name.
     """
 
@@ -50,6 +51,7 @@ class StationPlan:
     capacity: int
     live: bool
     fired: frozenset[str]
+    free: frozenset[str]
     named_by_file: frozenset[str]
 
 
@@ -80,6 +82,9 @@ def _named(station: StationSettings, cameras: list[CameraSettings]) -> StationPl
         capacity=station.max_parts,
         live=cameras[0].source.live,
         fired=_fired(cameras),
+        free=frozenset(
+            one.name for one in cameras if one.source.live and one.source.trigger is TriggerMode.FREE and one.enabled
+        ),
         named_by_file=_named_by_file(cameras),
     )
 
@@ -99,6 +104,7 @@ def _implied(camera: CameraSettings) -> StationPlan:
         capacity=camera.source.capacity + _BESIDE_THE_QUEUE,
         live=camera.source.live,
         fired=frozenset(),
+        free=frozenset(),
         named_by_file=_named_by_file([camera]),
     )
 

@@ -160,7 +160,8 @@ class Station:
             before = self._posts.get(camera)
             self._posts[camera] = post
             self._parts.resume(camera)
-            self._matcher.resume(camera)
+            if before is not None:
+                self._matcher.resume(camera)
         if before is not None:
             before.shots.stop()
         return post

@@ -48,7 +48,8 @@ def plan(
     values: dict[str, Any] = {
         "name": "station", "own": False, "cameras": cameras, "disabled": frozenset(), "trigger": TriggerSource(trigger),
         "nok_views": 1, "deadline_ns": None if deadline_ms is None else round(deadline_ms * MS), "match_ns": 10 * MS,
-        "delay_ns": 0, "capacity": 4, "live": True, "fired": frozenset(), "named_by_file": frozenset(),
+        "delay_ns": 0, "capacity": 4, "live": True, "fired": frozenset(), "free": frozenset(),
+        "named_by_file": frozenset(),
     }  # fmt: skip
     return StationPlan(**values | changes)
 

@@ -172,6 +172,15 @@ def test_heartbeat_follows_the_box_and_the_timer(
     assert inspection.health() == (BoxState.STOPPING, 0)
 
 
+def test_free_camera_without_a_delay_is_a_warning(make: Callable[..., Inspection]) -> None:
+    cameras = [camera("a"), camera("b"), camera("c")]
+    stations = [station("a", name="one", trigger="mqtt"), station("b", name="two", trigger="mqtt", delay_ms=80)]
+
+    (text,) = make(box_settings(cameras, stations=stations)).warnings()
+
+    assert text.startswith("one: a runs freely")
+
+
 def test_timer_is_seen_alive(make: Callable[..., Inspection]) -> None:
     inspection = make(box_settings([camera("a")]))
     inspection.follow(lambda: True)

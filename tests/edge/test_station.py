@@ -181,6 +181,40 @@ def test_files_are_matched_by_their_place_and_named_by_the_first() -> None:
     assert [verdict.part.part_id for verdict in bench.verdicts] == ["0", "1"]
 
 
+def test_files_that_one_camera_begins_anew_are_not_ok_until_all_do() -> None:
+    bench = Bench(plan(("a", "b"), live=False, capacity=16))
+
+    def read(camera: str, files: int) -> list[int | None]:
+        return [bench.frame(camera) for _ in range(files)]
+
+    def judge(**seqs: list[int | None]) -> None:
+        for camera, found in seqs.items():
+            for seq in found:
+                bench.tell(camera, seq)
+
+    judge(a=read("a", 2), b=read("b", 2))
+    bench.posts["a"] = bench.station.attach("a", fire=lambda: None)
+    judge(a=read("a", 1), b=read("b", 1))
+    bench.posts["b"] = bench.station.attach("b", fire=lambda: None)
+    again = read("b", 2)
+    assert again[0] is None  # its first file is that of a part that has its verdict
+    judge(b=again[1:], a=read("a", 1))
+
+    assert bench.decisions == ["OK", "OK", "NOT_JUDGED", "OK"]
+
+
+def test_camera_that_starts_later_misses_no_file() -> None:
+    bench = Bench(plan(("a", "b"), live=False))
+    first = bench.frame("a")
+    bench.station._posts.pop("b")
+    bench.posts["b"] = bench.station.attach("b", fire=lambda: None)
+
+    bench.tell("a", first)
+    bench.tell("b", bench.frame("b"))
+
+    assert bench.decisions == ["OK"]
+
+
 def together(bench: Bench, *cameras: str, at: float) -> None:
     """Frames of one part, all OK."""
     bench.at(at)
