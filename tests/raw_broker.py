@@ -18,7 +18,8 @@ CONNECT, CONNACK, PUBLISH, PUBACK, SUBSCRIBE, SUBACK = 1, 2, 3, 4, 8, 9
 class RawBroker:
     """Serves one client at a time; a context manager. ``packets`` gets (type, flags, body) of what clients send."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, grants: bool = True) -> None:
+        self.grants = grants
         self._server = socket.create_server(("127.0.0.1", 0))
         self._client: socket.socket | None = None
         self.packets: SimpleQueue[tuple[int, int, bytes]] = SimpleQueue()
@@ -43,10 +44,10 @@ class RawBroker:
             self._client.close()
         self._thread.join(5)
 
-    def publish(self, topic: str, payload: bytes, *, mid: int, repeated: bool = False) -> None:
+    def publish(self, topic: str | bytes, payload: bytes, *, mid: int, repeated: bool = False) -> None:
         """Send a QoS-1 message under a number of our choice."""
         assert self._client is not None
-        name = topic.encode()
+        name = topic.encode() if isinstance(topic, str) else topic
         body = struct.pack("!H", len(name)) + name + struct.pack("!H", mid) + payload
         self._client.sendall(_packet(PUBLISH, 0b1010 if repeated else 0b0010, body))
 
@@ -79,7 +80,7 @@ class RawBroker:
             if kind == CONNECT:
                 client.sendall(_packet(CONNACK, 0, b"\0\0"))
             elif kind == SUBSCRIBE:
-                client.sendall(_packet(SUBACK, 0, body[:2] + b"\1"))
+                client.sendall(_packet(SUBACK, 0, body[:2] + (b"\1" if self.grants else b"\x80")))
                 self.subscribed.set()
             elif kind == PUBLISH and flags & 0b0110:
                 size = struct.unpack("!H", body[:2])[0]

@@ -388,6 +388,7 @@ class Reconnector:
         self._acknowledges = acknowledges
         self.stopping = threading.Event()
         self.connections = 0
+        self.defects = 0
         self._settings = settings
         self._client_id = client_id
         self._will = will
@@ -498,6 +499,11 @@ class Reconnector:
             answered = self._settings.tls and not isinstance(error, ConnectionRefusedError)
             question = "does this port speak TLS" if answered else "is the broker running at this address"
             return Lost(f"{getattr(error, 'strerror', None) or error}; {question}?")
+        except Exception as error:
+            # A defect of whoever serves must not leave a box mute: it is counted, and the next connection begins anew.
+            self.defects += 1
+            LOG.exception("a defect ended the connection")
+            return Lost(f"a defect ended the connection ({type(error).__name__}); the log has it, please report it")
         else:
             return lost
         finally:

@@ -44,7 +44,7 @@ from edge.alerts.mqtt import (
 from edge.alerts.refused import Refused
 from edge.alerts.retained import Retained
 from edge.alerts.session import Session
-from edge.alerts.topics import DEAD_LETTERS_VERB, REPLAY_VERB, Identity, Kind, parse_topic, subscriptions
+from edge.alerts.topics import DEAD_LETTERS_VERB, REPLAY_VERB, Identity, Kind, check_segment, parse_topic, subscriptions
 from edge.errors import LinewardError, MessageError
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ class Publisher:
         }
         self._home_assistant: HomeAssistant | None = None
         self._birth_at: float | None = None
+        self._deaf = ""
         if settings.home_assistant is not None:
             self._home_assistant = HomeAssistant(settings.home_assistant, identity)
             for topic, config in self._home_assistant.box_configs().items():
@@ -139,8 +140,12 @@ class Publisher:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Since the start: published (repeats included), acknowledged, refused, commands, connections."""
-        return {**self._counters, "connections": self._reconnector.connections}
+        """Since the start: published (repeats included), acknowledged, refused, commands, connections, defects ..."""
+        return {
+            **self._counters,
+            "connections": self._reconnector.connections,
+            "connection_defects": self._reconnector.defects,
+        }
 
     def start(self) -> None:
         """Begin to connect, in a thread of its own."""
@@ -216,6 +221,9 @@ class Publisher:
         if self._outbox.dead:
             found.append(f"{self._outbox.dead} messages are dead letters: the broker refuses them; see the command"
                          f" {DEAD_LETTERS_VERB}")  # fmt: skip
+        if self._deaf:
+            found.append(f"commands do not reach this box: the broker refuses the subscription ({self._deaf}); let it"
+                         f" read {self._identity.root}/cmd/+")  # fmt: skip
         if self._ledger.damage:
             found.append(f"the ledger of commands was damaged: {self._ledger.damage}")
         if trouble := self._commands.set_back():
@@ -298,8 +306,8 @@ class Publisher:
                     return event
                 if isinstance(event, Acked):
                     session.on_acked(event)
-                elif isinstance(event, Subscribed) and event.refusal:
-                    LOG.warning("the broker refuses the subscription to commands: %s", event.refusal)
+                elif isinstance(event, Subscribed):
+                    self._hears(event.refusal)
                 elif isinstance(event, Incoming):
                     self._on_message(session, event)
                 event = inbox.get_nowait()
@@ -308,6 +316,11 @@ class Publisher:
             self._reconnector.set_state(LinkState(LinkKind.CONNECTED, session.trouble))
             self._reconnector.notify()
         return None
+
+    def _hears(self, refusal: str) -> None:
+        if refusal and refusal != self._deaf:
+            LOG.warning("the broker refuses the subscription to commands: %s", refusal)
+        self._deaf = refusal
 
     def _send(self, session: Session) -> None:
         if self._birth_at is not None and time.monotonic() >= self._birth_at:
@@ -344,9 +357,13 @@ class Publisher:
 
     def _on_command(self, event: Incoming) -> None:
         self._counters["commands"] += 1
-        verb = REPLAY_VERB
         try:
-            verb = parse_topic(event.topic).leaf
+            # `cmd/` has a verb without a character: `cmd/+` matches it (MQTT 5, clause 4.7.1.3), no answer has a topic.
+            verb = check_segment(parse_topic(event.topic).leaf, field="verb")
+        except MessageError as error:
+            LOG.warning("a command without a verb is not answered: %s", error)
+            return
+        try:
             if verb in self._handlers:
                 self._obey(verb, parse(event.topic, event.payload, prefix=self._identity.prefix))
                 return

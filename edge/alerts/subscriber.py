@@ -236,6 +236,8 @@ class Subscriber:
                 link.publish(*self._outgoing.get_nowait())
 
     def _take(self, event: Incoming) -> None:
+        if not event.payload:
+            return  # a retained topic is cleared; what it said last was that nobody vouches for it
         now = time.monotonic_ns()
         try:
             message = parse(event.topic, event.payload, prefix=self._prefix)

@@ -116,6 +116,43 @@ def answer_of(broker: RawBroker) -> bytes:
             return body[4 + size :]
 
 
+@pytest.mark.parametrize("topic", [b"cmd/\xff\xfe", b"cmd/", b"cmd//", b"cmd/\0", b"cmd/a\n", b"cmd/+", b"cmd/$x"])
+def test_topic_that_is_no_command_is_acknowledged_and_forgotten(outbox: Outbox, topic: bytes) -> None:
+    with RawBroker() as broker, raw_publisher(broker, outbox) as publisher:
+        assert broker.subscribed.wait(10)
+        broker.publish(f"{IDENTITY.root}/".encode() + topic, b"{}", mid=9)
+        assert broker.wait_for(PUBACK) == b"\0\t"
+        publisher.on_command("ship", lambda _: {"ok": True})
+        broker.publish(IDENTITY.command("ship"), b"{}", mid=10)
+        assert json.loads(answer_of(broker))["ok"]
+        assert publisher.counters["connections"] == 1
+        assert publisher.counters["connection_defects"] == 0
+
+
+def test_defect_is_counted_and_the_next_connection_begins_anew(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, failed = outbox.requeue_acknowledged, threading.Event()
+
+    def requeue() -> int:
+        if not failed.is_set():
+            failed.set()
+            raise ZeroDivisionError
+        return real()
+
+    monkeypatch.setattr(outbox, "requeue_acknowledged", requeue)
+    with RawBroker() as broker, raw_publisher(broker, outbox) as publisher:
+        assert publisher.wait_until_drained(10)
+        assert (publisher.counters["connections"], publisher.counters["connection_defects"]) == (2, 1)
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_refused_subscription_is_a_warning(outbox: Outbox) -> None:
+    with RawBroker(grants=False) as broker, raw_publisher(broker, outbox) as publisher:
+        assert publisher.wait_until_drained(10)
+        assert publisher._reconnector.wait_for(lambda: any("cmd/+" in text for text in publisher.warnings()), 10)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
