@@ -65,7 +65,8 @@ import sys, json; from pathlib import Path; from edge.bundle import Bundle
 bundle = Bundle.open(Path(sys.argv[1])); mark("verify bundle")
 from edge.inference.engines import available_engines
 from edge.inference.openvino_session import core
-engine = available_engines()[0]; core() if engine.value == "openvino" else __import__(engine.value); mark("import engine")
+engine = available_engines()[0].value
+core() if engine == "openvino" else __import__(engine); mark("import engine")
 from edge.inference.detector import Detector
 detector = Detector.open(bundle); mark("compile graphs, run golden frames")
 detector.golden_error(); mark("of that, golden frames")
