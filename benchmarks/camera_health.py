@@ -212,7 +212,8 @@ def cost(rounds: int) -> tuple[float, float, float]:
 def sequences(folder: Path, *, limit: int) -> None:
     """Print what is told of real images, each sub-folder a camera that looks twice a second. Nothing is chosen here."""
     print("| images of | looks | told |\n|---|---|---|")
-    folders = sorted({path.parent for path in folder.rglob("*") if path.suffix.lower() in PICTURES})
+    found = {path.parent for path in folder.rglob("*") if path.suffix.lower() in PICTURES}
+    folders = sorted(one for one in found if "ground_truth" not in one.parts)
     for one in folders:
         paths = sorted(path for path in one.iterdir() if path.suffix.lower() in PICTURES)[:limit]
         health, told, looks = CameraHealth(CameraHealthSettings()), [], 0

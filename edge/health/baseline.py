@@ -34,7 +34,7 @@ class Baseline:
 
     Attributes:
         frame_shape: (H, W) of its frames.
-        brightness: lowest usual median luma (5th percentile of the frames).
+        brightness: lowest usual mean luma (5th percentile of the frames).
         clipped: highest usual share of clipped pixels (95th percentile).
         sharpness: median; NaN where too few frames had edges to measure.
         edges_always: nearly every frame had such edges, so a frame without them has lost them.

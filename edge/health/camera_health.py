@@ -32,6 +32,9 @@ FOUND, IN_PLACE, FRESH = 0.5, 0.4, 0.3
 # A shift is believed where the edges fit so much better elsewhere than in place.
 BETTER_ELSEWHERE = 0.7
 
+# Share of clipped pixels that leaves nothing to see.
+NEARLY_ALL = 0.98
+
 
 class Lasting:
     """A condition that must hold for some seconds to begin, and be gone for some to end.
@@ -247,18 +250,21 @@ class CameraHealth:
         )
 
     def _look_dark(self, sample: Sample) -> _Look:
-        middle, high = brightness(sample)
-        self._figures["brightness"] = middle
+        mean, high = brightness(sample)
+        self._figures["brightness"] = mean
         normal = self._settings.brightness or (math.nan if self.baseline is None else self.baseline.brightness)
         # Comparisons with NaN are false: before anything was learnt the fixed level decides alone.
-        bad = high < self._settings.dark_level or middle < self._settings.dark_ratio * normal
-        return _Look(bad, f"the median luma is {middle:g}, the 99th percentile {high:g}", {"brightness": middle})
+        bad = high < self._settings.dark_level or mean < self._settings.dark_ratio * normal
+        return _Look(bad, f"the mean luma is {mean:.3g}, the 99th percentile {high:g}", {"brightness": mean})
 
     def _look_overexposed(self, sample: Sample) -> _Look:
         share = share_clipped(sample)
         self._figures["clipped"] = share
-        usual = 0.0 if self.baseline is None else self.baseline.clipped
-        limit = min(usual + self._settings.overexposed_share, 0.99)
+        if self.baseline is None:
+            # A backlight clips most of a good picture: until it is learnt, only a picture without anything is too much.
+            return _Look(share > NEARLY_ALL, f"{share:.0%} of the pixels are clipped", {"clipped": share})
+        usual = self.baseline.clipped
+        limit = min(usual + self._settings.overexposed_share, NEARLY_ALL)
         return _Look(share > limit, f"{share:.0%} of the pixels are clipped, {usual:.0%} usually", {"clipped": share})
 
     def _look_blurred(self, sample: Sample) -> _Look:

@@ -49,7 +49,7 @@ class CameraHealthSettings(BaseModel):
         60, ge=20, le=10_000, title="Baseline frames", description="Good frames that are learnt from, once per camera."
     )
     brightness: float | None = Field(
-        None, gt=0, le=255, title="Brightness", description="Median luma of good frames; learnt where absent."
+        None, gt=0, le=255, title="Brightness", description="Mean luma of good frames; learnt where absent."
     )
     sharpness: float | None = Field(
         None, gt=0, le=4, title="Sharpness", description="Of good frames, as the status shows it; learnt where absent."
@@ -78,7 +78,7 @@ class CameraHealthSettings(BaseModel):
         25.0, ge=0, le=255, title="Dark level", description="Dark where 99 % of the picture is below this luma ..."
     )
     dark_ratio: float = Field(
-        0.4, ge=0, lt=1, title="Dark ratio", description="... or its median is below this share of the learnt one."
+        0.4, ge=0, lt=1, title="Dark ratio", description="... or its mean is below this share of the learnt one."
     )
     overexposed_share: float = Field(
         0.3, gt=0, le=1, title="Overexposed share", description="Share of clipped pixels above the learnt one."

@@ -117,6 +117,19 @@ def test_camera_without_light_learns_nothing_and_says_so() -> None:
     assert not one.learnt
 
 
+def test_backlight_is_learnt_and_what_comes_on_top_is_told() -> None:
+    one = line("parts")
+    bright = {"lift": 70.0, "gain": 1.2}
+
+    one.watch(15, **bright)
+    assert one.learnt
+    assert one.told == []
+    assert one.health.status()["normal"]["clipped"] > 0.3
+    one.watch(8, lift=240.0)
+
+    assert one.told == [("overexposed", True)]
+
+
 def test_frames_that_were_not_good_teach_nothing() -> None:
     assert not line().watch(20, good=False).learnt
 

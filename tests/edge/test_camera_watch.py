@@ -177,7 +177,7 @@ def test_changes_are_told_as_notices(watches: tuple[CameraWatches, list[Any], th
 
     (kind, severity, text, detail), (_, end_severity, end_text, end_detail) = notices
     assert (kind, severity) == (NoticeKind.CAMERA_DARK, Severity.WARNING)
-    assert text.startswith("camera cam: dark: the median luma is 0")
+    assert text.startswith("camera cam: dark: the mean luma is 0")
     assert (detail["camera"], detail["lasting"]) == ("cam", True)
     assert (end_severity, end_detail["lasting"]) == (Severity.INFO, False)
     assert end_text.startswith("camera cam: no longer dark")
