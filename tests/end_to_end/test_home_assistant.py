@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import pytest
+import yaml
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion
 
@@ -21,10 +27,10 @@ from edge.alerts.settings import BrokerSettings, HomeAssistantSettings
 from edge.alerts.topics import Identity
 from edge.errors import SettingsError
 from tests.alert_values import IDENTITY
+from tests.edge.tiny_bundle import good_frame, make_tiny_bundle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from tests.mosquitto_process import Mosquitto
 
@@ -308,3 +314,45 @@ def test_names_that_differ_in_signs_only_stay_apart() -> None:
 def test_prefix_must_be_a_topic() -> None:
     with pytest.raises((ValueError, SettingsError), match="prefix"):
         HomeAssistantSettings(prefix="home/#")
+
+
+def test_whole_box_announces_clears_and_announces_again_on_reload(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    bundle = make_tiny_bundle(tmp_path / "bundle")
+    (tmp_path / "frames").mkdir()
+    cv2.imwrite(str(tmp_path / "frames" / "0.png"), good_frame(1))
+    source = {"kind": "folder", "path": "frames", "loop": True, "fps": 20}
+    content: dict[str, Any] = {
+        "site": IDENTITY.site, "box": IDENTITY.box, "state_dir": "state", "bundle": str(bundle.path), "threads": 1,
+        "engine": "onnxruntime", "broker": {"url": mosquitto.url, "home_assistant": {}},
+        "cameras": [{"name": name, "source": source} for name in ("cam", "second")],
+    }  # fmt: skip
+    config = tmp_path / "box.yaml"
+
+    def write(cameras: list[dict[str, Any]]) -> None:
+        config.write_text(yaml.safe_dump(content | {"cameras": cameras}))
+
+    house = House(mosquitto)
+    write(content["cameras"])
+    box = subprocess.Popen([str(Path(sys.executable).parent / "lineward"), "run", "--config", str(config)])
+    try:
+        second = f"{ROOT}/second/state"
+        before = [house.hear(announced("cam", "second") | {f"{ROOT}/cam/state", second}, 60)[second]]
+        write(content["cameras"][:1])
+        box.send_signal(signal.SIGHUP)
+        gone = announced("second") - announced() | {second}
+        last: dict[str, bytes] = {}
+        deadline = time.monotonic() + 30
+        while any(last.get(topic) != b"" for topic in gone):
+            topic, payload, _ = house.heard.get(timeout=max(0.0, deadline - time.monotonic()))
+            last[topic] = payload
+            before += [payload] * (topic == second and payload != b"")
+        assert json.loads(before[-1])["state"] == "not_judged", "nobody vouches for what is gone"
+        assert announced("cam") <= retained(mosquitto).keys()
+        write(content["cameras"])
+        box.send_signal(signal.SIGHUP)
+        heard = house.hear(announced("second") - announced() | {second}, 30)
+        assert json.loads(heard[second])["state"] in {"ok", "not_judged"}
+    finally:
+        box.terminate()
+        box.wait(15)
+        house.close()
