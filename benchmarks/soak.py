@@ -48,6 +48,8 @@ FPS, WIDTH, HEIGHT = 10.0, 640, 360
 # Two seconds of a line: one event.
 CYCLE = (0, 2, 4, 6, 8, 10, 0, 2, 4, 6, 8, 10, 0, 2, 4, 6, 1, 3, 5, 7)
 REPLAY_ROWS = 500
+# An outbox grows by steps of so much disk space, allocated ahead, so that a full disk leaves it room.
+OWNED_BYTES = 2**20
 IMAGE = Path(__file__).parent.parent / "docs" / "images" / "soak.png"
 PATIENCE_S = 60.0
 SAMPLE_S = 1.0
@@ -323,7 +325,6 @@ def measure(bundle: Bundle, folder: Path, *, periods: int, period_s: float) -> t
         watcher = stack.enter_context(Watcher(broker.url, soak))
         process = stack.enter_context(running(config))
         wait_for(lambda: all(soak.states.get(name) in ("ok", "nok") for name in CAMERAS), "both cameras", config)
-        # With its first message an outbox takes the space of a thousand.
         wait_for(lambda: bool(soak.received), "the first alert", config)
         empty = outbox_bytes(folder)
         faults = faults_of(process, broker, proxy, cameras, config)
@@ -389,6 +390,7 @@ def goals_of(soak: Soak, end: dict[str, float], period_s: float, *, warm: int) -
     """The figures beside their goals."""
     hours, rss, descriptors, threads = zip(*calm_points(soak, period_s, warm=warm), strict=True)
     slope, low, high = theil_sen(hours, rss)
+    needed = end["empty"] + end["kept"] + OWNED_BYTES
     back = [key for key, done in soak.recovered.items() if not done]
     status = soak.status
     drops = {} if status is None else {k: v for k, v in status.drops.items() if "lost" in k or "dropped" in k}
@@ -404,9 +406,9 @@ def goals_of(soak: Soak, end: dict[str, float], period_s: float, *, warm: int) -
              f"of {end['stored']:.0f} stored; {end['duplicates']:.0f} duplicates, {soak.repeated} asked for again; "
              f"the box counts {drops}"),
         Goal("periods after which a camera was not judged", len(back), 0, False, ", ".join(back) or "none"),
-        Goal("outbox on disk, drained, over that of one message", end["size"] / end["empty"], FILE_GOAL, False,
-             f"{end['size'] / 1024:.0f} KiB, with one message {end['empty'] / 1024:.0f}; kept for replay "
-             f"{end['kept'] / 1024:.0f}; its log {end['log'] / 1024:.0f}"),
+        Goal("outbox on disk, drained, over what it has to be", end["size"] / needed, FILE_GOAL, False,
+             f"{end['size'] / 1024:.0f} KiB; with one message {end['empty'] / 1024:.0f}, kept for replay "
+             f"{end['kept'] / 1024:.0f}, owned ahead {OWNED_BYTES / 1024:.0f}; its log {end['log'] / 1024:.0f}"),
         Goal("exit code of the box", end["code"], 0, False, f"{end['evidence_mb']:.1f} MiB of evidence, 8 allowed"),
     ]  # fmt: skip
 

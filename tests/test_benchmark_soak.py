@@ -75,7 +75,7 @@ def test_a_box_that_stays_as_it_was_meets_every_goal() -> None:
         ({"descriptors": [20.0, 20.0, 20.0, 23.0]}, {}, "descriptors"),
         ({"threads": [9.0, 9.0, 10.0, 9.0]}, {}, "threads"),
         ({}, {"missing": 1}, "messages lost"),
-        ({}, {"size": 300_000}, "outbox on disk"),
+        ({}, {"size": 2_600_000}, "outbox on disk"),
         ({}, {"code": 1}, "exit code"),
     ],
 )
