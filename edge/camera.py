@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from edge.capture.capture import CameraState, Capture, LostFrame
 from edge.errors import CaptureError, DataError, LinewardError
 from edge.frames import Decision, EventPhase, JudgedFrame
+from edge.inspection.part_frames import PartFrames
 from edge.inspection.parts import Reason
 from edge.judgement.events import EventTracker
 from edge.settings import Mode
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from edge.health.metrics import Metrics
     from edge.health.watchdog import Watchdog
     from edge.inference.detector import Detector, PendingPrediction
-    from edge.inspection.station import Post, Station
+    from edge.inspection.station import Station
     from edge.judgement.threshold import RunTimeThreshold
     from edge.judgement.verdicts import Judge
     from edge.reporter import Reporter
@@ -106,8 +107,7 @@ class CameraWorker:
         self._on_verdict = on_verdict
         self._tracker = EventTracker(settings.events)
         self._lost: queue.SimpleQueue[tuple[LostFrame, Verdict | None]] = queue.SimpleQueue()
-        self._station = station
-        self._post: Post | None = None
+        self._parts = PartFrames(self.name, station, reporter=reporter, metrics=metrics, judge=lambda: self._judge)
         self._generation = 0
         self._capture = self._new_capture()
         self._captured_before = dict.fromkeys(CAPTURE_COUNTS, 0)
@@ -141,15 +141,13 @@ class CameraWorker:
             CaptureError: a file or folder cannot be opened; the camera's state says so too.
         """
         self._reporter.state(self.name, "not_judged", reason="starting")
-        if self._station is not None:
-            # Not before: until now another worker may have held the camera's place.
-            self._post = self._station.attach(self.name, fire=self._fire, judge=lambda: self._judge)
+        # Not before: until now another worker may have held the camera's place.
+        self._parts.begin(self._fire)
         try:
             self._capture.start()
         except CaptureError as error:
-            self._show_not_judged(str(error))
-            if self._post is not None:
-                self._post.end(str(error)[:200])
+            self._parts.show_not_judged(str(error))
+            self._parts.end(str(error))
             self._done.set()
             raise
         self._thread = threading.Thread(target=self._run, name=f"judge-{self.name}", daemon=True)
@@ -294,25 +292,23 @@ class CameraWorker:
         self._report(self._tracker.finish())
         ended = self._ending_reason or self._failure or self._capture.error or "the source has ended"
         reason = "stopped" if self._stop.is_set() else ended
-        if self._post is not None:
-            self._post.end(reason[:200], Reason.STOPPED if self._stop.is_set() else Reason.SOURCE_ENDED)
-            self._post.station.flush()
-        self._show_not_judged(reason)
+        self._parts.end(reason, stopped=self._stop.is_set())
+        self._parts.show_not_judged(reason)
         self._watchdog.forget(self.name)
         self._done.set()
 
     def _take(self, frame: Frame) -> None:
         seq = frame.camera_seq + self._seq_offset
         self._next_seq = seq + 1
-        frame = dataclasses.replace(frame, camera_seq=seq, part_id=self._part_id(seq))
-        if not self._in_time(seq):
+        frame = dataclasses.replace(frame, camera_seq=seq, part_id=self._parts.part_id(seq))
+        if not self._parts.in_time(seq):
             # Its part has its verdict: the time is better spent on the next one.
             self._finish_ahead()
-            self._deliver(frame.name, self._too_late(frame), Reason.DEADLINE)
+            self._deliver(frame.name, self._parts.too_late(frame), Reason.DEADLINE)
             return
         # Alone it is judged at once, and so is a part; in a stream where others wait, the engine works on it while the
         # next one is prepared.
-        several = self._post is None and (self._ahead is not None or self._capture.queued > 0)
+        several = not self._parts.expected and (self._ahead is not None or self._capture.queued > 0)
         pending = self._begin(frame) if several else None
         self._finish_ahead()
         if pending is None:
@@ -332,10 +328,10 @@ class CameraWorker:
             self._conclude(pending.frame, pending.result)
 
     def _conclude(self, frame: Frame, predict: Callable[[], Prediction]) -> None:
-        triggered = self._post is not None
+        triggered = self._parts.expected
         prediction, verdict, code = self._judged(frame, predict)
-        if code is Reason.NONE and not self._in_time(frame.camera_seq):
-            verdict, code = self._too_late(frame), Reason.DEADLINE
+        if code is Reason.NONE and not self._parts.in_time(frame.camera_seq):
+            verdict, code = self._parts.too_late(frame), Reason.DEADLINE
         unwell = "" if self._health is None or code is not Reason.NONE else self._health.veto(frame, verdict.decision)
         if unwell:
             verdict, code = self._judge.not_judged(frame, unwell), Reason.CAMERA_UNWELL
@@ -361,15 +357,6 @@ class CameraWorker:
     def _step(self, verdict: Verdict) -> list[AnomalyEvent]:
         judge = self._met  # the threshold may be set anew at any moment
         return self._tracker.step(verdict, leave_level=judge.leave_level, enter_level=judge.enter_level)
-
-    def _in_time(self, seq: int) -> bool:
-        """In triggered mode, whether a view of this frame would count for its part."""
-        return self._post is None or self._post.in_time(seq)
-
-    def _too_late(self, frame: Frame) -> Verdict:
-        self._metrics.count("frames_late")
-        late_ms = (time.monotonic_ns() - frame.captured_ns) / NS_PER_MS
-        return self._judge.not_judged(frame, f"too late for its part, {late_ms:.0f} ms after capture")
 
     def _judged(self, frame: Frame, predict: Callable[[], Prediction]) -> tuple[Prediction | None, Verdict, Reason]:
         prediction = None
@@ -399,14 +386,11 @@ class CameraWorker:
         return self._met
 
     def _deliver(self, name: str, verdict: Verdict, code: Reason) -> None:
-        if self._post is not None:
-            self._post.tell(verdict.camera_seq, verdict, code, self._judge.calibration_count)
+        self._parts.tell(verdict, code)
         self._count_verdict(name, verdict)
 
     def _count_verdict(self, name: str, verdict: Verdict) -> None:
-        if self._station is not None and not self._station.plan.own:
-            state = verdict.decision.value.lower()
-            self._reporter.state(self.name, state, reason=verdict.reason, part_id=verdict.part_id, verdict=verdict)
+        self._parts.show(verdict)
         judged = verdict.decision is not Decision.NOT_JUDGED
         self._counts["judged"] += judged
         self._counts[verdict.decision.value.lower()] += 1
@@ -429,12 +413,6 @@ class CameraWorker:
                     self.name, event.phase.value, event.camera_seq, event.score, event.peak_score, event.threshold,
                 )  # fmt: skip
 
-    def _show_not_judged(self, reason: str) -> None:
-        """Show that nothing is judged here; a station that misses one of its views cannot vouch for a part either."""
-        self._reporter.state(self.name, "not_judged", reason=reason[:200])
-        if self._station is not None and not self._station.plan.own:
-            self._reporter.state(self._station.plan.name, "not_judged", reason=f"{self.name}: {reason}"[:200])
-
     def _show_stream(self, verdict: Verdict) -> None:
         if verdict.decision is Decision.NOT_JUDGED:
             self._reporter.state(self.name, "not_judged", reason=verdict.reason, verdict=verdict)
@@ -453,27 +431,6 @@ class CameraWorker:
                 if verdict is not None:
                     self._count_verdict(lost.name, verdict)
 
-    def _told_lost(self, lost: LostFrame) -> Verdict | None:
-        """In the thread that lost a frame: the verdict on its part, told to the station; None where it is no part."""
-        seq = lost.camera_seq + self._seq_offset
-        if self._post is None or self._post.part(seq) is None:
-            return None
-        judge = self._judge
-        verdict = judge.missing(
-            camera=self.name,
-            camera_seq=seq,
-            captured_ns=lost.captured_ns,
-            captured_at=lost.captured_at,
-            part_id=self._part_id(seq),
-            reason=f"frame {lost.reason}",
-        )
-        self._post.tell(seq, verdict, Reason.FRAME_LOST, judge.calibration_count)
-        return verdict
-
-    def _part_id(self, seq: int) -> str | None:
-        part = None if self._post is None else self._post.part(seq)
-        return None if part is None else part.part_id
-
     def _look_after_capture(self) -> bool:
         """No frame came: show why, end what cannot go on, and restart a camera that broke down.
 
@@ -482,7 +439,7 @@ class CameraWorker:
         """
         state = self._capture.state
         if state in _NOT_WELL:
-            self._show_not_judged(self._capture.error or state.value)
+            self._parts.show_not_judged(self._capture.error or state.value)
         if state in _LOST:
             self._report(self._tracker.finish())
         if not self._capture.finished:
@@ -517,20 +474,12 @@ class CameraWorker:
         self._generation += 1
         generation = self._generation
 
-        def wanted(frame: Frame | LostFrame) -> bool:
-            """In the capture's thread: whether a part waits for a frame; None waits for those of a capture left."""
-            if self._post is None:
-                return True
-            seq = frame.camera_seq + self._seq_offset
-            return generation == self._generation and self._post.frame(
-                seq, at_ns=frame.captured_ns, at=frame.captured_at, name=frame.name
-            )
+        def wanted(frame: Frame) -> bool:
+            # Nobody waits for the frames of a capture that was left behind.
+            return generation == self._generation and self._parts.wanted(frame.camera_seq + self._seq_offset, frame)
 
         def lose(lost: LostFrame) -> None:
-            # An unreadable frame was never asked about, and is a part all the same.
-            if lost.reason == "corrupt":
-                wanted(lost)
-            # At once, whatever the worker is busy with: its part waits.
-            self._lost.put((lost, self._told_lost(lost)))
+            # The station hears of it at once, whatever the worker is busy with: a part waits.
+            self._lost.put((lost, self._parts.lost(lost.camera_seq + self._seq_offset, lost)))
 
         return Capture(name=self.name, settings=self._settings.source, on_lost=lose, wanted=wanted)
