@@ -14,20 +14,19 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from edge.errors import BrokerError, CommandError, GateError, LinewardError, MissingExtraError, OutboxError, UsageError
+from edge.doctor.cli import doctor
+from edge.errors import BrokerError, CommandError, LinewardError, MissingExtraError, OutboxError, UsageError
 from edge.evidence.cli import app as evidence_app
 from edge.judgement.cli import threshold
 from edge.process_memory import use_few_arenas
 from edge.slots.cli import app as bundle_app
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from edge.alerts.settings import BrokerSettings
     from edge.alerts.subscriber import Subscriber
     from edge.replay import ReplaySummary
@@ -103,6 +102,7 @@ app.add_typer(evidence_app, name="evidence")
 
 
 app.command()(threshold)
+app.command()(doctor)
 
 
 def main() -> None:
@@ -159,40 +159,12 @@ def run(
     _log_to_stderr(verbose=verbose, form=log_format, site=settings.site, box=settings.box)
     os.umask(0o027)  # what a box writes is for itself and its group
     from edge.box import Box
+    from edge.health.leaving import leave
 
     threads = threading.enumerate()
     box = Box(settings)
     box.run(reread=lambda: load_settings(config))
-    _leave(RESTART_EXIT if box.restart_reason else 0, threads)
-
-
-@app.command()
-def doctor(
-    config: Annotated[
-        Path | None, typer.Option(help="The box's YAML file; else only this machine is looked at.")
-    ] = None,
-    *,
-    seconds: Annotated[float, typer.Option(min=0.1, max=60.0, help="For the frames of each camera.")] = 3.0,
-    pixels_per_mm: Annotated[float | None, typer.Option(min=0.001, help="Scale of the cameras' frames.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per finding and line.")] = False,
-) -> None:
-    """Check this machine for what a box needs: ok, warn or fail, and the cure. A failure gives exit code 4."""
-    import json
-
-    from edge.doctor.examine import examine
-    from edge.doctor.findings import Level
-
-    _log_to_stderr(verbose=False, level=logging.CRITICAL)
-    threads = threading.enumerate()
-    counts = dict.fromkeys(Level, 0)
-    for finding in examine(config, seconds=seconds, scale=pixels_per_mm):
-        counts[finding.level] += 1
-        typer.echo(json.dumps(finding.as_json()) if as_json else finding.line)
-        sys.stdout.flush()
-    if not as_json:
-        typer.echo(", ".join(f"{count} {level.value}" for level, count in counts.items()))
-    # A driver that hangs must not hold the doctor.
-    _leave(GateError.exit_code if counts[Level.FAIL] else 0, threads)
+    leave(RESTART_EXIT if box.restart_reason else 0, threads)
 
 
 @app.command()
@@ -480,21 +452,6 @@ def _log_to_stderr(*, verbose: bool, level: int = logging.INFO, form: str = "tex
     if form not in forms:
         raise UsageError(f"--log-format {form}: choose one of {', '.join(forms)}")
     configure_logs(logging.DEBUG if verbose else level, form=LogFormat(form), fields=fields)
-
-
-def _leave(code: int, threads: Sequence[threading.Thread]) -> NoReturn:
-    """End the process without waiting for a thread that hangs in a driver or an engine; everything was closed.
-
-    Args:
-        code: to end with.
-        threads: that were there before the verb began.
-    """
-    if set(threading.enumerate()) - set(threads):
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    raise typer.Exit(code)
 
 
 def _line(topic: str, message: Any) -> str:  # noqa: ANN401 (one of the published messages)
