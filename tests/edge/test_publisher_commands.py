@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import uuid
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +31,6 @@ from tests.raw_broker import PUBACK, PUBLISH, RawBroker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.mosquitto_process import Mosquitto
 
@@ -271,3 +273,21 @@ def test_answers_of_other_threads_find_their_askers(mosquitto: Mosquitto, outbox
             answer = parse(received.topic, received.payload)
             assert isinstance(answer, CommandResult)
             assert (answer.id, answer.ok) == (name, True)
+
+
+@pytest.mark.broker
+def test_command_line_sends_a_key_and_an_expiry(mosquitto: Mosquitto, outbox: Outbox) -> None:
+    seen: list[object] = []
+    url = BrokerSettings(url=mosquitto.url, **FAST)  # type: ignore[arg-type]
+    command = [str(Path(sys.executable).parent / "lineward"), "command", "ship", "--broker", mosquitto.url]
+    command += ["--site", "plant", "--box", "box1"]
+    with Publisher(settings=url, identity=IDENTITY, outbox=outbox, clock=SURE) as publisher:
+        publisher.on_command("ship", lambda one: seen.append(one) or {"ok": True, "count": len(seen)})
+        assert publisher.wait_until_drained(10)
+        for options, said in (
+            ([], "count 1"), ([], "count 2"), (["--key", "k"], "count 3"), (["--key", "k", "--expires", "60"], "count 3")
+        ):  # fmt: skip
+            done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=60, check=False)
+            assert (done.returncode, said in done.stdout) == (0, True), done.stderr
+    assert all(isinstance(one, ShipCommand) and one.key and one.expires_at for one in seen)
+    assert len({one.key for one in seen if isinstance(one, ShipCommand)}) == 3

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import select
 import ssl
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -319,3 +323,38 @@ def test_access_list_names_every_kind_of_message() -> None:
         pattern = topic.replace("site/box", "%u").replace("/cam/", "/+/").replace("/ship/", "/+/")
         assert f"pattern write {pattern}\n" in acl
     assert {*BOX_KINDS, *CAMERA_KINDS, Kind.COMMAND, Kind.RESULT} == set(Kind), "a new kind needs its lines"
+
+
+def test_command_line_proves_itself_with_certificates(plant: Plant, tmp_path: Path) -> None:
+    def lineward(verb: str, name: str, *options: str) -> list[str]:
+        settings = plant.by_certificate(name)
+        files = ["--ca-file", str(settings.ca_file), "--cert-file", str(settings.cert_file)]
+        access = ["--broker", settings.url, *files, "--key-file", str(settings.key_file)]
+        return [str(Path(sys.executable).parent / "lineward"), *verb.split(), *access, *options]
+
+    box = ["--site", "plant", "--box", "a"]
+    with (
+        Outbox(tmp_path / "a.db", make_gap=gap_maker(A)) as outbox,
+        Publisher(settings=plant.by_certificate("plant/a"), identity=A, outbox=outbox) as publisher,
+    ):
+        publisher.on_command("ship", lambda _: {"ok": True, "count": 3})
+        assert publisher.wait_until_drained(10)
+        asked = subprocess.run(
+            lineward("command ship", "lineward-operator", *box), capture_output=True, text=True, timeout=60, check=False
+        )
+        assert (asked.returncode, "count 3" in asked.stdout) == (0, True), asked.stderr
+        refused = subprocess.run(
+            lineward("command ship", "plant/b", *box, "--timeout", "1"),
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert refused.returncode == 3, "another box asks in vain"
+        with subprocess.Popen(
+            lineward("watch", "lineward-watch", "--json", "--count", "1"), stdout=subprocess.PIPE, text=True
+        ) as watch:
+            assert watch.stdout is not None
+            line = ""
+            while not line and watch.poll() is None:
+                outbox.append_many([draft(A)])
+                if select.select([watch.stdout], [], [], 0.2)[0]:
+                    line = watch.stdout.readline()
+            assert json.loads(line)["box"] == "a"
