@@ -264,6 +264,16 @@ def test_mask_of_another_shape_than_the_frames_is_refused(tmp_path: Path) -> Non
         judge(mask=np.ones((80, 90), bool), region_of_interest=region).judge(prediction(np.zeros((H, W))))
 
 
+@pytest.mark.parametrize("side", [508, 514])
+def test_map_with_more_components_than_16_bits_count_is_opened_rightly(side: int) -> None:
+    anomaly_map = np.zeros((side, side), np.float32)
+    anomaly_map[::2, ::2] = np.random.default_rng(0).random((side // 2, side // 2), dtype=np.float32) + 1
+    anomaly_map[-3:-1, -3:-1] = 1.5  # the one component of four cells, and among the last labels
+
+    assert opened_score(anomaly_map, cells=1, min_cells=4) == 1.5
+    assert opened_score(anomaly_map, cells=1, min_cells=1) == anomaly_map.max()
+
+
 def test_area_of_a_real_sized_map_is_quick_enough_to_bisect() -> None:
     """Counts labellings, the cost of a score: a bisection of a 128 x 128 map, not a walk through its values."""
     calls = 0
