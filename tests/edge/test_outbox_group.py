@@ -30,7 +30,7 @@ def append_at_once(outbox: Outbox, makes: list[Callable[[str, int], bytes]]) -> 
         except (OutboxError, ValueError) as error:
             found[index] = error
 
-    threads = [threading.Thread(target=append, args=(index,)) for index in range(len(makes))]
+    threads = [threading.Thread(target=append, args=(index,), daemon=True) for index in range(len(makes))]
     with outbox._lock:
         for count, thread in enumerate(threads, 1):
             thread.start()
@@ -92,7 +92,7 @@ def test_append_returns_only_after_its_commit(tmp_path: Path) -> None:
                 if found is None:
                     missing.append(seq)
 
-        threads = [threading.Thread(target=work) for _ in range(THREADS)]
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(THREADS)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -112,7 +112,7 @@ def test_group_holds_a_limited_number_of_rows() -> None:
 
     lock = threading.RLock()
     group = GroupCommit(commit, lock=lock, limit=4)
-    threads = [threading.Thread(target=group.submit, args=([0] * count,)) for count in (1, 3, 2, 9, 1)]
+    threads = [threading.Thread(target=group.submit, args=([0] * count,), daemon=True) for count in (1, 3, 2, 9, 1)]
     with lock:
         for count, thread in enumerate(threads, 1):
             thread.start()
@@ -144,7 +144,7 @@ def test_commit_that_is_interrupted_refuses_its_own_thread_only() -> None:
         except KeyboardInterrupt:
             found[name] = "interrupted"
 
-    threads = [threading.Thread(target=submit, args=(name,)) for name in "abc"]
+    threads = [threading.Thread(target=submit, args=(name,), daemon=True) for name in "abc"]
     with lock:
         for count, thread in enumerate(threads, 1):
             thread.start()
@@ -174,7 +174,7 @@ def test_thread_interrupted_while_it_waits_leaves_the_queue(monkeypatch: pytest.
 
     lock = threading.RLock()
     group = GroupCommit(commit, lock=lock)
-    first = threading.Thread(target=group.submit, args=(["a"],))
+    first = threading.Thread(target=group.submit, args=(["a"],), daemon=True)
     with lock:
         first.start()
         while not group._waiting:
