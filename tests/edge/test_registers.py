@@ -99,6 +99,14 @@ def test_reader_that_is_at_most_a_ring_behind_loses_nothing_across_the_wrap() ->
     assert read == ((65_536 + 50) // RING * RING) % 65_536
 
 
+def test_reader_that_is_farther_behind_sees_that_it_is() -> None:
+    registers = table("one")
+    for number in range(RING + 1):
+        registers.verdict("one", verdict(number), 1.0)
+
+    assert entry(registers, RING_BASE + ENTRY_WORDS)[0] == RING + 1
+
+
 def test_trigger_is_a_counter_that_changes() -> None:
     heard: list[tuple[int, int]] = []
     registers = table("one", trigger=lambda number, counter: heard.append((number, counter)) or "")

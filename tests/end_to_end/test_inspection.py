@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import struct
 import subprocess
 import sys
 import threading
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import pytest
 import yaml
-from pymodbus.client import ModbusTcpClient
 
 import edge.box
 from edge.alerts.commander import Commander
@@ -23,9 +21,9 @@ from edge.alerts.message import CameraState, Status, VerdictMessage
 from edge.alerts.settings import BrokerSettings
 from edge.alerts.subscriber import EVERYTHING, Subscriber
 from edge.box import Box
-from edge.inspection.registers import ENTRY_WORDS, RING, RING_BASE, STATION_BASE, TRIGGER_BASE
 from edge.settings import load_settings
 from tests.edge.tiny_bundle import defective_frame, good_frame, make_tiny_bundle
+from tests.plc import Plc, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,7 +37,6 @@ LINEWARD = [str(Path(sys.executable).parent / "lineward")]
 PARTS = 20
 FIRST_NUMBER = 4_000_000_000
 DEFECTS = {"left": {3, 4, 11}, "right": {4, 7}, "hand": {1}}
-DECISIONS = {1: "OK", 2: "NOK", 3: "NOT_JUDGED"}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +64,7 @@ def write(path: Path, url: str, bundle: Bundle, cameras: list[dict[str, Any]]) -
     settings = {
         "site": "plant", "box": "box1", "state_dir": str(path / "state"), "bundle": str(bundle.path), "threads": 1,
         "engine": "onnxruntime", "broker": {"url": url, "backoff_max_s": 0.5}, "cameras": cameras,
-        "modbus": {"port": 0, "unit": 3},
+        "modbus": {"port": 0},
         "stations": [
             {"name": "press", "cameras": ["left", "right"], "trigger": "modbus", "deadline_ms": 20_000},
             {"name": "bench", "cameras": ["hand"], "trigger": "mqtt", "deadline_ms": 20_000},
@@ -99,47 +96,6 @@ def running(config: Path) -> Iterator[int]:
         process.wait(SOON)
 
 
-class Plc:
-    """A control that follows the manual: it triggers, and reads each verdict once, in order."""
-
-    def __init__(self, port: int, station: int = 0) -> None:
-        self._client = ModbusTcpClient("127.0.0.1", port=port, timeout=SOON)
-        self._station = station
-        # The counters of the box at the begin of a session are where a PLC begins.
-        self.triggered, self.read = self._words(0, 2)
-
-    def wait_until_running(self) -> None:
-        wait_for(lambda: self.box()[2:4] == [1, 0])
-
-    def trigger(self, number: int) -> None:
-        self.triggered = (self.triggered + 1) % 65_536
-        words = [number >> 16, number & 0xFFFF, self.triggered]
-        answer = self._client.write_registers(TRIGGER_BASE + 10 * self._station, words, device_id=3)
-        assert not answer.isError(), answer
-        assert self._words(0, 1) == [self.triggered]
-
-    def verdict(self) -> dict[str, Any]:
-        deadline = time.monotonic() + SOON
-        while self._words(1, 1)[0] == self.read:
-            assert time.monotonic() < deadline, "no verdict came"
-            time.sleep(0.002)  # the cycle of a PLC
-        self.read = (self.read + 1) % 65_536
-        words = self._words(RING_BASE + ENTRY_WORDS * (self.read % RING), ENTRY_WORDS)
-        assert words[0] == self.read
-        return {
-            "decision": DECISIONS[words[1]], "code": words[2], "trigger": words[3],
-            "number": words[4] << 16 | words[5], "score": struct.unpack(">f", struct.pack(">HH", *words[6:8]))[0],
-            "latency_ms": words[8], "nok": words[9],
-        }  # fmt: skip
-
-    def box(self) -> list[int]:
-        return list(self._client.read_input_registers(0, count=10, device_id=3).registers)
-
-    def _words(self, offset: int, count: int) -> list[int]:
-        address = STATION_BASE + 100 * self._station + offset
-        return list(self._client.read_input_registers(address, count=count, device_id=3).registers)
-
-
 @contextmanager
 def listening(url: str) -> Iterator[Subscriber]:
     with Subscriber(BrokerSettings(url=url, backoff_max_s=0.5), kinds=EVERYTHING) as subscriber:
@@ -155,13 +111,6 @@ def collect(subscriber: Subscriber, until: Callable[[list[Any]], bool]) -> list[
         assert received is not None, f"waited in vain; received {messages}"
         messages.append(received.message)
     return messages
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SOON
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)  # a PLC polls
 
 
 def verdicts(messages: list[Any], station: str) -> list[VerdictMessage]:

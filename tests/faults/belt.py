@@ -188,7 +188,8 @@ def line(
 
     monkeypatch.setattr(edge.camera, "Capture", capture)
     cameras = [{"name": name, "mode": "triggered", "source": {"kind": "camera", "device": 0}} for name in CAMERAS]
-    settings = box_settings(cameras, stations=[{"name": "station", "cameras": list(CAMERAS), **station}])
+    modbus = {"modbus": {"port": 0}} if station.get("trigger") == "modbus" else {}
+    settings = box_settings(cameras, stations=[{"name": "station", "cameras": list(CAMERAS), **station}], **modbus)
     inspection = inspect(settings, reporter=verdicts, metrics=metrics)
     stop = threading.Event()
     workers = [

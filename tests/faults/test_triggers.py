@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING
 
 import edge.inspection.station
 from edge.inspection.matching import AfterTrigger, ByOrder
 from edge.inspection.parts import NS_PER_MS
+from edge.inspection.registers import RING
 from tests.faults.belt import Belt, FreeCamera, Line, LineCamera, line
+from tests.plc import Plc
 
 if TYPE_CHECKING:
     import pytest
@@ -84,6 +87,26 @@ def test_control_without_the_rule_of_the_next_part_there_are_wrong_oks(monkeypat
         running.verdicts.wait_for(BURST)
 
     assert running.wrong_oks()
+
+
+def test_plc_that_keeps_to_the_handshake_reads_every_verdict_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with line(monkeypatch, free, think_s=0.02, trigger="modbus", deadline_ms=DEADLINE_MS) as running:
+        running.inspection.follow(lambda: True)
+        plc = Plc(running.inspection.status()["modbus"]["port"])
+        plc.wait_until_running()
+        read = []
+        for part in range(BURST):
+            while plc.under_way == RING or plc.has_verdict():
+                read.append(plc.verdict())
+            running.belt.bring(part, partial(plc.trigger, part))
+        while plc.under_way:
+            read.append(plc.verdict())
+        running.verdicts.wait_for(BURST)
+
+    assert [one["number"] for one in read] == list(range(BURST))
+    assert [one["trigger"] for one in read] == list(range(1, BURST + 1))
+    assert [one["decision"] for one in read] == [one.decision.value for one in running.verdicts.found]
+    assert running.wrong_oks() == []
 
 
 PARTS = 24
