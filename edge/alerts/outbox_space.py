@@ -6,7 +6,7 @@ only into a database that may have to grow.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import os
 import sqlite3
 from typing import TYPE_CHECKING
@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 _WAL_BYTES = 4 * 2**20
 _WAL_PAGES = 500
 _STEP_PAGES = 256
+_MOST_PAGES = 2**32 - 2  # SQLite's own limit
 
 
 class OwnedSpace:
     """Lets the database grow by steps that are allocated first: none of its pages is ever without a place on the disk.
 
     Args:
-        path: of the database. Where the system cannot allocate (no ``posix_fallocate``), files grow as SQLite likes.
+        path: of the database. Where the system or its file system cannot allocate (``posix_fallocate``), files grow as
+            SQLite likes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,21 +40,29 @@ class OwnedSpace:
         """Take the log's space, and limit the database to its own. After a first write: the log is there then."""
         if self._allocate is None:
             return
-        if self._file is None:
-            # Held open as long as the connection: closing any descriptor of a file ends the process's locks on it
-            # (fcntl(2)), SQLite's own too. The log has no locks.
-            self._file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
         db.execute(f"PRAGMA wal_autocheckpoint={_WAL_PAGES}")
         pages, page_size = _pages(db)
-        # A disk that is full already gives none of it; the first row that needs space says so.
-        with contextlib.suppress(OSError):
+        try:
+            if self._file is None:
+                # Held open as long as the connection: closing any descriptor of a file ends the process's locks on it
+                # (fcntl(2)), SQLite's own too. The log has no locks.
+                self._file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
             self._allocate(self._file, 0, pages * page_size)
-            log = os.open(f"{self._path}-wal", os.O_RDWR | os.O_CLOEXEC)
-            try:
-                self._allocate(log, 0, _WAL_BYTES)
-            finally:
-                os.close(log)
+            self._own_log()
+        except OSError as error:
+            if not _is_used_up(error):
+                self._allocate = None
+                return
+            # The first row that needs more will say so.
         db.execute(f"PRAGMA max_page_count={pages}")
+
+    def _own_log(self) -> None:
+        assert self._allocate is not None
+        log = os.open(f"{self._path}-wal", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._allocate(log, 0, _WAL_BYTES)
+        finally:
+            os.close(log)
 
     def grow(self, db: sqlite3.Connection) -> bool:
         """Let the database grow by a step; False where the disk has none. Outside of a transaction."""
@@ -61,8 +71,12 @@ class OwnedSpace:
         pages, page_size = _pages(db)
         try:
             self._allocate(self._file, pages * page_size, _STEP_PAGES * page_size)
-        except OSError:
-            return False
+        except OSError as error:
+            if _is_used_up(error):
+                return False
+            self._allocate = None
+            db.execute(f"PRAGMA max_page_count={_MOST_PAGES}")
+            return True
         db.execute(f"PRAGMA max_page_count={pages + _STEP_PAGES}")
         try:
             # A checkpoint cuts the file to the pages that the database counts: make it count them, as free ones.
@@ -86,6 +100,11 @@ class OwnedSpace:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def _is_used_up(error: OSError) -> bool:
+    """Whether there is no space left, as against a file system that cannot allocate."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _pages(db: sqlite3.Connection) -> tuple[int, int]:

@@ -376,6 +376,26 @@ def test_outbox_works_where_the_system_cannot_allocate(tmp_path: Path, monkeypat
         assert outbox.depth == 3000
 
 
+@pytest.mark.parametrize("after", [0, 2], ids=["from the beginning", "later"])
+def test_outbox_works_where_the_file_system_cannot_allocate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    calls: list[int] = []
+
+    def refuse(file: int, offset: int, size: int) -> None:
+        calls.append(file)
+        if len(calls) > after:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        os.truncate(file, max(offset + size, os.fstat(file).st_size))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with open_outbox(tmp_path) as outbox:
+        for _ in range(30):
+            fill(outbox, 100, size=1000)
+        assert outbox.depth == 3000
+    assert len(calls) == after + 1, "asked once more, then never again"
+
+
 def test_second_process_stays_refused_while_the_file_grows(tmp_path: Path) -> None:
     """Closing any descriptor of a file would end this process's locks on it: another process could then open it."""
     program = (
