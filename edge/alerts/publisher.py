@@ -8,25 +8,22 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections import deque
 from datetime import datetime, timezone
 from queue import Empty
 from typing import TYPE_CHECKING, Any
 
-from edge.alerts.commands import Commands, id_of
+from edge.alerts.command_desk import CommandDesk
+from edge.alerts.commands import Commands
 from edge.alerts.home_assistant import BIRTH, HomeAssistant
 from edge.alerts.ledger import Ledger
 from edge.alerts.message import (
     Availability,
     CameraState,
-    CommandMessage,
-    CommandResult,
     DeadLettersCommand,
     ReplayCommand,
     Status,
     build,
     encode,
-    parse,
 )
 from edge.alerts.mqtt import (
     Acked,
@@ -37,32 +34,28 @@ from edge.alerts.mqtt import (
     LinkKind,
     LinkState,
     Lost,
-    Reconnector,
     Subscribed,
     Will,
 )
+from edge.alerts.reconnector import Reconnector
 from edge.alerts.refused import Refused
 from edge.alerts.retained import Retained
 from edge.alerts.session import Session
-from edge.alerts.topics import DEAD_LETTERS_VERB, REPLAY_VERB, Identity, Kind, check_segment, parse_topic, subscriptions
-from edge.errors import LinewardError, MessageError
+from edge.alerts.topics import DEAD_LETTERS_VERB, REPLAY_VERB, Identity, Kind, subscriptions
+from edge.errors import MessageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from types import TracebackType
-    from typing import TypeAlias
 
+    from edge.alerts.command_desk import CommandHandler
     from edge.alerts.commands import Clock
     from edge.alerts.message import AnyMessage
     from edge.alerts.outbox import Outbox
     from edge.alerts.settings import BrokerSettings
 
-    CommandHandler: TypeAlias = Callable[[AnyMessage], dict[str, Any] | None]
-
 LOG = logging.getLogger("lineward.publisher")
 _STOPPED_S = 2.0
-# Answers that wait for room in flight; whoever floods a box with commands loses the oldest.
-_MAX_RESULTS = 64
 # Many boxes hear Home Assistant start at the same moment; they shall not all answer at that moment.
 _BIRTH_DELAY_S = 1.0
 
@@ -94,18 +87,15 @@ class Publisher:
         self._outbox = outbox
         self._ledger = Ledger(outbox.path.with_name(f"{outbox.path.stem}-ledger.db"))
         self._retained = Retained(self._ledger)
-        self._commands = Commands(self._ledger, clock=clock)
+        self._desk = CommandDesk(identity, Commands(self._ledger, clock=clock))
         self._refused = Refused()
         self._careful = 0
         self._wanted_window = settings.max_inflight
         self._session: Session | None = None
         self._replayed = False
-        self._counters = dict.fromkeys(("published", "acknowledged", "refused", "commands", "commands_failed"), 0)
-        self._answers: deque[CommandResult] = deque(maxlen=_MAX_RESULTS)
-        self._handlers: dict[str, CommandHandler] = {
-            REPLAY_VERB: self._replay,
-            DEAD_LETTERS_VERB: self._dead_letters,
-        }
+        self._counters = dict.fromkeys(("published", "acknowledged", "refused"), 0)
+        self._desk.on_command(REPLAY_VERB, self._replay)
+        self._desk.on_command(DEAD_LETTERS_VERB, self._dead_letters)
         self._home_assistant: HomeAssistant | None = None
         self._birth_at: float | None = None
         self._deaf = ""
@@ -143,6 +133,7 @@ class Publisher:
         """Since the start: published (repeats included), acknowledged, refused, commands, connections, defects ..."""
         return {
             **self._counters,
+            **self._desk.counters,
             "connections": self._reconnector.connections,
             "connection_defects": self._reconnector.defects,
         }
@@ -162,7 +153,7 @@ class Publisher:
         It is called in the publisher's thread with the parsed command and must return at once: either the fields of
         :class:`~edge.alerts.message.CommandResult`, or None where :meth:`answer` will be called later.
         """
-        self._handlers[verb] = handler
+        self._desk.on_command(verb, handler)
 
     def answer(self, verb: str, **values: Any) -> None:  # noqa: ANN401 (checked by the model)
         """Publish the result of a command: fields of :class:`~edge.alerts.message.CommandResult`. Any thread may.
@@ -170,7 +161,7 @@ class Publisher:
         Raises:
             MessageError: a field is unknown or has a wrong value.
         """
-        self._settle_command(verb, values)
+        self._desk.answer(verb, values)
         self._reconnector.wake()
 
     def publish_status(self, values: dict[str, Any]) -> None:
@@ -188,7 +179,7 @@ class Publisher:
             "dead": self._outbox.dead,
             "counters": counters | self.counters,
         }
-        self._commands.note_time()
+        self._desk.commands.note_time()
         known = {"outbox": outbox, **self._signed(), **values}
         known["warnings"] = (*known.get("warnings", ()), *self.warnings())
         self._retain({self._identity.status: encode(build(Status, **known))})
@@ -226,7 +217,7 @@ class Publisher:
                          f" read {self._identity.root}/cmd/+")  # fmt: skip
         if self._ledger.damage:
             found.append(f"the ledger of commands was damaged: {self._ledger.damage}")
-        if trouble := self._commands.set_back():
+        if trouble := self._desk.commands.set_back():
             found.append(trouble)
         return found
 
@@ -327,8 +318,7 @@ class Publisher:
             self._birth_at = None
             self._retained.again()
         session.send_retained()
-        while self._answers and session.room > 0:
-            result = self._answers.popleft()
+        while session.room > 0 and (result := self._desk.next_answer()) is not None:
             session.publish(self._identity.result(result.verb), encode(result))
         session.send_rows()
 
@@ -350,53 +340,10 @@ class Publisher:
                     self._birth_at = time.monotonic() + random.uniform(0, _BIRTH_DELAY_S)  # noqa: S311 (no secret)
             elif not event.retained and not session.is_repeat(event):
                 # A retained command would run again after each reconnect; commands are for now or never.
-                self._on_command(event)
+                self._desk.take(event)
         finally:
             # Only now (MQTT 5, clause 4.3.2): a command with a key is on disk, any other was handled.
             session.link.acknowledge(event)
-
-    def _on_command(self, event: Incoming) -> None:
-        self._counters["commands"] += 1
-        try:
-            # `cmd/` has a verb without a character: `cmd/+` matches it (MQTT 5, clause 4.7.1.3), no answer has a topic.
-            verb = check_segment(parse_topic(event.topic).leaf, field="verb")
-        except MessageError as error:
-            LOG.warning("a command without a verb is not answered: %s", error)
-            return
-        try:
-            if verb in self._handlers:
-                self._obey(verb, parse(event.topic, event.payload, prefix=self._identity.prefix))
-                return
-            known = ", ".join(sorted(self._handlers))
-            reason = f"unknown command; known are: {known}"
-        except MessageError as error:
-            reason = str(error)[:500]
-        self._answers.append(self._result(verb, ok=False, id=id_of(event.payload), reason=reason))
-
-    def _obey(self, verb: str, command: AnyMessage) -> None:
-        assert isinstance(command, CommandMessage)
-        admission = self._commands.admit(verb, command)
-        if admission.answer is not None:
-            self._answers.append(self._result(verb, **admission.answer))
-        if admission.command is None:
-            return
-        number = admission.command.id
-        try:
-            values = self._handlers[verb](admission.command)  # type: ignore[arg-type]  # each command is an AnyMessage
-            if values is not None:
-                self._settle_command(verb, values | {"id": number})
-        except LinewardError as error:
-            self._settle_command(verb, {"ok": False, "id": number, "reason": str(error)[:500]})
-        except Exception:
-            # Whatever a handler does wrong, the box goes on publishing.
-            self._counters["commands_failed"] += 1
-            LOG.exception("command %s failed", verb)
-            self._settle_command(verb, {"ok": False, "id": number, "reason": "it failed; the box's log says why"})
-
-    def _settle_command(self, verb: str, values: dict[str, Any]) -> None:
-        self._result(verb, **values)  # what cannot be said is not noted
-        for answer in self._commands.settle(values):
-            self._answers.append(self._result(verb, **answer))
 
     def _replay(self, command: AnyMessage) -> dict[str, Any]:
         assert isinstance(command, ReplayCommand)
@@ -413,6 +360,3 @@ class Publisher:
             for one in self._outbox.dead_letters(command.limit)
         ]
         return {"ok": True, "count": self._outbox.dead, "detail": {"letters": letters}}
-
-    def _result(self, verb: str, **values: Any) -> CommandResult:  # noqa: ANN401 (checked by the model)
-        return build(CommandResult, site=self._identity.site, box=self._identity.box, verb=verb, **values)

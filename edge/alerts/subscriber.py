@@ -17,7 +17,8 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from edge.alerts.message import Alert, AnyMessage, Gap, Notice, VerdictMessage, parse
-from edge.alerts.mqtt import Connected, Inbox, Incoming, Link, LinkKind, LinkState, Lost, Reconnector, Subscribed, Wake
+from edge.alerts.mqtt import Connected, Inbox, Incoming, Link, LinkKind, LinkState, Lost, Subscribed, Wake
+from edge.alerts.reconnector import Reconnector
 from edge.alerts.sequence import Deduplicator
 from edge.alerts.topics import Kind, subscriptions
 from edge.errors import BrokerError, MessageError

@@ -284,10 +284,9 @@ def test_command_line_sends_a_key_and_an_expiry(mosquitto: Mosquitto, outbox: Ou
     with Publisher(settings=url, identity=IDENTITY, outbox=outbox, clock=SURE) as publisher:
         publisher.on_command("ship", lambda one: seen.append(one) or {"ok": True, "count": len(seen)})
         assert publisher.wait_until_drained(10)
-        for options, said in (
-            ([], "count 1"), ([], "count 2"), (["--key", "k"], "count 3"), (["--key", "k", "--expires", "60"], "count 3")
-        ):  # fmt: skip
+        repeated = ["--key", "k", "--expires", "60"]
+        for options, said in (([], "count 1"), (["--key", "k"], "count 2"), (repeated, "count 2")):
             done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=60, check=False)
             assert (done.returncode, said in done.stdout) == (0, True), done.stderr
     assert all(isinstance(one, ShipCommand) and one.key and one.expires_at for one in seen)
-    assert len({one.key for one in seen if isinstance(one, ShipCommand)}) == 3
+    assert len({one.key for one in seen if isinstance(one, ShipCommand)}) == 2
