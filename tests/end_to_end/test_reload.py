@@ -17,10 +17,11 @@ import yaml
 
 from edge.alerts.message import Alert, Notice
 from edge.box import Box
+from edge.frames import EventPhase
 from edge.settings import BoxSettings, load_settings
 from tests.edge.tiny_bundle import defective_frame, good_frame, make_tiny_bundle
 from tests.edge.tiny_memory import make_memory_bundle
-from tests.end_to_end.test_box import SOON, collect, listening, running
+from tests.end_to_end.test_box import SOON, collect, listening, running, said
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,18 +115,24 @@ def test_unchanged_camera_loses_no_frame_while_others_change(
     before = wanted(stays, camera("changes", images["good"]), camera("goes", images["good"]))
     slower = camera("changes", images["good"], events={"enter_hits": 2, "enter_window": 2})
     after = wanted(camera("comes", images["good"]), stays, slower)
-    with listening(mosquitto.url) as subscriber, started(before) as (box, seen):
-        for name in ("stays", "changes", "goes"):
-            seen.wait_for_more(name)
-        box.reload(after)
-        gone, changed = seen.of("goes"), seen.of("changes")
-        for name in ("stays", "changes", "comes"):
-            seen.wait_for_more(name)
-        status = box.status()
-        alerts = collect(subscriber, lambda messages: any(isinstance(m, Alert) for m in messages))
+    with listening(mosquitto.url) as subscriber:
+        with started(before) as (box, seen):
+            for name in ("stays", "changes", "goes"):
+                seen.wait_for_more(name)
+            worker = box.cameras["stays"]
+            box.reload(after)
+            gone, changed = seen.of("goes"), seen.of("changes")
+            for name in ("stays", "changes", "comes"):
+                seen.wait_for_more(name)
+            status = box.status()
+
+            assert box.cameras["stays"] is worker
+        messages = collect(subscriber, said("stopped"))
 
     assert without_gap(seen.of("stays"))
-    assert [m.phase.value for m in alerts if isinstance(m, Alert) and m.camera == "stays"] == ["new"]
+    alerts = [m for m in messages if isinstance(m, Alert) and m.camera == "stays" and m.phase is not EventPhase.UPDATE]
+    assert [alert.phase.value for alert in alerts] == ["new", "end"]
+    assert alerts[1].camera_seq == seen.of("stays")[-1]
     assert without_gap(seen.of("comes"))
     assert seen.of("goes") == gone
     assert list(status["cameras"]) == ["comes", "stays", "changes"]
