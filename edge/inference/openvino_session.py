@@ -10,6 +10,7 @@ import numpy as np
 
 from edge.bundle import Precision
 from edge.errors import EngineError
+from edge.inference.search_blocks import block_searches
 from edge.inference.session import GraphSession, choose_outputs, first_line, narrow
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class OpenVinoSession(GraphSession):
             }
             narrowed = narrow(label, shapes, input_shapes)
             graph.reshape({name: [-1 if size is None else size for size in narrowed[name]] for name in input_shapes})
+            block_searches(graph)
             dtypes = {port.get_any_name(): np.dtype(port.get_element_type().to_dtype()) for port in graph.inputs}
             compiled = core().compile_model(graph, "CPU", config)
         except RuntimeError as error:
