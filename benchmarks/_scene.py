@@ -30,7 +30,8 @@ class Conditions:
         jitter: largest shift of a frame by vibration, pixels, each way.
         drift: share by which the light wanders slowly, each way.
         fixtures: whether something that stands still is in view.
-        texture: of the web: ``grain``, ``stripes``, ``parts`` (dark parts on a plain belt) or ``plain``.
+        texture: of the web: ``grain``, ``stripes``, ``parts`` (dark parts on a plain belt), ``plain``, ``weave``, or
+            the name of a photograph such as ``gravel.png``.
         stop_at: seconds; the belt stops then.
         start_at: seconds; the belt stands before.
     """
@@ -110,6 +111,13 @@ def _web(rng: np.random.Generator, texture: str) -> npt.NDArray[np.float32]:
     height, width = 1400, WIDTH + 2 * _MARGIN
     if texture == "plain":
         return np.full((height, width), 120, np.float32)
+    if texture.endswith(".png"):
+        return _photograph(texture, height, width)
+    if texture == "weave":
+        x, y = np.meshgrid(np.arange(width), np.arange(height))
+        warp, weft = rng.uniform(6, 11, 2)
+        threads = np.sin(2 * np.pi * x / warp) * np.sin(2 * np.pi * y / weft)
+        return (120 + 45 * threads + 12 * rng.standard_normal((height, width))).astype(np.float32)
     if texture == "stripes":
         period = int(rng.integers(40, 90))
         rows = 90 + 70 * ((np.arange(height) % period) < period // 2)
@@ -128,6 +136,16 @@ def _web(rng: np.random.Generator, texture: str) -> npt.NDArray[np.float32]:
     coarse = cv2.GaussianBlur(rng.standard_normal((height, width)).astype(np.float32), (0, 0), 9)
     mixed = cv2.GaussianBlur(fine, (0, 0), 1.2) + 6 * coarse
     return np.clip(125 + 30 * mixed / mixed.std(), 15, 240).astype(np.float32)
+
+
+def _photograph(name: str, height: int, width: int) -> npt.NDArray[np.float32]:
+    """A photograph as a web without an end: beside it its mirror image."""
+    from trainer.data.generic import photograph_folder
+    from trainer.data.images import load_image
+
+    grey = cv2.cvtColor(load_image(photograph_folder() / name), cv2.COLOR_BGR2GRAY)
+    half = cv2.resize(grey, (width, height // 2), interpolation=cv2.INTER_AREA)
+    return np.concatenate([half, half[::-1]]).astype(np.float32)
 
 
 def _fixtures(
