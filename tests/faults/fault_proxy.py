@@ -32,7 +32,7 @@ class Faults:
         swallow: nothing is forwarded any more in either direction, and nobody is told: a half-open connection.
         refuse: new connections are reset.
         hold: nothing is forwarded in either direction until it is False again, then all of it, as TCP does after a
-            line has come back.
+            line has come back; but nothing of a connection that was begun and given up meanwhile.
     """
 
     bytes_per_s: float | None = None
@@ -48,6 +48,7 @@ class _Line:
 
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
     severed: bool = False
+    begun_held: bool = False
     burst: int = 0
     doomed_at: int | None = None
     drawn: bool = False
@@ -122,7 +123,7 @@ class FaultProxy:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        line = _Line([writer])
+        line = _Line([writer], begun_held=self.faults.hold)
         self._lines.add(line)
         self.connections += 1
         try:
@@ -155,6 +156,10 @@ class FaultProxy:
                 else:
                     self.received += len(data)
                 queue.put_nowait(data)
+            if line.begun_held and self.faults.hold:
+                # A client that gave up before the line was back: over a real one it would never have come through.
+                self._end(line)
+                return
             queue.put_nowait(b"")
             await forward
         except OSError:
