@@ -50,7 +50,7 @@ EXTRAS = {"aggregate": "aggregator", "demo": "demo"}
 _ROOMS = frozenset({"edge", "deploy", "trainer"})
 LINE_FIELDS = (
     "value", "kind", "severity", "decision", "phase", "state", "part_id", "event_id", "score", "threshold", "p_value",
-    "reason", "text",
+    "reason", "text", "evidence",
 )  # fmt: skip
 # sysexits.h EX_TEMPFAIL: ended in order, to be started again by whoever supervises it.
 RESTART_EXIT = 75
