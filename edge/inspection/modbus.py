@@ -41,6 +41,8 @@ FRAME_S = 5.0
 START_S = 5.0
 # A connection that is silent for less is in use, and does not make room for another.
 IN_USE_S = 2.0
+# Clients see their connections closed before the loop ends.
+HANG_UP_S = 0.2
 _HEADER = struct.Struct(">HHHB")
 # Modbus Messaging on TCP/IP Implementation Guide V1.0b, 3.1.3: protocol 0; the length counts unit and PDU, of which
 # the latter is 1 to 253 bytes.
@@ -106,6 +108,7 @@ class ModbusServer:
         # pymodbus's type is its own context; all that its requests call is in ours.
         self._data = cast("Any", _Data(registers))
         self._clients: set[_Client] = set()
+        self._talks: set[asyncio.Task[None]] = set()
         self._counts = dict.fromkeys(
             ("requests", "refused_requests", "other_units", "bad_frames", "connections", "refused_connections"), 0
         )
@@ -184,6 +187,8 @@ class ModbusServer:
             server.close()
             for client in tuple(self._clients):
                 client.writer.close()
+            if self._talks:
+                await asyncio.wait(self._talks, timeout=HANG_UP_S)
 
     async def _beat(self) -> None:
         while True:
@@ -191,6 +196,10 @@ class ModbusServer:
             await asyncio.sleep(BEAT_S)
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._talks.add(task)
+        task.add_done_callback(self._talks.discard)
         client = _Client(writer, time.monotonic())
         if not self._has_room():
             self._counts["refused_connections"] += 1

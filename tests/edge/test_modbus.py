@@ -245,10 +245,11 @@ def test_server_that_never_started_stops() -> None:
     assert server.modbus.stop(0.1)
 
 
-def test_stop_disconnects_clients() -> None:
+def test_stop_disconnects_clients_and_complains_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with serving() as server, client(server) as plc:
         plc.connect()
         plc.read_input_registers(0, count=1, device_id=UNIT)
         assert server.modbus.stop(SOON)
         with pytest.raises((ModbusException, OSError)):
             plc.read_input_registers(0, count=1, device_id=UNIT)
+    assert [record for record in caplog.records if record.name == "asyncio"] == []
