@@ -24,6 +24,7 @@ from edge.bundle import Engine, Precision
 from edge.inference.engines import supports
 from edge.inference.onnx_file import with_initialisers
 from edge.inference.preprocessing import cut_tiles, to_canvas
+from edge.inference.search_blocks import block_searches
 from edge.inference.sessions import ANOMALY_MAP, IMAGE, graph_file
 from edge.inference.state import stored_state
 
@@ -207,6 +208,7 @@ def _read(path: Path, state: Arrays, outputs: Sequence[str], feeds: Arrays) -> o
         if not port.get_names() & set(outputs):
             model.remove_result(result)
     model.reshape({name: list(value.shape) for name, value in feeds.items()})
+    block_searches(model)
     return model
 
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # A block of products stays in a core's second-level cache, with room for what else is there (1 to 2 MiB on most).
-# 3,136 queries x 500 rows are 6.3 MB: trunk and head of a memory detector took 5 to 8 % less processor time in blocks of
-# 1 MiB than in one piece (one thread, int8 and float32), the head alone up to a fifth less beside other work.
+# 3,136 queries x 500 rows are 6.3 MB: trunk and head of a memory detector took 5 to 8 % less processor time in blocks
+# of 1 MiB than in one piece (one thread, int8 and float32), the head alone up to a fifth less beside other work.
 BLOCK_BYTES = 1 << 20
 _FLOAT_BYTES = 4
 _ROW_AXIS = -2
