@@ -8,7 +8,7 @@ import threading
 import time
 from datetime import datetime, timezone
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import cv2
 import numpy as np
@@ -466,12 +466,12 @@ def test_judged_frames_are_handed_on_with_whether_they_are_part_of_an_alert(tmp_
 class BreakingCapture:
     """A live capture: the first one breaks down after two frames, the second one gives two more and goes on."""
 
-    made = 0
+    made: ClassVar[list[BreakingCapture]] = []
 
     def __init__(self, *, wanted: Callable[[Frame], bool], **_: object) -> None:
-        BreakingCapture.made += 1
+        BreakingCapture.made.append(self)
         self.wanted = wanted
-        self.first = BreakingCapture.made == 1
+        self.first = len(BreakingCapture.made) == 1
         self.given = 0
 
     @property
@@ -504,7 +504,7 @@ class BreakingCapture:
 
 
 def test_camera_that_breaks_down_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    BreakingCapture.made = 0
+    BreakingCapture.made.clear()
     monkeypatch.setattr(edge.camera, "Capture", BreakingCapture)
     monkeypatch.setattr(edge.camera, "FIRST_RESTART_S", 0.01)
     stop = threading.Event()
@@ -513,8 +513,12 @@ def test_camera_that_breaks_down_is_started_again(tmp_path: Path, monkeypatch: p
     worker.start()
     with recorder.seen:
         assert recorder.seen.wait_for(lambda: len(recorder.verdicts) == 4, SOON)
+    # A driver that comes back to the capture that was left behind brings no part.
+    left = Frame(np.zeros((8, 8, 3), np.uint8), "cam", 2, 0, datetime.now(timezone.utc))
+    assert not BreakingCapture.made[0].wanted(left)
     stop.set()
     assert worker.join(SOON)
+    assert not BreakingCapture.made[1].wanted(left)
 
     assert [verdict.camera_seq for verdict in recorder.verdicts] == [0, 1, 2, 3]
     assert ("not_judged", "the driver broke") in recorder.states
