@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 # What a running box can take over. Everything else belongs to files, sockets or threads that live as long as it does.
-RELOADABLE = frozenset({"cameras", "stations", "bundle", "engine", "precision", "threads", "status_every_s"})
+RELOADABLE = frozenset(
+    {"cameras", "stations", "bundle", "engine", "precision", "provider", "threads", "status_every_s"}
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import yaml
 
 from edge.alerts.message import Alert, Notice
 from edge.box import Box
+from edge.cli import RESTART_EXIT
 from edge.frames import EventPhase
 from edge.settings import BoxSettings, load_settings
 from tests.edge.tiny_bundle import defective_frame, good_frame, make_tiny_bundle
@@ -88,6 +89,14 @@ def settings(folder: Path, bundle: Path, url: str, cameras: list[dict[str, Any]]
             "engine": "onnxruntime", "broker": {"url": url, "backoff_max_s": 0.5}, "cameras": cameras, **more,
         }
     )  # fmt: skip
+
+
+def write_config(path: Path, bundle: Path, url: str, cameras: list[dict[str, Any]], **more: Any) -> None:
+    content = {
+        "site": "plant", "box": "box1", "state_dir": "state", "bundle": str(bundle), "threads": 1,
+        "engine": "onnxruntime", "broker": {"url": url}, "cameras": cameras, **more,
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(content))
 
 
 @contextlib.contextmanager
@@ -219,18 +228,19 @@ def test_box_with_a_memory_ends_to_be_started_again(
     tmp_path: Path, mosquitto: Mosquitto, images: dict[str, Path]
 ) -> None:
     memory = make_memory_bundle(tmp_path / "memory")
-    one = camera("one", images["good"])
-    before = settings(tmp_path, memory.path, mosquitto.url, [one], memory={})
-    box = Box(before)
-    runner = threading.Thread(target=box.run)
-    runner.start()
-    with listening(mosquitto.url) as subscriber:
-        collect(subscriber, bool)
-        box.reload(settings(tmp_path, memory.path, mosquitto.url, [one, camera("two", images["good"])], memory={}))
-        runner.join(SOON)
+    config = tmp_path / "box.yaml"
 
-    assert not runner.is_alive()
-    assert "memory" in box.restart_reason
+    def write(*names: str) -> None:
+        write_config(config, memory.path, mosquitto.url, [camera(name, images["good"]) for name in names], memory={})
+
+    write("one")
+    with listening(mosquitto.url) as subscriber, running(config) as box:
+        collect(subscriber, lambda found: any(getattr(m, "state", "") == "ok" for m in found))
+        write("one", "two")
+        box.send_signal(signal.SIGHUP)
+
+        assert box.wait(SOON) == RESTART_EXIT
+        collect(subscriber, said("stopped"))
 
 
 def test_sighup_reads_the_file_again_and_systemd_is_told(
@@ -239,10 +249,7 @@ def test_sighup_reads_the_file_again_and_systemd_is_told(
     config = tmp_path / "box.yaml"
 
     def write(*names: str, **more: Any) -> None:
-        cameras = [camera(name, images["good"]) for name in names]
-        content = {"site": "plant", "box": "box1", "state_dir": "state", "bundle": str(bundle.path), "threads": 1,
-                   "engine": "onnxruntime", "broker": {"url": mosquitto.url}, "cameras": cameras, **more}  # fmt: skip
-        config.write_text(yaml.safe_dump(content))
+        write_config(config, bundle.path, mosquitto.url, [camera(name, images["good"]) for name in names], **more)
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd, listening(mosquitto.url) as subscriber:
         systemd.bind(str(tmp_path / "notify"))
