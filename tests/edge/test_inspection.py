@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 import edge.inspection.inspection
 from edge.alerts.message import TriggerCommand
-from edge.errors import SettingsError
+from edge.errors import MissingExtraError, SettingsError
 from edge.frames import Decision
 from edge.health.metrics import Metrics
 from edge.inspection.inspection import Inspection, Reports, deciding_view, part_verdict, part_views
@@ -203,6 +204,16 @@ def test_port_that_is_taken_stops_the_start(make: Callable[..., Inspection]) -> 
 
     with pytest.raises(SettingsError, match="cannot be listened on"):
         second.start()
+
+
+def test_missing_library_is_named_with_its_extra(
+    make: Callable[..., Inspection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "edge.inspection.modbus", None)
+
+    make(box_settings([camera("a")]))
+    with pytest.raises(MissingExtraError, match=r"lineward\[plc\]"):
+        make(box_settings([camera("a")], modbus={"port": 0}))
 
 
 def test_reports_that_find_no_room_are_counted_and_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
