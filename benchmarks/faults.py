@@ -21,7 +21,7 @@ from tests.faults.append_rate import append_rate, append_rate_with_slow_disk
 from tests.faults.box_kills import kill_alert_boxes, kill_whole_boxes
 from tests.faults.broker_kills import kill_broker
 from tests.faults.clock_steps import step_clock
-from tests.faults.full_disk import fill_under_box, fill_under_outbox, refused_while_full
+from tests.faults.full_disk import fill_under_box, fill_under_outbox, refused_while_full, restart_on_full_disk
 from tests.faults.history import keep
 from tests.faults.log_damage import damage_log, leave_crashed
 from tests.faults.network_cut import Cut, cut_network
@@ -204,6 +204,11 @@ def disk(setting: Setting) -> list[Goal]:
         unowned = refused_while_full(
             process, setting.new_folder("disk-unowned-box"), rows=300, options=("--unowned",)
         )  # fmt: skip
+    restarts = {}
+    for name, more in (("owned", ()), ("unowned", ("--unowned",))):
+        with setting.broker(f"disk-restart-{name}") as process:
+            folder = setting.new_folder(f"disk-restart-{name}-box")
+            restarts[name] = restart_on_full_disk(process, folder, rows=100, options=more)[1]
     goals = []
     for name, run in (("", found), (", evidence on", with_evidence)):
         said = f"{spread(run.ratios, '{:.3f}')}; {len(run.ratios)} rounds"
@@ -221,6 +226,12 @@ def disk(setting: Setting) -> list[Goal]:
         *goals,
         Goal("outbox alone: miscounted", float(not outbox.exact), 0.0, False, counts),
         Goal("full disk, broker up: refused of 300", float(owned), 0.0, False, "the outbox owns its space"),
+        Goal(
+            "box started on a full disk: ended with code", float(restarts["owned"]), 0.0, False, "stored 100 messages"
+        ),
+        Goal(
+            "control: files that own no space, started on a full disk: code", float(restarts["unowned"]), 1.0, True, ""
+        ),
         Goal("control: files that own no space, refused of 300", float(unowned), 1.0, True, "as SQLite likes"),
     ]
 

@@ -314,6 +314,7 @@ class Outbox:
             call.result, call.error = seqs, refusal
 
     def _open(self) -> None:
+        self._space.take_back()
         try:
             self._db = outbox_file.FILE.open(self.path)
         except DamagedError as error:
@@ -413,3 +414,4 @@ class Outbox:
             self._db.close()
             self._db = None
         self._space.release()
+        self._space.keep()

@@ -6,20 +6,20 @@ only into a database that may have to grow.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sqlite3
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from edge.database import is_full
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 # The log is emptied at half of what it owns; only a larger transaction lets it grow.
 _WAL_BYTES = 4 * 2**20
 _WAL_PAGES = 500
 _STEP_PAGES = 256
+# Of what is kept over a restart, for the other files that a box opens beside.
+_SPARE_BYTES = 2**20
 _MOST_PAGES = 2**32 - 2  # SQLite's own limit
 
 
@@ -33,8 +33,33 @@ class OwnedSpace:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._kept = Path(f"{path}-space")
         self._file: int | None = None
+        # Whether there is something to keep: not beside a file that another process has, or of another program.
+        self._owned = False
         self._allocate = getattr(os, "posix_fallocate", None)
+
+    def take_back(self) -> None:
+        """Make room for opening the database: give up what :meth:`keep` has kept."""
+        with contextlib.suppress(OSError):
+            self._kept.unlink()
+            self._owned = True
+
+    def keep(self) -> None:
+        """Keep the log's space until the next start, which would fail on a full disk without; after the connection.
+
+        SQLite deletes the log of a database that is closed.
+        """
+        if self._allocate is None or not self._owned:
+            return
+        try:
+            kept = os.open(self._kept, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            try:
+                self._allocate(kept, 0, _WAL_BYTES + _SPARE_BYTES)
+            finally:
+                os.close(kept)
+        except OSError:
+            self.take_back()
 
     def own(self, db: sqlite3.Connection) -> None:
         """Take the log's space, and limit the database to its own. After a first write: the log is there then."""
@@ -49,6 +74,7 @@ class OwnedSpace:
                 self._file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
             self._allocate(self._file, 0, pages * page_size)
             self._own_log()
+            self._owned = True
         except OSError as error:
             if not _is_used_up(error):
                 self._allocate = None

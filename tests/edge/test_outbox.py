@@ -368,6 +368,18 @@ def test_file_owns_the_space_it_grows_into(tmp_path: Path) -> None:
         assert outbox._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)  # type: ignore[union-attr]
 
 
+def test_space_is_kept_from_one_start_to_the_next(tmp_path: Path) -> None:
+    kept = tmp_path / "outbox.db-space"
+    with open_outbox(tmp_path):
+        assert not kept.exists()
+        with pytest.raises(OutboxError, match="in use"):
+            open_outbox(tmp_path)
+        assert not kept.exists(), "who comes second has nothing to keep"
+    assert kept.stat().st_blocks * 512 >= 5 * 2**20
+    with open_outbox(tmp_path):
+        assert not kept.exists()
+
+
 def test_outbox_works_where_the_system_cannot_allocate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "posix_fallocate")
     with open_outbox(tmp_path) as outbox:
@@ -424,6 +436,7 @@ def test_foreign_database_is_refused_and_left_alone(tmp_path: Path) -> None:
     db = sqlite3.connect(tmp_path / "outbox.db")
     assert db.execute("SELECT count(*) FROM theirs").fetchone() == (0,)
     db.close()
+    assert [file.name for file in tmp_path.iterdir()] == ["outbox.db"]
 
 
 def test_newer_schema_is_refused(tmp_path: Path) -> None:

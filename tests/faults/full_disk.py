@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import statistics
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -19,11 +21,10 @@ from tests.faults.fault_proxy import FaultProxy
 from tests.faults.history import Kind, Report, check, ids, read
 from tests.faults.listener import Listener
 from tests.faults.network_cut import command, end, running_alert_box
-from tests.faults.whole_box import SmallDisk, log_of, make_line, running_box, write_settings
+from tests.faults.whole_box import ROOT, SmallDisk, log_of, make_line, running_box, write_settings
 from tests.mosquitto_process import free_port
 
 if TYPE_CHECKING:
-    import subprocess
     from pathlib import Path
 
     from tests.mosquitto_process import Mosquitto
@@ -97,6 +98,38 @@ def refused_while_full(broker: Mosquitto, folder: Path, *, rows: int, options: t
         assert command(box, "burst 100") == 0
         disk.fill(box.pid)
         return command(box, f"burst {rows}")
+
+
+def restart_on_full_disk(
+    broker: Mosquitto, folder: Path, *, rows: int, options: tuple[str, ...] = ()
+) -> tuple[Path, int]:
+    """Let a box alert and end in order, fill the disk, and start it again to do the same.
+
+    Returns:
+        The history, and how the second box has ended: 0, or as Python ends on an error.
+    """
+    history = folder / "history.jsonl"
+    disk = SmallDisk(folder / "disk", size_mb=_DISK_MB)
+    program = [sys.executable, "-m", "tests.faults.alert_box", "--outbox", str(folder / "disk" / "outbox.db")]
+    program += ["--history", str(history), "--url", broker.url, "--rows", str(rows), "--rate", "200", *options]
+    with (
+        Listener(broker.port, history) as listener,
+        subprocess.Popen([*disk.before, "sh", "-c", "echo mounted; exec sleep 300"], stdout=subprocess.PIPE) as holder,
+    ):
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"mounted\n"
+            enter = ["nsenter", "--target", str(holder.pid), "--user", "--mount", "--preserve-credentials"]
+            ended = []
+            for _ in range(2):
+                found = subprocess.run([*enter, *program], cwd=ROOT, timeout=60, check=False, capture_output=True)
+                ended.append(found.returncode)
+                disk.fill(holder.pid)
+        finally:
+            holder.kill()
+        assert ended[0] == 0, "the first box has not ended in order"
+        listener.wait_for(set(ids(read(history), Kind.ENQUEUED)), quiet_s=5.0)
+    return history, ended[1]
 
 
 def fill_under_box(broker: Mosquitto, folder: Path, *, rounds: int, phase_s: float, **settings: object) -> Disk:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.faults.full_disk import fill_under_box, fill_under_outbox, refused_while_full
+from tests.faults.full_disk import fill_under_box, fill_under_outbox, refused_while_full, restart_on_full_disk
+from tests.faults.history import require_sound
 from tests.faults.whole_box import SmallDisk
 
 if TYPE_CHECKING:
@@ -34,6 +35,18 @@ def test_full_disk_refuses_nothing_while_the_broker_takes_it(mosquitto: Mosquitt
 def test_files_that_own_no_space_refuse_at_once(mosquitto: Mosquitto, tmp_path: Path) -> None:
     """The control of the space that the outbox owns."""
     assert refused_while_full(mosquitto, tmp_path, rows=300, options=("--unowned",)) > 0
+
+
+def test_box_starts_on_a_full_disk_and_stores(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    history, code = restart_on_full_disk(mosquitto, tmp_path, rows=50)
+    assert code == 0
+    assert require_sound(history, seed=0).enqueued == 100
+
+
+def test_box_whose_files_own_no_space_does_not_start_on_a_full_disk(mosquitto: Mosquitto, tmp_path: Path) -> None:
+    """The control of the space that is kept from one start to the next."""
+    _, code = restart_on_full_disk(mosquitto, tmp_path, rows=50, options=("--unowned",))
+    assert code != 0
 
 
 @pytest.mark.slow
