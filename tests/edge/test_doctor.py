@@ -24,6 +24,7 @@ import edge.doctor.engines
 import edge.doctor.host
 from edge.box import Box
 from edge.bundle import Crop, Pooling, Preprocessing, Tiles
+from edge.capture.aravis import Device
 from edge.doctor.examine import examine
 from edge.doctor.findings import Finding, Level, isolated
 from edge.doctor.host import box_is_running, look_at_clock
@@ -210,6 +211,34 @@ def test_camera_that_cannot_be_opened_is_named(source: dict[str, Any], words: st
     findings = found(configure({"source": source}), "camera", "cam")
 
     assert words in the(findings, "fail").text
+
+
+def test_triggered_camera_is_fired_for_its_frames(configure: Configure, folder: Path) -> None:
+    source = {"kind": "folder", "path": str(folder), "trigger": "software"}
+    station = {"name": "gate", "cameras": ["cam"], "trigger": "mqtt"}
+    config = configure({"mode": "triggered", "source": source}, stations=[station])
+
+    finding = next(one for one in found(config, "camera", "cam"))
+
+    assert (finding.level, finding.figures["frames"]) == (Level.OK, 3)
+
+
+def test_camera_that_waits_for_its_trigger_is_no_failure(configure: Configure) -> None:
+    source = {"kind": "genicam", "device": "nobody", "trigger": "hardware"}
+
+    finding = the(found(configure({"mode": "triggered", "source": source}), "camera", "cam"), "warn")
+
+    assert "without a trigger" in finding.text
+
+
+def test_cameras_on_the_network_are_listed(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure({"source": {"kind": "genicam", "device": "nobody"}})
+    devices: list[Device] = []
+    monkeypatch.setattr("edge.capture.aravis.library", lambda: SimpleNamespace(devices=lambda: tuple(devices)))
+    assert "no GigE" in the(found(config, "camera", "genicam"), "warn").text
+
+    devices.append(Device("Maker-1", "1", "Maker", "Model", "10.0.0.7"))
+    assert "'Maker-1' at 10.0.0.7" in the(found(config, "camera", "genicam"), "ok").text
 
 
 def test_disabled_camera_is_no_failure(configure: Configure) -> None:
