@@ -35,8 +35,8 @@ STATUS = {
     "cameras": {
         "cam-1": {
             "state": "streaming", "queued": 2, "threshold": {"value": 1.25},
-            "counters": {"captured": 12, "judged": 10, "nok": 1, "not_judged": 0, "dropped": 2, "corrupt": 0, "reconnects": 1,
-                         "events": 1},
+            "counters": {"captured": 12, "judged": 10, "nok": 1, "not_judged": 0, "dropped": 2, "corrupt": 0,
+                         "reconnects": 1, "events": 1},
         },
         "cam-2": {"state": "disabled", "queued": None, "threshold": None, "counters": {}},
     },
