@@ -131,7 +131,7 @@ class BoxSettings(BaseModel):
     )
     provider: Provider = Field(
         Provider.CPU,
-        title="Provider",
+        title="Provider of ONNX Runtime",
         description="What computes inside ONNX Runtime: cpu, cuda, or tensorrt (float16 unless precision is float32).",
     )
     threads: int = Field(0, ge=0, le=256, title="Threads", description="For the engine; 0 lets the engine choose.")
