@@ -51,7 +51,7 @@ class Outbox:
     and again when the box was not shut down before its last boot ended, since a disk may then have lost rows.
 
     Args:
-        path: the database file; ``-wal`` and ``-mark`` files lie beside it.
+        path: the database file; ``-wal`` and ``-mark`` files lie beside it, ``-space`` while it is closed.
         make_gap: writes the message that stands for dropped rows.
         max_bytes: over it acknowledged rows go first, then dead letters, then waiting rows of the lowest priority,
             oldest first.
