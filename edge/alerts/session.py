@@ -15,7 +15,7 @@ from edge.alerts.message import mark_late
 from edge.errors import OutboxError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from edge.alerts.mqtt import Acked, Connected, Incoming, Link, Lost
     from edge.alerts.outbox import Outbox, Row
@@ -28,7 +28,9 @@ PAUSE_S = 5.0
 # Fixed header, length of the topic, packet identifier and empty properties of a PUBLISH (MQTT 5, clause 3.3).
 _PACKET_OVERHEAD = 16
 _MESSAGE = "message "
-_MAX_HELD = 1000
+# Held rows are few while a broker is well; these bound what is read past where it refuses a camera with a backlog.
+_MAX_HELD = 5000
+_READ_PAST = 500
 _MAX_HANDLED = 256
 
 
@@ -131,9 +133,10 @@ class Session:
     def send_rows(self) -> None:
         """Publish rows as far as there is room; then, alone, one message that the broker has refused before."""
         while self.room > 0 and sum(len(held.rows) for held in self._held.values()) < _MAX_HELD:
-            rows = self._outbox.pending(self.room, boundary=self._boundary)
+            rows = self._outbox.pending(_READ_PAST if len(self._refused) else self.room, boundary=self._boundary)
             if not rows:
                 break
+            rows = self._as_many_as_fit(rows)
             # Before they leave: a gap row must be known as seen even if the process dies in the next line.
             self._outbox.mark_sent(row.seq for row in rows)
             for row in rows:
@@ -211,8 +214,20 @@ class Session:
         for key in list(self._held):
             self._release(key)
 
+    def _as_many_as_fit(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The first of these rows, up to the one for which there is no room; held ones need none."""
+        room = self.room
+        for index, row in enumerate(rows):
+            room -= self._key_refused(row) is None
+            if room < 0:
+                return rows[:index]
+        return rows
+
+    def _key_refused(self, row: Row) -> str | None:
+        return next((key for key in (row.topic, _key(row)) if key in self._refused), None)
+
     def _send_row(self, row: Row) -> None:
-        key = next((key for key in (row.topic, _key(row)) if key in self._refused), None)
+        key = self._key_refused(row)
         if self._too_large(row.topic, row.payload):
             self._counters["refused"] += 1
             self._set_aside([row], f"larger than the {self._packet_limit} bytes that the broker takes")

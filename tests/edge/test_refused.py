@@ -190,9 +190,9 @@ def test_dead_letters_come_back_by_themselves_once_the_topic_is_taken(
 def test_few_refusals_are_provoked(make_mosquitto: Callable[..., Mosquitto], outbox: Outbox) -> None:
     """mosquitto 2.0 ends the connection after each refusal: a row each would keep the box away for hours."""
     broker = make_mosquitto(acl=ONE_CAMERA)
-    outbox.append_many([draft(camera="forbidden")] * 500)
+    outbox.append_many([draft(camera="forbidden")] * 3000)
     with publisher_for(broker, outbox) as publisher:
-        live(outbox, lambda: outbox.dead == 500)
+        live(outbox, lambda: outbox.dead == 3000)
         assert publisher.counters["refused"] < 40
 
 
