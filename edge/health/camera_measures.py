@@ -26,6 +26,11 @@ GREEN = 1
 # An edge is seen over this many pixels to each side of a point.
 REACH = 12
 EDGES = 256
+# Pixels over which noise is measured, and the largest of 23 differences of neighbours in units of its sigma.
+BLOCK = 32
+NOISE_PEAK = 3.1
+# Edges of less contrast, in units of the noise's sigma, say more of the noise than of the lens.
+ABOVE_NOISE = 8.0
 # Grey levels: weaker edges are texture or noise.
 MIN_CONTRAST = 16.0
 
@@ -110,11 +115,23 @@ def sharpness(sample: Sample) -> float | None:
     coarse = np.abs(mean[:, REACH + 1 :] - mean[:, : -REACH - 1])  # around pixel i + REACH + 1, which is in neither
     fine = cv2.absdiff(rows[:, 2:], rows[:, :-2])  # around pixel i + 1
     # The steepest place of an edge may be anywhere in its rise.
-    fine = cv2.dilate(fine, np.ones((1, 2 * REACH - 1), np.uint8))[:, REACH : REACH + coarse.shape[1]]
+    steepest = cv2.dilate(fine, np.ones((1, 2 * REACH - 1), np.uint8))[:, REACH : REACH + coarse.shape[1]]
     flat = coarse.ravel()
     count = min(EDGES, flat.size)
     strongest = np.argpartition(flat, flat.size - count)[-count:]
-    strong = strongest[flat[strongest] >= MIN_CONTRAST]
+    noise = _noise(fine)
+    strong = strongest[flat[strongest] >= max(MIN_CONTRAST, ABOVE_NOISE * noise)]
     if strong.size < EDGES // 8:
         return None
-    return float(np.median(fine.ravel()[strong] / flat[strong]))
+    # Noise makes the steepest of 23 differences steeper; without this a heavy blur of a soft picture goes unseen.
+    power = np.maximum(steepest.ravel()[strong] ** 2 - (NOISE_PEAK * noise) ** 2, 0)
+    return float(np.median(np.sqrt(power) / flat[strong]))
+
+
+def _noise(differences: npt.NDArray[np.float32]) -> float:
+    """Return sigma of the noise from differences of neighbours, where the picture is flattest."""
+    width = differences.shape[1] // BLOCK * BLOCK
+    blocks = differences[:, :width].reshape(-1, BLOCK)
+    power = np.einsum("ij,ij->i", blocks, blocks) / BLOCK
+    flattest = np.partition(power, len(power) // 10)[len(power) // 10]
+    return float(np.sqrt(flattest / 2))

@@ -84,7 +84,7 @@ class CameraHealthSettings(BaseModel):
         0.3, gt=0, le=1, title="Overexposed share", description="Share of clipped pixels above the learnt one."
     )
     blurred_ratio: float = Field(
-        0.6, gt=0, lt=1, title="Blurred ratio", description="Blurred below this share of the learnt sharpness."
+        0.7, gt=0, lt=1, title="Blurred ratio", description="Blurred below this share of the learnt sharpness."
     )
     moved_share: float = Field(
         0.012, ge=0.01, le=0.3, title="Moved share", description="Moved beyond this share of the picture's width."
