@@ -65,7 +65,8 @@ def memory_per_camera(reports: dict[int, Report]) -> float:
 def print_curve(curve: Curve, fps: float) -> None:
     print(f"1080p BGR frames from memory, {fps:g} frames/s offered by each camera\n")
     print(
-        "| cameras | strategy | offered/s | judged/s | dropped | latency p50 | p99 | ms processor a frame | resident besides frames |"
+        "| cameras | strategy | offered/s | judged/s | dropped | latency p50 | p99 | ms processor a frame |"
+        " resident besides frames |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for count in next(iter(curve.values())):

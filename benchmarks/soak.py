@@ -10,30 +10,33 @@ import argparse
 import contextlib
 import itertools
 import math
-import resource
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
 
 from benchmarks._mjpeg_server import MjpegServer
 from benchmarks._setting import Goal, add_bundle_option, bundle_for, heading, print_goals
+from benchmarks._soak_parts import (
+    CAMERAS,
+    FPS,
+    PATIENCE_S,
+    Fault,
+    Sample,
+    Soak,
+    Watcher,
+    faults_of,
+    settings_of,
+)
 from benchmarks.box import write_frames
-from edge.alerts.commander import Commander
-from edge.alerts.message import Alert, CameraState, Gap, Notice, Status
-from edge.alerts.settings import BrokerSettings
-from edge.alerts.subscriber import EVERYTHING, Subscriber
-from edge.errors import LinewardError
 from tests.faults.fault_proxy import FaultProxy
 from tests.mosquitto_process import Mosquitto
 
@@ -42,189 +45,46 @@ if TYPE_CHECKING:
 
     from edge.bundle import Bundle
 
-SITE, BOX, CAMERAS = "bench", "soak", ("opencv", "gstreamer")
 SLOPE_GOAL_MB_H, DESCRIPTORS_GOAL, THREADS_GOAL, FILE_GOAL = 1.0, 2, 0, 2.0
-FPS, WIDTH, HEIGHT = 10.0, 640, 360
+WIDTH, HEIGHT = 640, 360
 # Two seconds of a line: one event.
 CYCLE = (0, 2, 4, 6, 8, 10, 0, 2, 4, 6, 8, 10, 0, 2, 4, 6, 1, 3, 5, 7)
-REPLAY_ROWS = 500
 # An outbox grows by steps of so much disk space, allocated ahead, so that a full disk leaves it room.
 OWNED_BYTES = 2**20
+FAULTS = 8
 IMAGE = Path(__file__).parent.parent / "docs" / "images" / "soak.png"
-PATIENCE_S = 60.0
 SAMPLE_S = 1.0
 # Of a period: when its fault begins, when it is over, from when on the box counts as calm again.
 FAULT_AT, FAULT_OVER, CALM_FROM = 0.1, 0.45, 0.8
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What the process is like at one moment."""
-
-    at_s: float
-    rss_mb: float
-    descriptors: int
-    threads: int
-    calm: bool
-
-
-@dataclass
-class Soak:
-    """What was seen."""
-
-    samples: list[Sample] = field(default_factory=list)
-    faults: list[tuple[float, str]] = field(default_factory=list)
-    status: Status | None = None
-    states: dict[str, str] = field(default_factory=dict)
-    received: set[tuple[str, int]] = field(default_factory=set)
-    gaps: list[Gap] = field(default_factory=list)
-    repeated: int = 0
-    recovered: dict[str, bool] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """Something that fails: ``begin`` and, when it is over, ``end``."""
-
-    name: str
-    begin: Callable[[], object]
-    end: Callable[[], object] = lambda: None
-
-
-def theil_sen(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
+def theil_sen(
+    x: Sequence[float], y: Sequence[float], seasons: Sequence[int] | None = None
+) -> tuple[float, float, float]:
     """The median of the slopes of all pairs, and the interval that holds it in 95 of 100 cases (Sen, 1968).
+
+    Args:
+        x: one per point.
+        y: as x.
+        seasons: only pairs of one season are looked at (Hirsch, Slack and Smith, 1982): what each fault leaves for a
+            while is then no slope. All pairs by default.
 
     Returns:
         slope, lower, upper; NaN with fewer than 3 points.
     """
-    pairs = list(itertools.combinations(range(len(x)), 2))
     if len(x) < 3:
         return math.nan, math.nan, math.nan
+    seasons = [0] * len(x) if seasons is None else list(seasons)
+    pairs = [(i, j) for i, j in itertools.combinations(range(len(x)), 2) if seasons[i] == seasons[j]]
     slopes = np.sort([(y[j] - y[i]) / (x[j] - x[i]) for i, j in pairs])
-    n = len(x)
-    reach = 1.96 * math.sqrt(n * (n - 1) * (2 * n + 5) / 18)
+    counts = [seasons.count(season) for season in set(seasons)]
+    reach = 1.96 * math.sqrt(sum(n * (n - 1) * (2 * n + 5) for n in counts) / 18)
     low, high = (len(slopes) - reach) / 2, (len(slopes) + reach) / 2
     return (
         float(np.median(slopes)),
         float(slopes[max(0, math.floor(low))]),
         float(slopes[min(len(slopes) - 1, math.ceil(high))]),
     )
-
-
-def settings_of(bundle: Bundle, folder: Path, *, proxy: int, cameras: dict[str, MjpegServer], threshold: float) -> Any:  # noqa: ANN401 (YAML)
-    """What the box's YAML file says."""
-    pipeline = "souphttpsrc location={} is-live=true ! multipartdemux ! jpegdec ! videoconvert"
-    sources = {
-        "opencv": {"kind": "camera", "url": cameras["opencv"].url},
-        "gstreamer": {"kind": "gstreamer", "pipeline": pipeline.format(cameras["gstreamer"].url)},
-    }
-    return {
-        "site": SITE, "box": BOX, "state_dir": str(folder / "state"), "bundle": str(bundle.path.resolve()),
-        "broker": {
-            "url": f"mqtt://127.0.0.1:{proxy}", "replay_rows": REPLAY_ROWS, "backoff_max_s": 2.0, "keepalive_s": 5,
-        },
-        "status_every_s": 1.0,
-        "evidence": {"max_mb": 8, "min_free_mb": 0},
-        "cameras": [
-            {
-                "name": name, "source": {**source, "reconnect_seconds": 2.0, "stall_seconds": 3.0}, "frame_rate": FPS,
-                "threshold": {"value": threshold, "bundle_id": bundle.id, "memory_version": 0},
-                "events": {"enter_hits": 3, "enter_window": 5, "leave_calm": 5, "leave_quantile": 0.999},
-            }
-            for name, source in sources.items()
-        ],
-    }  # fmt: skip
-
-
-class Watcher:
-    """Takes in what a subscriber sees, in a thread; asks for what is missing as any consumer may."""
-
-    def __init__(self, url: str, soak: Soak) -> None:
-        self._settings, self._soak = BrokerSettings(url=url, backoff_max_s=0.5), soak
-        self._subscriber = Subscriber(self._settings, kinds=EVERYTHING)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._stop = threading.Event()
-
-    def __enter__(self) -> Watcher:  # noqa: PYI034 (Self needs Python 3.11)
-        self._subscriber.start()
-        self._subscriber.wait_until_ready(PATIENCE_S)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._subscriber.stop()
-
-    @property
-    def duplicates(self) -> int:
-        """Messages that came more than once."""
-        return self._subscriber.counters["duplicates"]
-
-    def ask_again(self, last: tuple[str, int] | None = None) -> None:
-        """Ask the box for numbers that have not come; ``last``: the highest one there is, where that is known."""
-        received = self._soak.received
-        for epoch in {epoch for epoch, _ in received}:
-            numbers = {seq for one, seq in received if one == epoch}
-            numbers |= {seq for gap in self._soak.gaps if gap.epoch == epoch for seq in range(gap.first, gap.last + 1)}
-            top = last[1] if last is not None and last[0] == epoch else max(numbers)
-            missing = sorted(set(range(1, top + 1)) - numbers)
-            if missing:
-                self._soak.repeated += len(missing)
-                with contextlib.suppress(LinewardError), Commander(self._settings, site=SITE, box=BOX) as commander:
-                    commander.ask("replay", {"epoch": epoch, "from": missing[0], "to": missing[-1]})
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            received = self._subscriber.receive(0.2)
-            message = None if received is None else received.message
-            if isinstance(message, (Alert, Notice, Gap)):
-                self._soak.received.add((message.epoch, message.seq))
-                if isinstance(message, Gap):
-                    self._soak.gaps.append(message)
-            elif isinstance(message, Status):
-                self._soak.status = message
-            elif isinstance(message, CameraState):
-                self._soak.states[message.camera] = message.state
-
-
-def faults_of(
-    process: subprocess.Popen[bytes],
-    broker: Mosquitto,
-    proxy: FaultProxy,
-    cameras: dict[str, MjpegServer],
-    config: Path,
-) -> list[Fault]:
-    """The faults in their order."""
-    turns = itertools.cycle([6, 5])
-
-    def change_settings() -> None:
-        content = yaml.safe_load(config.read_text(encoding="utf-8"))
-        content["cameras"][0]["events"]["leave_calm"] = next(turns)
-        config.write_text(yaml.safe_dump(content), encoding="utf-8")
-        process.send_signal(signal.SIGHUP)
-
-    def limit_files(size: int) -> None:
-        hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, hard))
-
-    def swallow() -> None:
-        proxy.faults.swallow = True
-
-    def forward() -> None:
-        proxy.faults.swallow = False
-        proxy.reset()
-
-    return [
-        Fault("broker killed", broker.restart),
-        Fault("broker away", broker.stop, broker.start),
-        Fault("camera cut (OpenCV)", cameras["opencv"].cut, cameras["opencv"].plug_in),
-        Fault("camera cut (GStreamer)", cameras["gstreamer"].cut, cameras["gstreamer"].plug_in),
-        Fault("SIGHUP", lambda: process.send_signal(signal.SIGHUP)),
-        Fault("camera's settings changed", change_settings),
-        Fault("network black hole", swallow, forward),
-        Fault("no file may grow", lambda: limit_files(4096), lambda: limit_files(resource.RLIM_INFINITY)),
-    ]
 
 
 def sample(pid: int, at_s: float, *, calm: bool) -> Sample:
@@ -328,6 +188,7 @@ def measure(bundle: Bundle, folder: Path, *, periods: int, period_s: float) -> t
         wait_for(lambda: bool(soak.received), "the first alert", config)
         empty = outbox_bytes(folder)
         faults = faults_of(process, broker, proxy, cameras, config)
+        assert len(faults) == FAULTS
         go_through(soak, process, faults, watcher, periods=periods, period_s=period_s)
         wait_for(lambda: _drained(soak), "the outbox to drain", config)
         # Cameras that are gone make no more alerts: what is missing now is missing.
@@ -389,14 +250,17 @@ def print_periods(soak: Soak, period_s: float) -> None:
 def goals_of(soak: Soak, end: dict[str, float], period_s: float, *, warm: int) -> list[Goal]:
     """The figures beside their goals."""
     hours, rss, descriptors, threads = zip(*calm_points(soak, period_s, warm=warm), strict=True)
-    slope, low, high = theil_sen(hours, rss)
+    seasons = [(warm + index) % FAULTS for index in range(len(rss))]
+    whole = len(rss) >= 2 * FAULTS
+    slope, low, high = theil_sen(hours, rss, seasons if whole else None)
     needed = end["empty"] + end["kept"] + OWNED_BYTES
     back = [key for key, done in soak.recovered.items() if not done]
     status = soak.status
     drops = {} if status is None else {k: v for k, v in status.drops.items() if "lost" in k or "dropped" in k}
     return [
         Goal("slope of resident memory after the warm-up", slope, SLOPE_GOAL_MB_H, False,
-             f"95 % interval {low:.2f} to {high:.2f}, {len(rss)} points over {60 * (hours[-1] - hours[0]):.0f} min; "
+             f"95 % interval {low:.2f} to {high:.2f}, {len(rss)} points over {60 * (hours[-1] - hours[0]):.0f} min, "
+             f"{'each fault beside itself' if whole else 'all pairs'}; "
              f"{rss[0]:.1f} MB first, {rss[-1]:.1f} last, {max(s.rss_mb for s in soak.samples):.1f} most", "MB/h"),
         Goal("descriptors, calm periods, most less fewest", max(descriptors) - min(descriptors), DESCRIPTORS_GOAL,
              False, f"{min(descriptors):.0f} to {max(descriptors):.0f}"),
@@ -442,7 +306,9 @@ def draw(soak: Soak, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> list[Goal]:
     parser = argparse.ArgumentParser(description=__doc__)
     add_bundle_option(parser)
-    parser.add_argument("--periods", type=int, default=16, help="each with one of eight faults")
+    parser.add_argument(
+        "--periods", type=int, default=16, help="each with one of eight faults; a slope needs 24 and more"
+    )
     parser.add_argument("--period", type=float, default=60.0, help="seconds")
     parser.add_argument("--warm", type=int, default=8, help="periods before memory counts: each fault once")
     parser.add_argument("--image", type=Path, default=IMAGE, help="where it is drawn")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks import soak
-from benchmarks.soak import Sample, Soak, theil_sen
+from benchmarks._soak_parts import Sample, Soak
+from benchmarks.soak import theil_sen
 from tests.edge.tiny_bundle import make_tiny_bundle
 
 if TYPE_CHECKING:
@@ -32,6 +33,18 @@ def test_a_slope_is_robust_and_has_an_interval() -> None:
 
 def test_a_flat_box_has_no_slope() -> None:
     assert theil_sen([0.0, 1.0, 2.0, 3.0], [5.0] * 4) == (0.0, 0.0, 0.0)
+
+
+def test_what_each_fault_leaves_for_a_while_is_no_slope() -> None:
+    minutes = list(range(24))
+    left = [0.0, 4.0, 1.0, 0.0, 6.0, 2.0, 3.0, 1.0] * 3
+    seasons = [minute % soak.FAULTS for minute in minutes]
+    assert theil_sen(minutes, left, seasons) == (0.0, 0.0, 0.0)
+    slope, low, high = theil_sen(
+        minutes, [one + 0.5 * minute for one, minute in zip(left, minutes, strict=True)], seasons
+    )
+    assert (slope, low, high) == pytest.approx((0.5, 0.5, 0.5))
+    assert theil_sen(minutes, left)[2] > 0.05
 
 
 def test_two_points_are_no_slope() -> None:
