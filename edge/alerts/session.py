@@ -15,7 +15,7 @@ from edge.alerts.message import mark_late
 from edge.errors import OutboxError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from edge.alerts.mqtt import Acked, Connected, Incoming, Link, Lost
     from edge.alerts.outbox import Outbox, Row
@@ -214,7 +214,7 @@ class Session:
         for key in list(self._held):
             self._release(key)
 
-    def _as_many_as_fit(self, rows: Sequence[Row]) -> Sequence[Row]:
+    def _as_many_as_fit(self, rows: list[Row]) -> list[Row]:
         """The first of these rows, up to the one for which there is no room; held ones need none."""
         room = self.room
         for index, row in enumerate(rows):

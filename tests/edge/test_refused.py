@@ -252,19 +252,36 @@ class Wire:
         return len(self.published)
 
 
-def test_message_that_a_broker_hangs_up_about_unnamed_is_found_by_going_one_by_one(
-    outbox: Outbox, tmp_path: Path
-) -> None:
+def session_for(wire: Wire, outbox: Outbox, refused: Refused, **values: Any) -> Session:
+    values = {"careful": 0, "counters": dict.fromkeys(("published", "acknowledged", "refused"), 0)} | values
+    retained = Retained(Ledger(outbox.path.with_name("ledger.db")))
+    return Session(
+        wire, Connected(20), outbox=outbox, retained=retained, refused=refused, window=20, unproving="", **values  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def test_window_holds_where_a_refused_backlog_is_read_past(outbox: Outbox) -> None:
+    refused, wire = Patience().refused(), Wire()
+    refused.note(IDENTITY.alert("forbidden"), "no")
+    outbox.append_many(([draft(camera="forbidden")] * 5 + [draft()]) * 50)
+    session = session_for(wire, outbox, refused)
+    session.send_rows()
+    assert (len(wire.published), session.unsent) == (20, 20)
+    for mid in range(1, 11):
+        session.on_acked(Acked(mid))
+    session.send_rows()
+    assert (len(wire.published), session.unsent) == (30, 20)
+    assert not any(b'"camera":"forbidden"' in payload for payload in wire.published)
+
+
+def test_message_that_a_broker_hangs_up_about_unnamed_is_found_by_going_one_by_one(outbox: Outbox) -> None:
     outbox.append_many([draft()] * 8)
     patience, careful, delivered = Patience(), 0, 0
     refused, counters = patience.refused(), dict.fromkeys(("published", "acknowledged", "refused"), 0)
     for _ in range(30):
         wire = Wire()
         outbox.release_sent()
-        session = Session(
-            wire, Connected(20), outbox=outbox, retained=Retained(Ledger(tmp_path / "ledger.db")),  # type: ignore[arg-type]
-            refused=refused, window=20, careful=careful, unproving="", counters=counters,
-        )  # fmt: skip
+        session = session_for(wire, outbox, refused, careful=careful, counters=counters)
         refused.accept("other")
         lost = None
         while lost is None and outbox.depth:
