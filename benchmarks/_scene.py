@@ -5,6 +5,7 @@ It must not know what is measured on it. A frame is made for any moment, so that
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -138,6 +139,7 @@ def _web(rng: np.random.Generator, texture: str) -> npt.NDArray[np.float32]:
     return np.clip(125 + 30 * mixed / mixed.std(), 15, 240).astype(np.float32)
 
 
+@functools.lru_cache(maxsize=8)
 def _photograph(name: str, height: int, width: int) -> npt.NDArray[np.float32]:
     """A photograph as a web without an end: beside it its mirror image."""
     from trainer.data.generic import photograph_folder
