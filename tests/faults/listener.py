@@ -86,6 +86,12 @@ class Listener:
         with self._changed:
             return self._changed.wait_for(lambda: len(self.arrived) >= count, timeout)
 
+    def wait_for_gap(self, timeout: float) -> Gap:
+        """The first gap message."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: bool(self.gaps), timeout), "no gap message came"
+            return next(iter(self.gaps.values()))
+
     def _on_connect(self, client: Client, *_: object) -> None:
         client.subscribe([(name, 1) for name in subscriptions("lineward", kinds=_KINDS)])
 
@@ -101,7 +107,9 @@ class Listener:
         if isinstance(parsed, Gap):
             self._recorder.note(Kind.GAP, *found[:1], epoch=parsed.epoch, seq=parsed.seq, late=parsed.late,
                                 first=parsed.first, last=parsed.last, dropped=parsed.dropped)  # fmt: skip
-            self.gaps[found] = parsed
+            with self._changed:
+                self.gaps[found] = parsed
+                self._changed.notify_all()
             return
         content = content_of(parsed)
         self._recorder.note(

@@ -74,9 +74,9 @@ def _written(log: Path) -> int:
 
 
 def contents(outbox: Outbox) -> tuple[list[int], list[Gap]]:
-    """The numbers of the alerts that would be sent, and the gaps."""
+    """The numbers of the alerts that would be sent, sorted, and the gaps."""
     messages = [parse(row.topic, row.payload) for row in outbox.pending(1000)]
-    return [m.seq for m in messages if isinstance(m, Alert)], [m for m in messages if isinstance(m, Gap)]
+    return sorted(m.seq for m in messages if isinstance(m, Alert)), [m for m in messages if isinstance(m, Gap)]
 
 
 def damage_log(source: Path, lengths: list[int], folder: Path, *, cases: int, seed: int) -> Damaged:

@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from edge.alerts.publisher import Publisher
+from edge.alerts.settings import BrokerSettings
 from edge.errors import OutboxError
-from tests.alert_values import draft
+from tests.alert_values import IDENTITY, draft
 from tests.edge.test_outbox import full_disk
+from tests.faults.history import Id
+from tests.faults.listener import Listener
 from tests.faults.log_damage import ROWS, contents, damage_log, leave_crashed, open_outbox
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.mosquitto_process import Mosquitto
 
 START_S = 2.0
 SEED = 5
@@ -45,6 +51,24 @@ def test_log_damaged_anywhere_keeps_all_rows_before_and_counts_the_others(
     assert found.cases == cases
     assert found.lost > cases / 2, "the damage does none: this test would show nothing"
     assert found.slowest_s <= START_S
+
+
+@pytest.mark.broker
+@pytest.mark.parametrize("share", [0.2, 0.7])
+def test_rows_before_the_damage_are_delivered(
+    crashed: tuple[Path, list[int]], tmp_path: Path, mosquitto: Mosquitto, share: float
+) -> None:
+    source, lengths = crashed
+    at = int(share * lengths[-1])
+    path = damaged_copy(source, tmp_path / "cut", "outbox.db-wal", lambda content: bytes(content[:at]))
+    with Listener(mosquitto.port, tmp_path / "history.jsonl") as listener, open_outbox(path) as outbox:
+        safe = {Id(IDENTITY.box, outbox.epoch, seq) for seq, length in enumerate(lengths, 1) if length <= at}
+        with Publisher(settings=BrokerSettings(url=mosquitto.url), identity=IDENTITY, outbox=outbox) as publisher:
+            assert publisher.wait_until_drained(20)
+        assert safe
+        assert listener.wait_for(safe, quiet_s=5.0) == set()
+        gap = listener.wait_for_gap(10)
+        assert (gap.last, gap.first + gap.dropped) == (ROWS, ROWS + 1)
 
 
 def test_log_undamaged_after_a_crash_is_no_damage(crashed: tuple[Path, list[int]], tmp_path: Path) -> None:
