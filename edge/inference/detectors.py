@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+import cv2
+
 from edge.bundle import Bundle
 from edge.inference.detector import Detector
 from edge.inference.engines import Accelerator, Provider
@@ -91,6 +93,9 @@ class Detectors:
                     accelerator=accelerator,
                 )
             found[path] = by_id[known.bundle.id] = known
+        if _streams(len(cameras)) > 1:
+            # Each core has a camera's thread already: more of OpenCV's would only take turns with them.
+            cv2.setNumThreads(1)
         # What compiling needed and the graphs do not.
         give_back_freed()
         return cls(found, default, cameras, runtime)

@@ -71,6 +71,18 @@ def test_each_bundle_is_opened_once_and_each_trunk_compiled_once(
     assert [name for name in cameras if detectors.shares_memory(name)] == ["plain", "named"]
 
 
+def test_several_cameras_resize_on_one_thread_each(
+    bundles: tuple[Bundle, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("edge.inference.detectors.cv2.setNumThreads", asked.append)
+    monkeypatch.setattr("edge.inference.detectors.os.sched_getaffinity", lambda _: {0, 1, 2})
+    Detectors.open(settings(tmp_path, bundles[0].path, {"x": {}}))
+    assert asked == []
+    Detectors.open(settings(tmp_path, bundles[0].path, {"x": {}, "y": {}}))
+    assert asked == [1]
+
+
 def test_bundle_of_a_disabled_camera_is_not_opened(bundles: tuple[Bundle, Bundle], tmp_path: Path) -> None:
     cameras = {"on": {}, "off": {"bundle": tmp_path / "nothing", "enabled": False}}
     detectors = Detectors.open(settings(tmp_path, bundles[0].path, cameras))
