@@ -117,10 +117,11 @@ def draw(curve: Curve, fps: float, path: Path) -> None:
         memory.plot(counts, [one.rss_mb for one in runs], "o-", label=policy.value)
     counts = list(next(iter(curve.values())))
     rate.plot(counts, [fps * count for count in counts], "k:", label=f"offered: {fps:g} frames/s a camera")
-    rate.set(title="frames judged per second", yscale="log")
+    rate.set(title="frames judged per second", ylim=(0, None))
     delay.set(title="capture to verdict, ms (o p50, ^ p99)", yscale="log")
     drops.set(title="frames dropped, %")
-    memory.set(title="resident memory of the box besides frames, MB", ylim=(0, None))
+    most = max(one.rss_mb for reports in curve.values() for one in reports.values())
+    memory.set(title="resident memory of the box besides frames, MB", ylim=(0, 1.2 * most))
     for axes in (rate, delay, drops, memory):
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, [str(count) for count in counts])

@@ -287,10 +287,10 @@ def draw(soak: Soak, path: Path) -> None:
     figure, (memory, counts) = plt.subplots(2, 1, figsize=(11, 7), sharex=True, layout="constrained")
     minutes = [one.at_s / 60 for one in soak.samples]
     memory.plot(minutes, [one.rss_mb for one in soak.samples])
-    memory.set(ylabel="resident memory, MB", ylim=(0, None))
+    memory.set(ylabel="resident memory, MB", ylim=(0, 1.2 * max(one.rss_mb for one in soak.samples)))
     counts.step(minutes, [one.descriptors for one in soak.samples], where="post", label="descriptors")
     counts.step(minutes, [one.threads for one in soak.samples], where="post", label="threads")
-    counts.set(xlabel="minutes", ylim=(0, None))
+    counts.set(xlabel="minutes", ylim=(0, 1.2 * max(one.descriptors for one in soak.samples)))
     counts.legend(loc="lower right")
     for at_s, name in soak.faults:
         for axes in (memory, counts):
