@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 TICK_S = 0.2
+STUCK = f"stuck for more than {WATCHDOG_LIMIT_S:g} s, or ended"
 # systemd and a PLC wait; a box is down within 3 s of the signal. Seconds after it by which each must have ended.
 WORKERS_STOP_S = 1.2
 PARTS_STOP_S = 1.4
@@ -104,10 +105,17 @@ class Box:
         detectors = self._contents.detectors
         return "" if detectors is None else detectors.fallback_reason
 
+    def _stuck(self) -> list[str]:
+        """Loops that nobody hears of any more."""
+        publisher = self.publisher
+        # The publisher may wait for work as long as it likes; what ends it outside a stop is a defect.
+        ended = publisher is not None and not publisher.alive and not self._stop.is_set()
+        return [*self._contents.watchdog.stuck(), *(["publisher"] if ended else [])]
+
     def troubles(self) -> list[str]:
         """Why nobody should rely on the box now, such as a loop that is stuck; empty while all is well. Any thread."""
         silent_s = (time.monotonic_ns() - self._supervised_ns) / 1e9
-        found = [f"{name}: stuck for more than {WATCHDOG_LIMIT_S:g} s" for name in self._contents.watchdog.stuck()]
+        found = [f"{name}: {STUCK}" for name in self._stuck()]
         if self._stop.is_set():
             found.append("the box is stopping")
         elif not self._status:
@@ -151,8 +159,7 @@ class Box:
 
     def supervise(self) -> None:
         """Publish the status when it has changed or is due; tell systemd that all loops go round."""
-        stuck = self._contents.watchdog.stuck()
-        if not stuck:
+        if not self._stuck():
             notify_systemd("WATCHDOG=1")
         status = self.status()
         key = (
@@ -303,7 +310,7 @@ class Box:
             # The status that was made last: who reads it here waits for no camera and no disk.
             return figures_of(
                 self.settings, self._status, self.metrics, outbox=self.outbox, publisher=self.publisher,
-                troubles=self.troubles(), stuck=len(self._contents.watchdog.stuck()),
+                troubles=self.troubles(), stuck=len(self._stuck()),
             )  # fmt: skip
 
         self._contents.parts.append(MetricsServer(self.settings.metrics, figures=figures, troubles=self.troubles))
@@ -339,7 +346,7 @@ class Box:
         if self.outbox is not None and self.outbox.damage:
             found.append(f"the outbox was damaged and put aside: {self.outbox.damage}")
         found += [text for part in self._contents.parts for text in part.warnings()]
-        found += [f"{name}: stuck for more than {WATCHDOG_LIMIT_S:g} s" for name in self._contents.watchdog.stuck()]
+        found += [f"{name}: {STUCK}" for name in self._stuck()]
         return found
 
     def _link_kind(self) -> object:

@@ -129,6 +129,11 @@ class Publisher:
         return self._reconnector.state
 
     @property
+    def alive(self) -> bool:
+        """Whether its thread runs; without it nothing leaves the box."""
+        return self._reconnector.alive
+
+    @property
     def counters(self) -> dict[str, int]:
         """Since the start: published (repeats included), acknowledged, refused, commands, connections, defects ..."""
         return {

@@ -68,6 +68,11 @@ class Reconnector:
         """Where the connection stands."""
         return self._state
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs; it ends by :meth:`stop` alone, or by a defect."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Begin, in a thread of its own."""
         self._thread.start()

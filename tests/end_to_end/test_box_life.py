@@ -18,6 +18,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 import edge.box_contents
+from edge.alerts.reconnector import Reconnector
 from edge.box import Box
 from edge.inference.detector import Detector
 from edge.settings import load_settings
@@ -119,6 +120,28 @@ def test_stuck_judge_keeps_the_watchdogs_word_back_and_is_named(
             assert any("cam: stuck" in text for text in box.status()["warnings"])
         finally:
             box.stop()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_publisher_that_has_ended_is_noticed(tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_down(_self: Reconnector) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(Reconnector, "_connect_and_serve", break_down)
+    box = Box(load_settings(configured(tmp_path, bundle, "mqtt://127.0.0.1:1")))
+    box.start()
+    try:
+        assert box.publisher is not None
+        deadline = time.monotonic() + SOON
+        while box.publisher.alive:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)  # the end of a thread of another: nothing to await
+        box.supervise()
+
+        assert [text for text in box.troubles() if text.startswith("publisher: ")]
+        assert not box.healthy()
+    finally:
+        box.stop()
 
 
 def test_box_stops_in_time_although_engine_and_broker_hang(
