@@ -75,7 +75,7 @@ class Compiled:
         }  # fmt: skip
         self.compiled = openvino.Core().compile_model(model, "CPU", config)
         self._request = self.compiled.create_infer_request()
-        # A shared tensor does not hold its array: what takes that memory next would be computed with, subnormals and all.
+        # A shared tensor does not hold its array: what takes that memory next would be computed with.
         self._feeds = feeds
         for name, value in feeds.items():
             self._request.set_tensor(name, openvino.Tensor(value, shared_memory=True))
