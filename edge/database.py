@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from edge.errors import LinewardError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 _E = TypeVar("_E", bound=LinewardError)
 _AGAIN_S = 0.01
@@ -32,6 +32,30 @@ def is_damage(error: sqlite3.Error) -> bool:
 def is_full(error: sqlite3.Error) -> bool:
     """Whether the disk, or the file's allowance, is used up."""
     return "disk is full" in str(error)
+
+
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection, *, durable: bool) -> Iterator[sqlite3.Connection]:
+    """All of it or nothing.
+
+    Args:
+        db: in autocommit mode.
+        durable: whether it is on disk, and not only in the log's pages in memory, when this returns.
+
+    Raises:
+        sqlite3.Error: it could not be committed, and is undone.
+    """
+    db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield db
+        db.execute("COMMIT")
+    except BaseException:
+        # SQLite has rolled back by itself after some errors (a full disk), after others it has not.
+        with contextlib.suppress(sqlite3.Error):
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+        raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,11 @@ Keys of commands with their answers, the latest UTC seen, topics to clear one da
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
 import threading
 from typing import TYPE_CHECKING, TypeVar
 
-from edge.database import DamagedError, DatabaseKind, is_damage
+from edge.database import DamagedError, DatabaseKind, is_damage, transaction
 from edge.errors import StoreError
 
 if TYPE_CHECKING:
@@ -158,18 +157,8 @@ class Ledger:
                 raise _FILE.explain(error, self.path) from error
 
     def _transact(self, work: Callable[[sqlite3.Connection], _T], *, durable: bool) -> _T:
-        db = self._db if self._db is not None else self._open()
-        db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            result = work(db)
-            db.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-            raise
-        return result
+        with transaction(self._db if self._db is not None else self._open(), durable=durable) as db:
+            return work(db)
 
     def _open(self) -> sqlite3.Connection:
         try:

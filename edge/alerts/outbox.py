@@ -28,7 +28,7 @@ from edge.alerts.outbox_rows import (
     set_meta,
 )
 from edge.alerts.outbox_space import OwnedSpace
-from edge.database import DamagedError, is_damage, is_full
+from edge.database import DamagedError, is_damage, is_full, transaction
 from edge.errors import OutboxError
 
 if TYPE_CHECKING:
@@ -363,23 +363,17 @@ class Outbox:
         self._guard(self._space.own)
 
     def _write(self, work: Callable[[sqlite3.Connection], _T], *, durable: bool = True, shed: bool = False) -> _T:
-        def transaction(db: sqlite3.Connection) -> _T:
+        def attempt(db: sqlite3.Connection) -> _T:
             before = replace(self._rows.totals)
-            db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-            db.execute("BEGIN IMMEDIATE")
             try:
-                result = work(db)
-                db.execute("COMMIT")
+                with transaction(db, durable=durable):
+                    return work(db)
             except BaseException:
                 self._rows.totals = before
-                # SQLite has rolled back by itself after some errors (a full disk), after others it has not.
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
                 raise
-            return result
 
         try:
-            return self._guard(transaction)
+            return self._guard(attempt)
         except OutboxError as error:
             if not (isinstance(error.__cause__, sqlite3.Error) and is_full(error.__cause__)):
                 raise

@@ -5,14 +5,13 @@ One SQLite file, safe against kill and power cut. It must not know sockets.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import sqlite3
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from edge.database import DamagedError, DatabaseKind, is_damage
+from edge.database import DamagedError, DatabaseKind, is_damage, transaction
 from edge.errors import StoreError
 from edge.federation.wire import encode_update
 
@@ -239,18 +238,8 @@ class Spool:
                 raise _FILE.explain(error, self.path) from error
 
     def _transact(self, work: Callable[[sqlite3.Connection], _T], *, durable: bool) -> _T:
-        db = self._db
-        db.execute(f"PRAGMA synchronous={'FULL' if durable else 'NORMAL'}")
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            result = work(db)
-            db.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-            raise
-        return result
+        with transaction(self._db, durable=durable) as db:
+            return work(db)
 
     def _open(self) -> sqlite3.Connection:
         try:
