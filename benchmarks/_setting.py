@@ -9,7 +9,10 @@ import math
 import os
 import platform
 import resource
+import shutil
 import sys
+import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,9 +26,11 @@ from edge.frames import Frame
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy.typing as npt
+
+    from tests.mosquitto_process import Mosquitto
 
 HEIGHT, WIDTH = 1080, 1920
 PRODUCT = "brick"
@@ -102,6 +107,31 @@ def bundle_for(path: Path | None, folder: Path) -> Bundle:
     write_default(folder / "data", seed=0, kind=PRODUCT, test_good=0, test_defective=0)
     run = train(method="memory", data=folder / "data", out=folder / "run", progress=quiet)
     return export_run(run.path, folder / "bundle", progress=quiet)
+
+
+@contextmanager
+def bundle_and_broker(name: str, given: Path | None) -> Iterator[tuple[Path, Bundle, Mosquitto]]:
+    """Print the heading, and lend a scratch folder, a bundle and a mosquitto that runs.
+
+    Args:
+        name: of the benchmark.
+        given: the bundle to measure; None makes one.
+    """
+    from tests.mosquitto_process import Mosquitto
+
+    if shutil.which("mosquitto") is None:
+        raise SystemExit("mosquitto is not on the path; on Debian: apt-get install mosquitto")
+    heading(name)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        bundle = bundle_for(given, folder / "bundle")
+        (folder / "broker").mkdir()
+        broker = Mosquitto(folder / "broker")
+        broker.start()
+        try:
+            yield folder, bundle, broker
+        finally:
+            broker.stop()
 
 
 def frames_1080p(count: int, *, seed: int = 0) -> list[npt.NDArray[np.uint8]]:

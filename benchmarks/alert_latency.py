@@ -7,27 +7,24 @@ clock. Every camera has an event a second. Takes about 4 minutes.
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from benchmarks._load_box import Report, Spec, box_settings, load_box, replay_frames, report_of
-from benchmarks._setting import Goal, add_bundle_option, bundle_for, heading, print_goals
+from benchmarks._setting import Goal, add_bundle_option, bundle_and_broker, print_goals
 from benchmarks.box import fsync_ms
 from edge.alerts.message import Alert
 from edge.alerts.settings import BrokerSettings
 from edge.alerts.subscriber import Subscriber
 from edge.frames import EventPhase
-from tests.mosquitto_process import Mosquitto
 
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Sequence
+    from pathlib import Path
 
     from edge.bundle import Bundle
 
@@ -102,25 +99,14 @@ def main(argv: Sequence[str] | None = None) -> list[Goal]:
     options = parser.parse_args(argv)
     if options.tiny:
         options.alerts, options.together, options.warm = 8, 8, 0.1
-    if shutil.which("mosquitto") is None:
-        raise SystemExit("mosquitto is not on the path; on Debian: apt-get install mosquitto")
-    heading("alert_latency")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        bundle = bundle_for(options.bundle, folder / "bundle")
+    with bundle_and_broker("alert_latency", options.bundle) as (folder, bundle, broker):
         frames, threshold = replay_frames(bundle, folder)
-        (folder / "broker").mkdir()
-        broker = Mosquitto(folder / "broker")
-        broker.start()
         fsync = fsync_ms(folder / "probe", count=max(20, options.alerts))
-        try:
-            common = {"frames": frames, "threshold": threshold, "warm": options.warm}
-            free, report = measure(bundle, folder / "free", broker.url, alerts=options.alerts, together=False, **common)
-            at_once, other = measure(
-                bundle, folder / "together", broker.url, alerts=options.together, together=True, **common
-            )
-        finally:
-            broker.stop()
+        common = {"frames": frames, "threshold": threshold, "warm": options.warm}
+        free, report = measure(bundle, folder / "free", broker.url, alerts=options.alerts, together=False, **common)
+        at_once, other = measure(
+            bundle, folder / "together", broker.url, alerts=options.together, together=True, **common
+        )
         fsync += fsync_ms(folder / "probe again", count=max(20, options.alerts))
     goals = _report(free, report, at_once, other, fsync)
     print_goals(goals)

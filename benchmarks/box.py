@@ -13,7 +13,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +28,7 @@ from benchmarks._setting import (
     Goal,
     add_bundle_option,
     as_frame,
-    bundle_for,
-    heading,
+    bundle_and_broker,
     print_goals,
     spread,
 )
@@ -42,10 +40,11 @@ from edge.errors import LinewardError
 from edge.frames import EventPhase
 from edge.inference.detector import Detector
 from edge.judgement.score import pool_score
-from tests.mosquitto_process import Mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from tests.mosquitto_process import Mosquitto
 
 MEMORY_GOAL_MB, START_GOAL_S, STOP_GOAL_S, LATENCY_GOAL_MS = 250.0, 3.0, 3.0, 100.0
 SITE, BOX, CAMERA = "bench", "box", "cam"
@@ -322,21 +321,11 @@ def main(argv: Sequence[str] | None = None) -> list[Goal]:
     options = parser.parse_args(argv)
     if options.tiny:
         options.alerts, options.frames, options.starts = 5, 10, 1
-    if shutil.which("mosquitto") is None:
-        raise SystemExit("mosquitto is not on the path; on Debian: apt-get install mosquitto")
-    heading("box")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        bundle = bundle_for(options.bundle, folder / "bundle")
-        (folder / "broker").mkdir()
-        broker = Mosquitto(folder / "broker")
-        broker.start()
+    with bundle_and_broker("box", options.bundle) as (folder, bundle, broker):
         try:
             goals = measure(bundle, folder, broker, options)
         except LinewardError as error:
             raise SystemExit(str(error)) from error
-        finally:
-            broker.stop()
     print_goals(goals)
     return goals
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from benchmarks._load_box import Report, Spec, box_settings, load_box, replay_frames, report_of
-from benchmarks._setting import Goal, add_bundle_option, bundle_for, heading, print_goals
+from benchmarks._setting import Goal, add_bundle_option, bundle_and_broker, print_goals
 from edge.capture.settings import DropPolicy
-from tests.mosquitto_process import Mosquitto
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -146,19 +144,8 @@ def main(argv: Sequence[str] | None = None) -> list[Goal]:
     options = parser.parse_args(argv)
     if options.tiny:
         options.counts, options.seconds, options.warm, options.fps = [1, 2], 0.5, 0.1, 60.0
-    if shutil.which("mosquitto") is None:
-        raise SystemExit("mosquitto is not on the path; on Debian: apt-get install mosquitto")
-    heading("cameras")
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        bundle = bundle_for(options.bundle, folder / "bundle")
-        (folder / "broker").mkdir()
-        broker = Mosquitto(folder / "broker")
-        broker.start()
-        try:
-            curve = measure(bundle, folder, broker.url, options)
-        finally:
-            broker.stop()
+    with bundle_and_broker("cameras", options.bundle) as (folder, bundle, broker):
+        curve = measure(bundle, folder, broker.url, options)
     print_curve(curve, options.fps)
     draw(curve, options.fps, options.image)
     goals = goals_of(curve)
