@@ -106,11 +106,11 @@ def _default(field: FieldInfo, nested: type[BaseModel] | None) -> str:
         return "none"
     if nested:
         return ""
-    if isinstance(default, Enum):
-        return f"`{default.value}`"
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"
-    return f"`{default}`" if default not in ("", (), [], {}) else "empty"
+    several = default if isinstance(default, (list, tuple)) else (default,)
+    shown = ", ".join(f"`{one.value if isinstance(one, Enum) else one}`" for one in several)
+    return shown if default not in ("", (), [], {}) else "empty"
 
 
 def _bold(title: str | None) -> str:

@@ -195,9 +195,9 @@ class BoxSettings(BaseModel):
         for station in self.stations:
             if station.name in taken:
                 raise ValueError(f"station {station.name!r}: the name is taken; give it one of its own")
-            unknown = [name for name in station.cameras if name not in triggered]
-            if unknown:
-                raise ValueError(f"station {station.name!r}: {unknown[0]!r} is no triggered camera of a single station")
+            for name in station.cameras:
+                if name not in triggered:
+                    raise ValueError(f"station {station.name!r}: {self._why_no_view(name)}")
             taken.add(station.name)
             triggered -= set(station.cameras)
             its = [camera for camera in self.cameras if camera.name in station.cameras]
@@ -206,6 +206,15 @@ class BoxSettings(BaseModel):
             if camera.name in triggered:
                 check_alone(camera)
         return self
+
+    def _why_no_view(self, name: str) -> str:
+        """Why a station cannot have this camera, and the cure."""
+        modes = {camera.name: camera.mode for camera in self.cameras}
+        if name not in modes:
+            return f"no camera is named {name!r}; cameras here: {', '.join(modes)}"
+        if modes[name] is not Mode.TRIGGERED:
+            return f"camera {name!r} watches a stream; give it `mode: triggered`"
+        return f"camera {name!r} is in another station already; each camera is in one"
 
     @model_validator(mode="after")
     def _federation_has_a_memory(self) -> BoxSettings:

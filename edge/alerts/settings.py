@@ -166,6 +166,7 @@ class BrokerSettings(BaseModel):
         """
         if self.password_file is None:
             return None
+        check_readable("password_file", self.password_file)
         check_secret_file(self.password_file)
         try:
             lines = self.password_file.read_text(encoding="utf-8").splitlines()
@@ -181,6 +182,24 @@ def _checked_prefix(value: str) -> str:
         return check_prefix(value)
     except MessageError as error:
         raise ValueError(str(error)) from error
+
+
+def check_readable(key: str, path: Path) -> None:
+    """Refuse a file that this user cannot open.
+
+    Args:
+        key: of the settings, for the error.
+        path: of the file.
+
+    Raises:
+        SettingsError: it cannot be opened; names the key, the file and the cure.
+    """
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        cure = "let the box's user read it: chgrp, chmod 640" if isinstance(error, PermissionError) else "correct it"
+        raise SettingsError(f"{key} {path}: {error.strerror}; {cure}") from error
 
 
 def check_secret_file(path: Path) -> None:

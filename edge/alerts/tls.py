@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 from typing import TYPE_CHECKING
 
-from edge.alerts.settings import check_secret_file
+from edge.alerts.settings import check_readable, check_secret_file
 from edge.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -35,22 +35,30 @@ def tls_context(settings: BrokerSettings) -> ssl.SSLContext:
     """The context of an mqtts connection: the broker's certificate and host name are always checked.
 
     Raises:
-        SettingsError: a file is missing, no PEM, or a key open to everybody.
+        SettingsError: a file cannot be read or is no PEM, or a key is open to everybody.
     """
+    for key in ("ca_file", "cert_file", "key_file"):
+        # OpenSSL's errors name no file.
+        if (path := getattr(settings, key)) is not None:
+            check_readable(key, path)
     if settings.key_file is not None:
         check_secret_file(settings.key_file)
     try:
         context = ssl.create_default_context(cafile=None if settings.ca_file is None else str(settings.ca_file))
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if settings.cert_file is not None:
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(f"ca_file {settings.ca_file}: {error}; name a PEM file with a certificate") from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if settings.cert_file is not None:
+        try:
             # Without a password of its own, OpenSSL would ask the terminal for that of an encrypted key.
             context.load_cert_chain(
                 str(settings.cert_file), None if settings.key_file is None else str(settings.key_file), password=""
             )
-    except (OSError, ssl.SSLError) as error:
-        raise SettingsError(
-            f"ca_file, cert_file, key_file: {error}; name PEM files that this user can read, the key without a password"
-        ) from error
+        except (OSError, ssl.SSLError) as error:
+            raise SettingsError(
+                f"cert_file {settings.cert_file}, key_file {settings.key_file}: {error}; name PEM files of a "
+                "certificate and its key, the key without a password"
+            ) from error
     return context
 
 

@@ -64,7 +64,7 @@ def look_at_broker(settings: BoxSettings) -> Iterator[Finding]:
         else:
             text = "the connection is not encrypted: whoever is on the network reads and writes alerts"
             if broker.host not in ("localhost", "127.0.0.1", "::1"):
-                yield doubt("broker", "tls", text, "use an mqtts:// address; docs/operations.md has the commands")
+                yield doubt("broker", "tls", text, "use an mqtts:// address; docs/broker.md has the commands")
     yield from _mqtt(settings)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge.alerts.settings import check_secret_file
+from edge.alerts.settings import check_readable, check_secret_file
 from edge.box_contents import OUTBOX_FILE
 from edge.doctor.findings import doubt, fine, wrong
 from edge.federation.keys import read_key_pair, read_public_key
@@ -190,8 +190,9 @@ def look_at_keys(settings: BoxSettings) -> Iterator[Finding]:
         broker.read_password()
         yield fine("key", "broker", f"{broker.password_file} can be read by this user and not by everybody")
     if broker.key_file is not None:
+        check_readable("key_file", broker.key_file)
         check_secret_file(broker.key_file)
-        yield fine("key", "broker", f"{broker.key_file} is closed to others")
+        yield fine("key", "broker", f"{broker.key_file} can be read by this user and not by everybody")
     if federation is not None and federation.key_file is not None and federation.aggregator_key_file is not None:
         pair = read_key_pair(federation.key_file)
         read_public_key(federation.aggregator_key_file)

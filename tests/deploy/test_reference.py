@@ -33,6 +33,7 @@ class Hall(BaseModel):
     lamps: tuple[Lamp, ...] = ()
     rooms: dict[str, Lamp] = {}
     tags: list[str] = []
+    walls: tuple[Colour, ...] = (Colour.RED, Colour.BLUE)
 
 
 def page() -> str:
@@ -43,6 +44,7 @@ def test_each_key_has_a_row_with_type_bounds_and_default() -> None:
     assert "| `name` | text | **required** | Unique. |" in page()
     assert "| `height` | number, > 0, ≤ 20 | none |" in page()
     assert "| `tags` | list of text | empty |" in page()
+    assert "| `walls` | list of `red` or `blue` | `red`, `blue` |" in page()
 
 
 def test_enumerations_show_their_values_and_pipes_are_escaped() -> None:

@@ -13,6 +13,8 @@ from edge.alerts.mqtt import LinkKind
 from edge.alerts.outbox import Outbox
 from edge.alerts.publisher import Publisher
 from edge.alerts.settings import BrokerSettings
+from edge.alerts.tls import tls_context
+from edge.errors import SettingsError
 from tests.alert_values import IDENTITY, draft
 from tests.certificates import Authority, Pair
 from tests.mosquitto_process import Mosquitto, free_port
@@ -153,6 +155,18 @@ def test_key_that_others_can_read_is_refused(plant: Plant, outbox: Outbox, tmp_p
     key.chmod(0o644)
     pair = Pair(plant.client.cert, key)
     assert "chmod 600" in trouble(outbox, plant.url("mutual"), "open to every user", **plant.ours_with(pair))
+
+
+@pytest.mark.parametrize("key", ["ca_file", "cert_file", "key_file"])
+def test_file_that_is_missing_or_no_certificate_is_named(plant: Plant, tmp_path: Path, key: str) -> None:
+    files = plant.ours_with(plant.client)
+    with pytest.raises(SettingsError, match=f"^{key} {tmp_path}/none: No such file"):
+        tls_context(BrokerSettings(url="mqtts://localhost", **{**files, key: tmp_path / "none"}))  # type: ignore[arg-type]
+    text = tmp_path / "text.pem"
+    text.touch(mode=0o600)
+    text.write_text("no certificate\n")
+    with pytest.raises(SettingsError, match=f"{key} {text}.*PEM file"):
+        tls_context(BrokerSettings(url="mqtts://localhost", **{**files, key: text}))  # type: ignore[arg-type]
 
 
 def test_key_with_a_password_is_refused_without_asking_for_it(plant: Plant, outbox: Outbox, tmp_path: Path) -> None:
