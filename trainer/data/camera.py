@@ -18,6 +18,7 @@ SEEN = 7 / 8
 """Share of a view's width and height that a frame shows; the rest is room to drift and turn without leaving it."""
 
 _LARGEST_DRIFT = 0.015  # of the view
+_LEAST_BLUR = 0.05  # pixels; less changes no grey level
 _LARGEST_TURN = 2.0  # degrees; 7/8 * (cos 2 + sin 2) + 2 * 0.015 = 0.935 of the view, so no border is ever seen
 
 
@@ -61,6 +62,64 @@ class Light:
         """Draw a gain within 8 % and slopes within 10 %."""
         slopes = rng.uniform(-0.1, 0.1, 2)
         return cls(float(rng.uniform(0.92, 1.08)), float(slopes[0]), float(slopes[1]))
+
+
+@dataclass(frozen=True)
+class Optics:
+    """An optical scheme: what lens, lamp and sensor settings make of every picture of a line.
+
+    Attributes:
+        gain: factor on all grey levels.
+        offset: grey levels that stray light adds.
+        gamma: exponent of the tone curve; above 1 darkens the middle.
+        vignette: share of light that is missing in the corners.
+        blur: deviation of the lens's blur as a share of the picture's side.
+        balance: factors of blue, green and red.
+    """
+
+    gain: float = 1.0
+    offset: float = 0.0
+    gamma: float = 1.0
+    vignette: float = 0.0
+    blur: float = 0.0
+    balance: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Optics:
+        """Draw a scheme as lines of one plant differ: dim to bright, sharp to a pixel of blur at 256, warm to cold."""
+        balance = rng.uniform(0.85, 1.0, 3)
+        blue, green, red = (float(value) for value in balance / balance.max())
+        return cls(
+            gain=float(rng.uniform(0.65, 1.25)),
+            offset=float(rng.uniform(-5.0, 25.0)),
+            gamma=float(np.exp(rng.uniform(np.log(0.7), np.log(1.45)))),
+            vignette=float(rng.uniform(0.0, 0.4)),
+            blur=float(rng.uniform(0.0, 0.004)),
+            balance=(blue, green, red),
+        )
+
+
+def through(image: npt.NDArray[np.uint8], optics: Optics) -> npt.NDArray[np.uint8]:
+    """Show a picture through an optical scheme.
+
+    Args:
+        image: uint8 [H, W, 3] BGR.
+        optics: the scheme; the plain one changes nothing.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    height, width = image.shape[:2]
+    light = image.astype(np.float32)
+    sigma = optics.blur * max(height, width)
+    if sigma > _LEAST_BLUR:
+        light = cv2.GaussianBlur(light, (0, 0), sigma, borderType=cv2.BORDER_REFLECT_101)
+    ys = np.linspace(-1, 1, height, dtype=np.float32)[:, None, None]
+    xs = np.linspace(-1, 1, width, dtype=np.float32)[None, :, None]
+    fall = 1 - np.float32(optics.vignette) * (ys * ys + xs * xs) / 2
+    level = np.clip(light * fall * (optics.gain * np.array(optics.balance, np.float32)) / 255, 0, 1)
+    level = 255 * level ** np.float32(optics.gamma) + np.float32(optics.offset)
+    return np.asarray(np.clip(np.rint(level), 0, 255), dtype=np.uint8)
 
 
 def look(view: npt.NDArray[np.uint8], pose: Pose, side: int) -> npt.NDArray[np.uint8]:

@@ -15,6 +15,7 @@ import numpy as np
 from deploy.progress import no_progress
 from edge.errors import DataError
 from trainer.data.camera import Light, Pose, illuminate, look, look_at_mask, sensor_noise
+from trainer.data.images import new_folder, write_png
 from trainer.data.surfaces import (
     KINDS,
     Crops,
@@ -116,7 +117,7 @@ def write_default(
     plan += [("test", families[i % len(families)], i) for i in range(test_defective)]
     piece = pieces(kind, seed, side, train)
     piece("test", test_good + test_defective)  # refuses too many images before anything is written
-    _prepare(out)
+    new_folder(out)
     rows = []
     for done, (split, label, index) in enumerate(plan, start=1):
         rng = np.random.default_rng((seed, KINDS.index(kind), done))
@@ -127,10 +128,10 @@ def write_default(
         pose = Pose.draw(rng)
         image = illuminate(look(view if defect is None else defect.image, pose, side), Light.draw(rng))
         name = f"{index:04d}.png"
-        _write_png(out / split / label / name, sensor_noise(image, rng))
+        write_png(out / split / label / name, sensor_noise(image, rng))
         if defect is not None:
             mask = look_at_mask(defect.mask, pose, side).astype(np.uint8) * 255
-            _write_png(out / "ground_truth" / label / f"{index:04d}_mask.png", mask)
+            write_png(out / "ground_truth" / label / f"{index:04d}_mask.png", mask)
         rows.append([f"{split}/{label}/{name}", split, label, int(defect is not None), kind, group])
         progress(f"drawing {kind}", done, len(plan))
     _write_csv(out / "meta.csv", ["path", "split", "label", "anomaly", "condition", "group"], rows)
@@ -177,7 +178,7 @@ def write_replay(
     film = _Film(open_web(kind, seed, side), view_side(kind, side), side, replay_start(kind), phase)
     centres = film.centres(frames) if defect_frames is None else list(defect_frames)
     film.refuse(frames, centres)
-    _prepare(out)
+    new_folder(out)
     scars = [
         _Scar.put(film.web, film.n, film.place(centre)[0], np.random.default_rng((seed, KINDS.index(kind), 1, number)))
         for number, centre in enumerate(centres)
@@ -187,7 +188,7 @@ def write_replay(
         image, masks = film.shoot(scars, frame)
         name = f"{frame:05d}.png"
         rng = np.random.default_rng((seed, KINDS.index(kind), 3, frame))
-        _write_png(out / "frames" / name, sensor_noise(image, rng))
+        write_png(out / "frames" / name, sensor_noise(image, rng))
         rows.append([frame, name, *_truth(scars, masks)])
         progress(f"filming {kind}", frame + 1, frames)
     _write_csv(out / "labels.csv", ["frame", "file", "defect", "family", "x", "y", "w", "h", "area"], rows)
@@ -321,28 +322,6 @@ def _truth(scars: Sequence[_Scar], masks: Sequence[npt.NDArray[np.bool_]]) -> Se
     number = int(np.argmax(areas))
     x, y, w, h = cv2.boundingRect(masks[number].astype(np.uint8))
     return [number + 1, scars[number].family, x, y, w, h, areas[number]]
-
-
-def _prepare(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise DataError(f"{out}: holds files already; choose a new folder, nothing was changed")
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror}); choose another folder") from error
-
-
-def _write_png(path: Path, image: Picture) -> None:
-    # Level 1: sensor noise does not compress, and higher levels only take longer.
-    done, data = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])
-    assert done  # a PNG of uint8 always encodes
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data.tobytes())
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written ({error.strerror}); free some space or choose another folder"
-        ) from error
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -55,6 +55,7 @@ class Sample:
         mask: its mask file, None for good images and where there is none.
         condition: as in meta.csv (a camera, a lighting, a site); empty if not given.
         group: images of one group are not independent; without meta.csv each image is its own group.
+        extra: further facts as in meta.csv, such as ``time=20200828110014``; empty if not given.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class Sample:
     mask: Path | None
     condition: str
     group: str
+    extra: str = ""
 
     @property
     def name(self) -> str:
@@ -77,7 +79,7 @@ class ImageSet:
 
     Attributes:
         root: the folder.
-        train: images of good parts, sorted by name; never empty.
+        train: images of good parts, sorted by name; empty only where the reader was told that they may be missing.
         test: labelled images, sorted by label and name; may be empty.
         notes: what is missing or left aside, one sentence each, for people to read.
     """
@@ -108,30 +110,31 @@ class CheckReport:
     notes: tuple[str, ...] = ()
 
 
-def read_folder(root: Path) -> ImageSet:
+def read_folder(root: Path, *, needs_train: bool = True) -> ImageSet:
     """List the samples of ``root`` without decoding them.
 
     Expected are ``train/good/*``, ``test/<label>/*`` (optional; ``good`` is normal, all else defective),
     ``ground_truth/<label>/<stem>_mask.png`` or ``<stem>.png`` (optional) and ``meta.csv`` (optional; columns path,
-    split, label, anomaly, condition, group; path is required, further columns are ignored). Files that are no images
+    split, label, anomaly, condition, group, extra; path is required, others are ignored). Files that are no images
     are ignored. A defective image without a mask beside others that have one is a note, not an error: it counts for
     image scores and is left out of :attr:`ImageSet.masked`. Images may differ in size. Layout after MVTec AD
     (Bergmann et al., CVPR 2019).
 
     Args:
         root: the folder.
+        needs_train: whether ``train/good`` must hold images; without, ``test`` may do alone.
 
     Returns:
         The samples and notes on what is missing.
 
     Raises:
-        DataError: the folder is missing or empty, has no ``train/good`` images, two images share a stem, a mask has
-            no image, or meta.csv is malformed or disagrees with the files.
+        DataError: the folder is missing or empty, has no ``train/good`` images where it needs them, two images share
+            a stem, a mask has no image, or meta.csv is malformed or disagrees with the files.
     """
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; give a folder that holds train/good")
     train_files = _images(root / "train" / GOOD)
-    if not train_files:
+    if not train_files and (needs_train or not (root / "test").is_dir()):
         raise DataError(_no_training_images(root))
     meta = _read_meta(root / "meta.csv")
     notes = []
@@ -303,6 +306,7 @@ def _sample(path: Path, split: str, label: str, mask: Path | None, meta: dict[st
         mask=mask if anomalous else None,
         condition=row.get("condition", ""),
         group=row.get("group", "") or name,
+        extra=row.get("extra", ""),
     )
 
 

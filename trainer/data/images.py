@@ -1,4 +1,4 @@
-"""Decode image files the way the box does, and refuse the ones that are damaged.
+"""Decode image files the way the box does and refuse the ones that are damaged; write pictures without loss.
 
 It knows files and pixels; it must not know folders, labels or splits.
 """
@@ -80,6 +80,42 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); check that it exists and its permissions"
         ) from error
+
+
+def write_png(path: Path, image: npt.NDArray[np.uint8]) -> None:
+    """Write a picture, and the folders above it.
+
+    Args:
+        path: ending in ``.png``.
+        image: uint8 [H, W] or [H, W, 3] BGR.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    # Level 1: sensor noise does not compress, and higher levels only take longer.
+    done, data = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    assert done  # a PNG of uint8 always encodes
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data.tobytes())
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror}); free some space or choose another folder"
+        ) from error
+
+
+def new_folder(path: Path) -> None:
+    """Make a folder to write in.
+
+    Raises:
+        DataError: it holds files already, or cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise DataError(f"{path}: holds files already; choose a new folder, nothing was changed")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
 
 
 def _decode(path: Path, flags: int) -> npt.NDArray[np.generic]:

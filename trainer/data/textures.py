@@ -21,8 +21,122 @@ if TYPE_CHECKING:
 
 TEXTURES = ("cloth", "wafer", "metal")
 
-_YARN = 7  # pixels from yarn to yarn
-_DIE = (58, 74)  # pixels from die to die, along and across the web
+_DIE = (58, 74)  # pixels of the drawn die, along and across the web
+
+
+@dataclass(frozen=True)
+class Cloth:
+    """What one cloth is woven of; lengths in pixels, the others in grey levels.
+
+    Attributes:
+        yarn: from yarn to yarn.
+        repeat: yarns after which the weave repeats; 2 is plain, more is a twill.
+        over: of them, those where the warp lies on top.
+        level: of the deepest place between yarns.
+        relief: from there to the top of a yarn.
+        shade: from yarn to yarn.
+        slub: thickening along a yarn.
+        fibre: noise of single fibres.
+    """
+
+    yarn: float = 7.0
+    repeat: int = 2
+    over: int = 1
+    level: float = 62.0
+    relief: float = 88.0
+    shade: float = 26.0
+    slub: float = 14.0
+    fibre: float = 16.0
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Cloth:
+        """Draw a cloth from plain to twill, fine to coarse, dark to light."""
+        repeat = int(rng.integers(2, 6))
+        return cls(
+            yarn=float(rng.uniform(5.0, 12.0)),
+            repeat=repeat,
+            over=int(rng.integers(1, repeat)),
+            level=float(rng.uniform(35, 85)),
+            relief=float(rng.uniform(45, 110)),
+            shade=float(rng.uniform(8, 36)),
+            slub=float(rng.uniform(4, 24)),
+            fibre=float(rng.uniform(6, 26)),
+        )
+
+
+@dataclass(frozen=True)
+class Wafer:
+    """What one wafer is made of.
+
+    Attributes:
+        die: pixels from die to die, along and across the web.
+        turned: whether the die lies across.
+        level: mean grey level.
+        contrast: of the pattern; 1 is the drawn one.
+        shade: share by which dies differ in brightness.
+        film: share by which a film changes it slowly.
+        grain: grey levels.
+    """
+
+    die: tuple[int, int] = _DIE
+    turned: bool = False
+    level: float | None = None
+    contrast: float = 1.0
+    shade: float = 0.05
+    film: float = 0.08
+    grain: float = 7.0
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Wafer:
+        """Draw a wafer of small to large dies, faint to plain."""
+        return cls(
+            die=(int(rng.integers(36, 96)), int(rng.integers(44, 110))),
+            turned=bool(rng.random() < 0.5),  # noqa: PLR2004 (a coin)
+            level=float(rng.uniform(85, 150)),
+            contrast=float(rng.uniform(0.45, 1.2)),
+            shade=float(rng.uniform(0.02, 0.12)),
+            film=float(rng.uniform(0.03, 0.18)),
+            grain=float(rng.uniform(3, 13)),
+        )
+
+
+@dataclass(frozen=True)
+class Metal:
+    """What one brushed plate looks like; lengths in pixels, the others in grey levels.
+
+    Attributes:
+        lengths: of fine, short and broad streaks.
+        strengths: of the same.
+        across: whether it was brushed across the web.
+        level: mean.
+        sheen: slow change.
+        grain: noise.
+    """
+
+    lengths: tuple[int, int, int] = (70, 24, 260)
+    strengths: tuple[float, float, float] = (17.0, 12.0, 9.0)
+    across: bool = False
+    level: float = 148.0
+    sheen: float = 12.0
+    grain: float = 10.0
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Metal:
+        """Draw a plate from polished to coarse, brushed along or across."""
+        return cls(
+            lengths=(int(rng.integers(20, 120)), int(rng.integers(6, 40)), int(rng.integers(120, 320))),
+            strengths=(float(rng.uniform(4, 24)), float(rng.uniform(2, 20)), float(rng.uniform(2, 16))),
+            across=bool(rng.random() < 0.5),  # noqa: PLR2004 (a coin)
+            level=float(rng.uniform(95, 180)),
+            sheen=float(rng.uniform(4, 22)),
+            grain=float(rng.uniform(3, 18)),
+        )
+
+
+Stuff = Cloth | Wafer | Metal
+"""What a web is made of; the plain ones are those of the embedded example."""
+
+STUFFS: dict[str, type[Cloth | Wafer | Metal]] = {"cloth": Cloth, "wafer": Wafer, "metal": Metal}
 
 
 class TextureWeb:
@@ -37,30 +151,31 @@ class TextureWeb:
 
     run = 2**32
 
-    def __init__(self, kind: str, seed: int, width: int) -> None:
+    def __init__(self, kind: str, seed: int, width: int, stuff: Stuff | None = None) -> None:
         """Describe a web; nothing is drawn yet.
 
         Args:
             kind: one of ``TEXTURES``.
             seed: of everything random.
             width: pixels across, >= 16.
+            stuff: what it is made of, of the kind's class in ``STUFFS``; None is that of the embedded example.
 
         Raises:
-            ValueError: the kind is unknown or the width too small.
+            ValueError: the kind is unknown, the stuff is another kind's, or the width too small.
         """
         if kind not in TEXTURES:
             raise ValueError(f"unknown texture {kind!r}; known are {', '.join(TEXTURES)}")
         if width < 16:  # noqa: PLR2004
             raise ValueError(f"width {width} is less than 16 pixels")
+        stuff = STUFFS[kind]() if stuff is None else stuff
         self.kind = kind
         self.width = width
         self._noise = Lattice(seed, zlib.crc32(kind.encode()))
-        draw = {"cloth": self._cloth, "wafer": self._wafer, "metal": self._metal}
-        self._draw: Callable[[Index, Index], Field] = draw[kind]
+        self._draw = self._drawing(kind, stuff)
         rng = np.random.default_rng((seed, zlib.crc32(kind.encode())))
         tints = {"cloth": rng.uniform(0.72, 1.0, 3), "wafer": np.array([1.0, 0.93, 0.88]), "metal": np.ones(3)}
         self._tint = (tints[kind] / tints[kind].max()).astype(np.float32)
-        self._die = _die_pattern(rng)
+        self._die = _die_of(_die_pattern(rng), stuff) if isinstance(stuff, Wafer) else np.zeros((1, 1), np.float32)
 
     def view(self, position: int, height: int) -> npt.NDArray[np.uint8]:
         """Draw part of the web.
@@ -81,15 +196,24 @@ class TextureWeb:
         grey = self._draw(rows, np.arange(self.width, dtype=np.int64))
         return np.asarray(np.clip(grey[..., None] * self._tint, 0, 255), dtype=np.uint8)
 
-    def _cloth(self, rows: Index, cols: Index) -> Field:
-        """Plain weave: warp and weft pass over each other in turn; yarns differ, wander and thicken."""
+    def _drawing(self, kind: str, stuff: Stuff) -> Callable[[Index, Index], Field]:
+        if kind == "cloth" and isinstance(stuff, Cloth):
+            return lambda rows, cols: self._cloth(stuff, rows, cols)
+        if kind == "wafer" and isinstance(stuff, Wafer):
+            return lambda rows, cols: self._wafer(stuff, rows, cols)
+        if kind == "metal" and isinstance(stuff, Metal):
+            return lambda rows, cols: self._metal(stuff, rows, cols)
+        raise ValueError(f"a web of {kind} cannot be made of {type(stuff).__name__}")
+
+    def _cloth(self, stuff: Cloth, rows: Index, cols: Index) -> Field:
+        """Warp and weft pass over each other in turn; yarns differ, wander and thicken."""
         noise = self._noise
         y = rows[:, None] + 0.9 * noise.smooth(rows, cols, (90, 40), 1).astype(np.float64)  # rows may be far along
         x = cols[None, :] + 0.9 * noise.smooth(rows, cols, (60, 120), 2)
-        weft, warp = np.floor(y / _YARN).astype(np.int64), np.floor(x / _YARN).astype(np.int64)
-        v = (y / _YARN - weft - 0.5).astype(np.float32)
-        u = (x / _YARN - warp - 0.5).astype(np.float32)
-        over = ((weft + warp) % 2 == 0).astype(np.float32)  # the warp is on top
+        weft, warp = np.floor(y / stuff.yarn).astype(np.int64), np.floor(x / stuff.yarn).astype(np.int64)
+        v = (y / stuff.yarn - weft - 0.5).astype(np.float32)
+        u = (x / stuff.yarn - warp - 0.5).astype(np.float32)
+        over = ((weft + warp) % stuff.repeat < stuff.over).astype(np.float32)  # the warp is on top
         across = over * u + (1 - over) * v
         along = over * v + (1 - over) * u
         round_ = np.sqrt(np.clip(1 - 3.2 * across * across, 0.05, 1)) * (1 - 0.9 * along * along)
@@ -99,28 +223,33 @@ class TextureWeb:
         yarn = over * shade_warp + (1 - over) * shade_weft
         slub = noise.smooth(rows, cols, (45, 7), 5) * over + noise.smooth(rows, cols, (7, 45), 6) * (1 - over)
         fibre = noise.white(rows, cols, 7) - 0.5
-        return np.asarray(62 + 88 * round_ + 26 * yarn + 14 * slub + 16 * fibre, dtype=np.float32)
+        grey = stuff.level + stuff.relief * round_ + stuff.shade * yarn + stuff.slub * slub + stuff.fibre * fibre
+        return np.asarray(grey, dtype=np.float32)
 
-    def _wafer(self, rows: Index, cols: Index) -> Field:
+    def _wafer(self, stuff: Wafer, rows: Index, cols: Index) -> Field:
         """Dies of one pattern in streets; each die is a little brighter or darker, films vary slowly."""
-        (die_h, die_w), noise = _DIE, self._noise
+        (die_h, die_w), noise = self._die.shape, self._noise
         grey = self._die[np.ix_(rows % die_h, cols % die_w)]
         shade = noise.at((rows // die_h)[:, None], (cols // die_w)[None, :], 1) - 0.5
         film = noise.smooth(rows, cols, (260, 200), 2)
         grain = noise.white(rows, cols, 3) - 0.5
-        return np.asarray(grey * (1 + 0.05 * shade + 0.08 * film) + 7 * grain, dtype=np.float32)
+        return np.asarray(grey * (1 + stuff.shade * shade + stuff.film * film) + stuff.grain * grain, dtype=np.float32)
 
-    def _metal(self, rows: Index, cols: Index) -> Field:
-        """Brushed along the web: streaks of several lengths, one pixel to a few wide, on a slowly changing sheen."""
-        noise = self._noise
+    def _metal(self, stuff: Metal, rows: Index, cols: Index) -> Field:
+        """Brushed: streaks of several lengths, one pixel to a few wide, on a slowly changing sheen."""
+        noise, (fine, short, broad) = self._noise, stuff.lengths
+
+        def smooth(length: int, width: int, layer: int) -> Field:
+            return noise.smooth(rows, cols, (width, length) if stuff.across else (length, width), layer)
+
         streaks = (
-            17 * noise.smooth(rows, cols, (70, 1), 1)
-            + 12 * noise.smooth(rows, cols, (24, 1), 2)
-            + 9 * noise.smooth(rows, cols, (260, 3), 3)
+            stuff.strengths[0] * smooth(fine, 1, 1)
+            + stuff.strengths[1] * smooth(short, 1, 2)
+            + stuff.strengths[2] * smooth(broad, 3, 3)
         )
-        sheen = 12 * noise.smooth(rows, cols, (300, 90), 4)
+        sheen = stuff.sheen * smooth(300, 90, 4)
         grain = noise.white(rows, cols, 5) - 0.5
-        return np.asarray(148 + streaks + sheen + 10 * grain, dtype=np.float32)
+        return np.asarray(stuff.level + streaks + sheen + stuff.grain * grain, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -185,3 +314,13 @@ def _die_pattern(rng: np.random.Generator) -> Field:
         else:
             block[:, :: int(rng.integers(2, 5))] -= rng.uniform(15, 45)
     return die
+
+
+def _die_of(drawn: Field, stuff: Wafer) -> Field:
+    """Return the die of a wafer: the drawn one turned, resized (nearest: edges stay sharp), and of its contrast."""
+    die = drawn.T if stuff.turned else drawn
+    rows, cols = (np.arange(want) * have // want for want, have in zip(stuff.die, die.shape, strict=True))
+    die = die[np.ix_(rows, cols)]
+    if stuff.level is None:
+        return die
+    return np.asarray(stuff.level + stuff.contrast * (die - die.mean()), dtype=np.float32)

@@ -203,6 +203,33 @@ def warp(site: Site) -> tuple[Shape, Content]:
     return blob(site.shape, site.rng, irregularity=0.25, softness=0.4), moved * shading
 
 
+def colour(site: Site) -> tuple[Shape, Content]:
+    """Change the colour of a patch, as a lot of another dye does; a grey surface becomes lighter or darker."""
+    weights = np.ones(3) if site.grey else site.rng.uniform(-1.0, 1.0, 3)
+    weights = weights / np.abs(weights).max()
+    lighter = site.rng.random() < 0.5 if _DARK <= site.patch.mean() <= _LIGHT else site.patch.mean() < _DARK  # noqa: PLR2004
+    amount = site.rng.uniform(18, 50) * (1 if lighter else -1)
+    content = np.asarray(site.patch + amount * weights, dtype=np.float32)
+    return blob(site.shape, site.rng, irregularity=0.2, softness=0.6), content
+
+
+def wrinkle(site: Site) -> tuple[Shape, Content]:
+    """Fold the surface along a bent line: texture is drawn towards it, one flank is lit and the other in shade."""
+    h, w = site.shape
+    curve, along = bezier((h, w), site.rng)
+    reach = max(2.0, min(h, w) * site.rng.uniform(0.15, 0.35))
+    fold = stroke((h, w), curve, reach * (1 - np.abs(2 * along - 1) ** 3))
+    soft = cv2.GaussianBlur(fold, (0, 0), reach / 4, borderType=cv2.BORDER_REFLECT_101)
+    dy, dx = (np.asarray(slope, np.float32) * np.float32(reach) for slope in np.gradient(soft))
+    ys, xs = np.mgrid[0:h, 0:w].astype(np.float32)
+    pull = np.float32(site.rng.uniform(0.5, 1.5))
+    moved = cv2.remap(site.patch, xs + pull * dx, ys + pull * dy, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+    angle = site.rng.uniform(0, 2 * np.pi)
+    flank = np.float32(np.cos(angle)) * dx + np.float32(np.sin(angle)) * dy
+    shading = np.float32(site.rng.uniform(20, 50)) * flank / max(float(np.abs(flank).max()), 1e-6)
+    return np.asarray(np.clip(1.5 * soft, 0, 1), np.float32), moved + shading[..., None]
+
+
 FAMILIES: dict[str, Family] = {
     "perlin": perlin_blend,
     "cut_paste": cut_paste,
@@ -217,8 +244,9 @@ FAMILIES: dict[str, Family] = {
 }
 """Families that are drawn from unless others are asked for."""
 
-BY_NAME: dict[str, Family] = {**FAMILIES, "blur": blur}
-"""Every family. A blur is given by name only: on a plain surface it would be strengthened to a mere change of shade."""
+BY_NAME: dict[str, Family] = {**FAMILIES, "blur": blur, "colour": colour, "wrinkle": wrinkle}
+"""Every family. Those beyond ``FAMILIES`` are given by name only: a blur of a plain surface would be strengthened to a
+mere change of shade, and what validation is drawn from stays what figures were measured with."""
 
 
 def _line_width(site: Site) -> float:
