@@ -11,7 +11,7 @@ import time
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from deploy.progress import Progress
+    from trainer.backbones.efficientnet_lite import Trunk
     from trainer.data.folder import Holdout, Sample
-    from trainer.methods.base import MethodConfig
+    from trainer.methods.base import Method, MethodConfig
 
 DEFAULT_SIZE = (224, 224)
 HOLDOUT_FRACTION = 0.2
@@ -137,6 +138,93 @@ def choose_pooling(
     return Pooling(cells=chosen), {f"image_auroc_{count}_cells": value for count, value in found.items()}
 
 
+class Parts(NamedTuple):
+    """Good images, split: what is learned from and what is held out.
+
+    Attributes:
+        canvases: uint8 [n, canvas_height, canvas_width, 3] RGB, to learn from.
+        groups: unicode [n].
+        holdout: uint8 [m, ...], to validate and calibrate with.
+        holdout_groups: unicode [m].
+    """
+
+    canvases: npt.NDArray[np.uint8]
+    groups: npt.NDArray[np.str_]
+    holdout: npt.NDArray[np.uint8]
+    holdout_groups: npt.NDArray[np.str_]
+
+
+def make_context(
+    network: Trunk,
+    preprocessing: Preprocessing,
+    parts: Parts,
+    *,
+    tap_names: Sequence[str],
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+    subclasses: npt.NDArray[np.str_] | None = None,
+) -> FitContext:
+    """Return what methods may see of good images: taps, and a validation set with synthetic defects on the hold-out.
+
+    Args:
+        network: the trunk.
+        preprocessing: how a canvas is cut into tiles.
+        parts: the good images.
+        tap_names: taps to extract; at least those of every method that will be fitted.
+        seed: of the defects and of the fit.
+        device: where to compute.
+        progress: progress function.
+        subclasses: unicode [n], see :class:`FitContext`.
+    """
+
+    def features(of: npt.NDArray[np.uint8], groups: npt.NDArray[np.str_], what: str) -> Features:
+        return extract(
+            network,
+            of,
+            preprocessing,
+            tap_names=tap_names,
+            groups=groups,
+            device=device,
+            progress=progress,
+            what=what,
+        )
+
+    repeats = max(1, round(_VALIDATION_DEFECTS / len(parts.holdout)))
+    defective, masks = make_defects(parts.holdout, seed=seed, repeats=repeats)
+    return FitContext(
+        features=features(parts.canvases, parts.groups, "features"),
+        images=tiles_of(parts.canvases, preprocessing),
+        extract=partial(extract_tiles, trunk=network, tap_names=tap_names, device=device),
+        validation=Validation(
+            good=features(parts.holdout, parts.holdout_groups, "features of hold-out"),
+            defective=features(defective, np.tile(parts.holdout_groups, repeats), "features of synthetic defects"),
+            masks=masks,
+        ),
+        seed=seed,
+        device=device,
+        progress=progress,
+        trunk_id=trunk_id(network),
+        subclasses=subclasses,
+    )
+
+
+def learn(
+    method: type[Method], config: MethodConfig, context: FitContext, preprocessing: Preprocessing
+) -> tuple[Head, Pooling, dict[str, float]]:
+    """Fit a head and choose its pooling rule on the validation set.
+
+    Returns:
+        The head, the rule, and the I-AUROC of every candidate rule.
+    """
+    head = method.fit(context, config)
+    pooling, validation = choose_pooling(
+        head_maps(head, context.validation.good, preprocessing, context.device),
+        head_maps(head, context.validation.defective, preprocessing, context.device),
+    )
+    return head, pooling, validation
+
+
 def train(
     *,
     method: str,
@@ -176,7 +264,7 @@ def train(
     """
     started = time.monotonic()
     chosen, torch_device = get(method), choose_device(device)
-    config = _configured(chosen.config(preset), method, settings or {})
+    config = configured(chosen.config(preset), method, settings or {})
     name = data.resolve().name if product is None else product
     if not name:
         raise UsageError("--product: empty; give the product a name")
@@ -190,39 +278,17 @@ def train(
     canvases = load_canvases(split.fit, preprocessing, progress=progress, what="read good images")
     holdout = load_canvases(split.holdout, preprocessing, progress=progress, what="read hold-out")
 
-    def features(of: npt.NDArray[np.uint8], parts: Sequence[Sample], what: str) -> Features:
-        return extract(
-            network,
-            of,
-            preprocessing,
-            tap_names=chosen.tap_names,
-            groups=groups_of(parts),
-            device=torch_device,
-            progress=progress,
-            what=what,
-        )
-
-    repeats = max(1, round(_VALIDATION_DEFECTS / len(holdout)))
-    defective, masks = make_defects(holdout, seed=seed, repeats=repeats)
-    context = FitContext(
-        features=features(canvases, split.fit, "features"),
-        images=tiles_of(canvases, preprocessing),
-        extract=partial(extract_tiles, trunk=network, tap_names=chosen.tap_names, device=torch_device),
-        validation=Validation(
-            good=features(holdout, split.holdout, "features of hold-out"),
-            defective=features(defective, split.holdout * repeats, "features of synthetic defects"),
-            masks=masks,
-        ),
+    context = make_context(
+        network,
+        preprocessing,
+        Parts(canvases, groups_of(split.fit), holdout, groups_of(split.holdout)),
+        tap_names=chosen.tap_names,
         seed=seed,
         device=torch_device,
         progress=progress,
-        trunk_id=trunk_id(network),
+        subclasses=np.array([sample.condition for sample in split.fit], np.str_),
     )
-    head = chosen.fit(context, config)
-    pooling, validation = choose_pooling(
-        head_maps(head, context.validation.good, preprocessing, torch_device),
-        head_maps(head, context.validation.defective, preprocessing, torch_device),
-    )
+    head, pooling, validation = learn(chosen, config, context, preprocessing)
     record = RunRecord(
         method=method,
         trunk=spec,
@@ -244,7 +310,7 @@ def train(
     return run
 
 
-def _configured(config: MethodConfig, method: str, settings: Mapping[str, object]) -> MethodConfig:
+def configured(config: MethodConfig, method: str, settings: Mapping[str, object]) -> MethodConfig:
     """Return a preset with some settings changed."""
     try:
         return type(config).model_validate({**config.model_dump(), **settings})

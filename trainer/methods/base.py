@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -51,9 +51,31 @@ class Head(nn.Module):
 
         Returns:
             ``(anomaly_map,)`` float32 [N, H / map_stride, W / map_stride], raw, higher is more anomalous; or
-            ``(anomaly_map, embedding)`` with embedding float32 [N, L, D], the patch rows that feed the memory.
+            ``(anomaly_map, embedding)`` with embedding float32 [N, L, D], the patch rows that feed the memory; or
+            ``(anomaly_map, embedding, route)`` with route float32 [N, E], see :data:`edge.inference.sessions.ROUTE`.
         """
         raise NotImplementedError
+
+
+@runtime_checkable
+class Adaptable(Protocol):
+    """What a head may offer besides: to take in a few good images of what it is to judge next, without training.
+
+    No gradient, no defect, no choice among candidates: what a box can do by itself once somebody says "these are good".
+    The threshold stays as it was frozen, so an adapted head's scores must keep their scale: good images of the new kind
+    should score as good images of the old ones did.
+    """
+
+    def adapted(self, good: Features, generator: torch.Generator) -> Head:
+        """Return another head that has taken the images in; this one stays as it is.
+
+        Args:
+            good: taps of at least one good image.
+            generator: a CPU generator, for every random choice.
+
+        Raises:
+            DataError: features that are not finite.
+        """
 
 
 @dataclass(frozen=True)
@@ -120,6 +142,7 @@ class FitContext:
         device: where to train.
         progress: to be called now and then.
         trunk_id: sha256 of the trunk's weights; what a method keeps between runs is kept under it. Empty: nothing is.
+        subclasses: one name per training image (not per tile): its variant, line or lighting. None: all are alike.
     """
 
     features: Features
@@ -130,6 +153,7 @@ class FitContext:
     device: torch.device
     progress: Progress
     trunk_id: str = ""
+    subclasses: npt.NDArray[np.str_] | None = None
 
     def generator(self) -> torch.Generator:
         """Return a CPU generator seeded for this run."""

@@ -5,6 +5,7 @@ A pure module; it does not know how the generator was trained nor what the banks
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,11 +14,15 @@ from torch.nn import functional
 from torch.nn.utils import skip_init
 
 from edge.bundle import MemoryLayout
+from edge.errors import DataError
 from trainer.methods.base import Head
+from trainer.methods.memory.reduce import greedy_coreset
 from trainer.methods.patches import enlarge, patch_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from trainer.methods.base import Features
 
 LEVELS = ("s4", "s8", "s16")
 """The taps that rows are made of, finest first."""
@@ -154,6 +159,35 @@ class FedDyMemHead(Head):
         # The local rows are in the other bank already: any of them fills this one without changing a distance.
         other = local[: len(self.bank_fleet)] if fleet is None else fleet
         self.bank_fleet.copy_(repeated(other, len(self.bank_fleet)))
+
+    def adapted(self, good: Features, generator: torch.Generator) -> FedDyMemHead:
+        """Return a head that knows some good images of another kind, in the room for the fleet's rows.
+
+        What the fleet gave stays, but for what is over three quarters of that room; the box's own bank stays as it is.
+        A box can do the same: neither the graph nor its sizes change.
+
+        Args:
+            good: taps of at least one good image.
+            generator: of the coreset.
+
+        Raises:
+            DataError: features that are not finite.
+        """
+        head = copy.deepcopy(self)
+        with torch.no_grad():
+            taps = good.batches(LEVELS, 1, device=self.bank_fleet.device)
+            new = torch.cat([self.embed(*one).flatten(0, 1) for one in taps])
+        if not torch.isfinite(new).all():
+            raise DataError("features of the images to adapt to are not finite; check the images")
+        # Rows that repeat the box's own change no distance: they are room. A quarter of it is always for the new ones.
+        own = (torch.cdist(self.bank_fleet, self.bank_local, p=torch.inf) == 0).any(1)
+        fleet, room = torch.unique(self.bank_fleet[~own], dim=0), len(self.bank_fleet)
+        most = room - max(1, room // 4)
+        if len(fleet) > most:
+            fleet = fleet[greedy_coreset(fleet, most, generator)]
+        kept = torch.cat([fleet, new[greedy_coreset(new, room - len(fleet), generator)]])
+        head.bank_fleet.copy_(repeated(kept, len(self.bank_fleet)))
+        return head.eval().requires_grad_(requires_grad=False)
 
     def embed(self, *taps: torch.Tensor) -> torch.Tensor:
         """Return the embedding float32 [N, h * w, D] of taps."""

@@ -5,6 +5,7 @@ A pure module; it does not know how the banks were reduced nor how the levels we
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +13,16 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import skip_init
 
+from edge.errors import DataError
+from edge.memory.rows import round_rows
 from trainer.methods.base import Head
+from trainer.methods.memory.reduce import greedy_coreset
 from trainer.methods.patches import enlarge, patch_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from trainer.methods.base import Features
     from trainer.methods.memory.sites import SiteModel
 
 LEVELS = ("s4", "s8", "s16")
@@ -23,6 +30,9 @@ LEVELS = ("s4", "s8", "s16")
 STRIDES = (4, 8, 16)
 MAP_STRIDE = STRIDES[0]
 EMBEDDING_STRIDE = 8
+
+_ADAPTED_SHARE = 4  # a bank grows by at most a quarter, and its search with it
+_CANDIDATES = 1000  # patches of each image that a coreset is chosen from: one in three of the finest grid
 
 
 class MemoryHead(Head):
@@ -65,6 +75,39 @@ class MemoryHead(Head):
             self.register_buffer(f"bank_{name}", torch.zeros(count, width))
         self.register_buffer("scales", torch.ones(len(LEVELS)))
 
+    def adapted(self, good: Features, generator: torch.Generator) -> MemoryHead:
+        """Return a head whose banks know some good images of another kind, and whose sites are centred on them.
+
+        Each level's bank grows by a coreset of the images' patches, at most a quarter of its rows. Distances can only
+        fall, so a frozen threshold gives no more false alarms than before on what was good already.
+
+        Args:
+            good: taps s4, s8 and s16 of at least one good image.
+            generator: of the candidates and the coreset.
+
+        Raises:
+            DataError: features that are not finite.
+        """
+        head = copy.deepcopy(self)
+        for name in LEVELS:
+            rows = torch.cat([self._candidates(name, tap, generator) for (tap,) in _one_by_one(name, good)])
+            if not torch.isfinite(rows).all():
+                raise DataError("features of the images to adapt to are not finite; check the images")
+            bank = head.get_buffer(f"bank_{name}")
+            room = max(1, len(bank) // _ADAPTED_SHARE)
+            new = rows[greedy_coreset(rows, room, generator)]
+            if self.int8_state:
+                new = torch.from_numpy(round_rows(new.numpy()))
+            head.register_buffer(f"bank_{name}", torch.cat([bank, new]))
+        if head.sites is not None:
+            head.sites.recentre(good)
+        return head.eval().requires_grad_(requires_grad=False)
+
+    @torch.no_grad()
+    def _candidates(self, name: str, tap: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        rows = self.whitened(name, tap).permute(0, 2, 3, 1).flatten(0, 2)
+        return rows[torch.randperm(len(rows), generator=generator)[:_CANDIDATES]]
+
     def whitened(self, name: str, tap: torch.Tensor) -> torch.Tensor:
         """Return one level's patches float32 [N, C, h, w]."""
         patches: torch.Tensor = self.get_submodule(f"whiten_{name}")(level_patches(name, tap))
@@ -87,6 +130,10 @@ class MemoryHead(Head):
             total = total + self.site_weight * self.sites(*taps)[:, None]
         anomaly_map = total[:, 0] - self.background * total.mean((1, 2, 3), keepdim=True)[:, 0]
         return anomaly_map, torch.cat(columns, 1).flatten(2).transpose(1, 2)
+
+
+def _one_by_one(name: str, features: Features) -> Iterator[tuple[torch.Tensor, ...]]:
+    return features.batches((name,), 1, device=torch.device("cpu"))
 
 
 def level_patches(name: str, tap: torch.Tensor) -> torch.Tensor:

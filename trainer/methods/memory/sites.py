@@ -56,6 +56,26 @@ class SiteModel(nn.Module):
         fine: torch.Tensor = self.get_submodule("project_s4")(s4) + enlarge(coarse, 2)
         return fine
 
+    @torch.no_grad()
+    def recentre(self, good: Features) -> None:
+        """Move to a kind of part whose features are shifted as a whole, as by another light.
+
+        One shift per direction, the same at all sites, and one factor for all deviations: a single image has hundreds
+        of sites, which measure these well, but no more than one value of each site. Good images have a mean distance
+        of 1 again, as those of fitting had.
+
+        Args:
+            good: taps s4, s8 and s16 of at least one good image.
+        """
+        shift = torch.zeros_like(self.means)
+        for taps in good.batches(TAP_NAMES, _BATCH, device=self.means.device):
+            shift += self.residual(*taps).mean((2, 3), keepdim=True).sum(0, keepdim=True)
+        self.means += shift / len(good)
+        total = 0.0
+        for taps in good.batches(TAP_NAMES, _BATCH, device=self.means.device):
+            total += float(self(*taps).mean((1, 2)).sum())
+        self.scale *= max(total / len(good), 1e-6)
+
     def forward(self, s4: torch.Tensor, s8: torch.Tensor, s16: torch.Tensor) -> torch.Tensor:
         """Return distances float32 [N, H / 4, W / 4]; good sites of unseen images have a mean of 1."""
         residual = self.residual(s4, s8, s16)
