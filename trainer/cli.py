@@ -177,7 +177,10 @@ def distill(
 
 
 def evaluate(
-    data: Annotated[Path, typer.Option(help="Folder in MVTec layout; its test images are judged.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of labelled images in MVTec layout; or what a protocol reads (docs/shift.md)."),
+    ] = None,
     run: Annotated[Path | None, typer.Option(help="A run folder (torch).")] = None,
     bundle: Annotated[Path | None, typer.Option(help="A bundle (the engine of a box).")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures here.")] = None,
@@ -185,20 +188,67 @@ def evaluate(
     engine: Annotated[str | None, typer.Option(help="onnxruntime or openvino.")] = None,
     precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or int8.")] = None,
     alpha: Annotated[float, typer.Option(help="False-alarm rate per image that the threshold is set for.")] = 0.01,
+    protocol: Annotated[
+        str | None, typer.Option(help="texture-ad: train on some sub-classes, judge others; generated without --data.")
+    ] = None,
+    material: Annotated[list[str] | None, typer.Option(help="Protocol: material to take; repeatable.")] = None,
+    methods: Annotated[str, typer.Option(help="Protocol: methods to train, with commas between.")] = "",
+    rotations: Annotated[int, typer.Option(help="Protocol: trainings, each leaving other sub-classes out.")] = 5,
+    by: Annotated[
+        str, typer.Option(help="Protocol: what makes sub-classes of an MVTec folder: condition or time.")
+    ] = "condition",
+    picture: Annotated[Path | None, typer.Option(help="Protocol: draw the figures, PNG or SVG.")] = None,
+    preset: Annotated[str, typer.Option(help="Protocol: quick or full.")] = "quick",
+    seed: Annotated[int, typer.Option(help="Protocol: seed of splits, methods and generated images.")] = 0,
+    size: Annotated[str | None, typer.Option(help="Protocol: network input, such as 224.")] = None,
+    device: Annotated[str, typer.Option(help="Protocol: auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Judge test images and print the figures."""
+    """Judge test images and print the figures; or train and judge methods under a protocol."""
     from edge.bundle import Engine, Precision
-    from trainer.evaluation.command import evaluate as judge
 
-    judge(
-        run=run,
-        bundle=bundle,
+    if protocol is None:
+        from trainer.evaluation.command import evaluate as judge
+
+        if material or methods or picture:
+            raise UsageError("--material, --methods and --picture belong to --protocol texture-ad")
+        if data is None:
+            raise UsageError("--data: missing; give a folder of labelled images, or --protocol texture-ad")
+        judge(
+            run=run,
+            bundle=bundle,
+            data=data,
+            json=json,
+            report=report,
+            engine=_parse_choice("engine", engine, Engine),
+            precision=_parse_choice("precision", precision, Precision),
+            alpha=alpha,
+        )
+        return
+    if protocol != "texture-ad":
+        raise UsageError(f"--protocol {protocol}: unknown; there is texture-ad")
+    if run or bundle or report or engine or precision:
+        raise UsageError("--protocol trains methods itself: leave out --run, --bundle, --report, --engine, --precision")
+    from trainer.data.texture_ad import By
+    from trainer.evaluation.command import evaluate_shift
+    from trainer.evaluation.shift import ShiftSettings
+    from trainer.fit import preprocessing_for
+    from trainer.methods.registry import methods as registered
+
+    evaluate_shift(
+        settings=ShiftSettings(
+            methods=tuple(methods.split(",")) if methods else tuple(registered()),
+            preset=preset,
+            seed=seed,
+            rotations=rotations,
+            alpha=alpha,
+            preprocessing=preprocessing_for(size=_parse_size(size), tiles=(1, 1), overlap=0, crop=None),
+            device=device,
+        ),
         data=data,
+        materials=material or (),
+        by=_parse_choice("by", by, By) or By.CONDITION,
         json=json,
-        report=report,
-        engine=_parse_choice("engine", engine, Engine),
-        precision=_parse_choice("precision", precision, Precision),
-        alpha=alpha,
+        picture=picture,
     )
 
 

@@ -34,6 +34,29 @@ CASES = {
     ),
     "evaluate nothing": (["evaluate", "--data", "empty"], 2, "exactly one of --run and --bundle"),
     "evaluate an unknown engine": (["evaluate", "--data", "empty", "--bundle", "x", "--engine", "y"], 2, "--engine y"),
+    "evaluate without data": (["evaluate", "--run", "empty"], 2, "--data: missing"),
+    "evaluate an unknown protocol": (["evaluate", "--protocol", "x"], 2, "--protocol x: unknown"),
+    "evaluate a run under a protocol": (
+        ["evaluate", "--protocol", "texture-ad", "--run", "empty"],
+        2,
+        "leave out --run",
+    ),
+    "evaluate methods without a protocol": (["evaluate", "--data", "empty", "--methods", "pbas"], 2, "--methods"),
+    "evaluate an unknown method": (
+        ["evaluate", "--protocol", "texture-ad", "--data", "empty", "--methods", "x"],
+        2,
+        "--method x",
+    ),
+    "evaluate by an unknown view": (
+        ["evaluate", "--protocol", "texture-ad", "--data", "empty", "--by", "x"],
+        2,
+        "--by x",
+    ),
+    "evaluate an empty folder under a protocol": (
+        ["evaluate", "--protocol", "texture-ad", "--data", "empty", "--methods", "memory"],
+        3,
+        "holds no <sub-class>/test",
+    ),
     "export no run": (["export", "--run", "empty", "--out", "out"], 3, "run.json"),
     "verify no bundle": (["verify", "empty"], 3, "manifest.json"),
 }
