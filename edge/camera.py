@@ -366,9 +366,11 @@ class CameraWorker:
         except Exception as error:  # noqa: BLE001 (one frame's stage is isolated: the next may be judged again)
             self._counts["failed"] += 1
             self._metrics.count("frames_failed")
-            failure = f"{type(error).__name__}: {error}"
+            failure = str(error) if isinstance(error, LinewardError) else f"{type(error).__name__}: {error}"
             if failure != self._failure:
-                _LOG.error("camera %s: a frame could not be judged: %s", self.name, failure, exc_info=error)
+                # A person's mistake says what to do; only a defect of ours needs its traceback.
+                defect = None if isinstance(error, LinewardError) else error
+                _LOG.error("camera %s: a frame could not be judged: %s", self.name, failure, exc_info=defect)
             self._failure = failure
             return prediction, self._judge.not_judged(frame, failure[:200]), Reason.FAILED
         if self._failure:

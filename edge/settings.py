@@ -284,8 +284,16 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         model: the model that it raised it for.
     """
     problems = error.errors(include_url=False, include_input=False)
+
+    def is_unknown(problem: Any) -> bool:  # noqa: ANN401 (pydantic's ErrorDetails)
+        """Where a key may be one of several models, each of the others calls its keys unknown."""
+        owners, _ = _walk(model, problem["loc"])
+        valid = {name for owner in owners for name in owner.model_fields}
+        return problem["type"] == "extra_forbidden" and problem["loc"][-1] not in valid
+
     # An unknown key is often also a missing one; the unknown one tells more.
-    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+    known = [problem for problem in problems if problem["type"] != "extra_forbidden" or is_unknown(problem)]
+    first = min(known or problems, key=lambda problem: not is_unknown(problem))
     loc = first["loc"]
     owner, path = _walk(model, loc)
     key = ".".join(path) or "settings"

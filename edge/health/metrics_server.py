@@ -18,7 +18,6 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from edge.errors import SettingsError
 from edge.health.exposition import Figures, families
 
 if TYPE_CHECKING:
@@ -35,6 +34,8 @@ CLIENT_TIMEOUT_S = 5.0
 # Prometheus reads every few seconds; whoever asks more often gets the same page again.
 PAGE_AGE_S = 1.0
 _POLL_S = 0.1
+# Another try where the address is taken.
+_AGAIN_S = 3.0
 
 
 class MetricsServer:
@@ -63,6 +64,9 @@ class MetricsServer:
         self._pages: dict[str, tuple[float, bytes]] = {}
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
+        self._listening = threading.Event()
+        self._stopping = threading.Event()
+        self._trouble = ""
 
     @property
     def port(self) -> int:
@@ -70,30 +74,50 @@ class MetricsServer:
         return 0 if self._server is None else int(self._server.server_address[1])
 
     def start(self) -> None:
-        """Listen.
-
-        Raises:
-            SettingsError: the address is taken or not this machine's.
-        """
-        address = (self._settings.host, self._settings.port)
-        try:
-            self._server = _Server(address, self)
-        except OSError as error:
-            raise SettingsError(
-                f"metrics: {address[0]}:{address[1]} cannot be listened on ({error.strerror}); choose another port, or "
-                "an address of this machine"
-            ) from error
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(_POLL_S,), name="metrics", daemon=True)
+        """Listen; where the address is taken, try again every few seconds: figures must not keep a box from judging."""
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        if self._listen():
+            self._listening.set()
         self._thread.start()
-        _LOG.info("metrics at http://%s:%d/metrics", address[0], self.port)
+
+    def _run(self) -> None:
+        while not self._listening.is_set():
+            if self._stopping.wait(_AGAIN_S):
+                return
+            if self._listen():
+                self._listening.set()
+        if self._server is not None and not self._stopping.is_set():
+            self._server.serve_forever(_POLL_S)
+
+    def _listen(self) -> bool:
+        host, port = self._settings.host, self._settings.port
+        try:
+            self._server = _Server((host, port), self)
+        except OSError as error:
+            trouble = (
+                f"metrics: {host}:{port} cannot be listened on ({error.strerror}); choose another port, or an address "
+                "of this machine"
+            )
+            if trouble != self._trouble:
+                _LOG.error("%s", trouble)
+            self._trouble = trouble
+            return False
+        self._trouble = ""
+        _LOG.info("metrics at http://%s:%d/metrics", host, self.port)
+        return True
 
     def request_stop(self) -> None:
         """Begin to end; stop does the rest."""
+        self._stopping.set()
 
     def stop(self, timeout: float) -> bool:
         """End; clients that still read are left behind."""
-        if self._server is None or self._thread is None:
+        self._stopping.set()
+        if self._thread is None:
             return True
+        if self._server is None:
+            self._thread.join(timeout)
+            return not self._thread.is_alive()
         ending = threading.Thread(target=self._server.shutdown, name="metrics-stop", daemon=True)
         ending.start()
         self._thread.join(timeout)
@@ -106,8 +130,8 @@ class MetricsServer:
         return {} if server is None else {"port": self.port, "turned_away": server.turned_away}
 
     def warnings(self) -> list[str]:
-        """Nothing: Prometheus itself notices a box that cannot be read."""
-        return []
+        """Why nobody can read; empty while it listens."""
+        return [self._trouble] if self._trouble else []
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """Return the page in the format that an Accept header asks for, and its type."""

@@ -22,8 +22,8 @@ def threshold(
     bundle: Annotated[Path | None, typer.Option(help="Folder of the bundle.", show_default=False)] = None,
     config: Annotated[Path | None, typer.Option(help="A box's YAML file in its place.", show_default=False)] = None,
     camera: Annotated[str | None, typer.Option(help="Only this camera of the box.", show_default=False)] = None,
-    engine: Annotated[str | None, typer.Option(help="onnxruntime or openvino; the first calibrated one.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or int8; the first calibrated one.")] = None,
+    engine: Annotated[str | None, typer.Option(help="onnxruntime or openvino; what a box would take.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or int8; what a box would take.")] = None,
     mode: Annotated[str, typer.Option(help="stream or triggered; of a bundle alone.")] = "stream",
     frame_rate: Annotated[float, typer.Option(help="Frames per second; of a bundle alone.")] = 25.0,
     enter_hits: Annotated[int, typer.Option(help="Hits that begin an event; of a bundle alone.")] = 3,
@@ -92,7 +92,13 @@ def _alone(mode: str, frame_rate: float, enter_hits: int, mask: Path | None, min
 
 
 def _pair(bundle: Bundle, engine: str | None, precision: str | None) -> tuple[Engine, Precision]:
-    pairs = bundle.calibrated()
+    """What a box would take: an engine that is installed here before others, int8 before float32."""
+    from edge.bundle import Engine, Precision
+    from edge.inference.engines import available_engines
+
+    engines = (*available_engines(), *Engine)
+    numerics = (Precision.INT8, Precision.FLOAT32, *Precision)
+    pairs = sorted(bundle.calibrated(), key=lambda pair: (engines.index(pair[0]), numerics.index(pair[1])))
     fitting = [pair for pair in pairs if engine in (None, pair[0].value) and precision in (None, pair[1].value)]
     if not fitting:
         known = ", ".join(f"{one.value} {two.value}" for one, two in pairs)

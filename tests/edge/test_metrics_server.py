@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from edge.errors import SettingsError
 from edge.health.exposition import Figures
 from edge.health.metrics import BUCKETS_MS, Metrics
 from edge.health.metrics_server import MAX_CLIENTS, MetricsServer
@@ -175,16 +174,33 @@ def test_clients_that_say_nothing_are_bounded_and_the_server_ends_without_them()
         assert server.status()["turned_away"] == 2 * MAX_CLIENTS + 1
 
 
-def test_taken_port_is_named() -> None:
+def test_taken_port_is_named_and_listened_on_once_it_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edge.health.metrics_server._AGAIN_S", 0.02)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         server = MetricsServer(MetricsSettings(port=port), figures=figures, troubles=list)
+        server.start()
 
-        with pytest.raises(SettingsError, match=f"127.0.0.1:{port}.*choose another port"):
-            server.start()
-    assert server.stop(1)
+        assert f"127.0.0.1:{port}" in server.warnings()[0]
+        assert "choose another port" in server.warnings()[0]
+    assert server._listening.wait(SOON)
+    try:
+        assert "lineward" in get(server, "/metrics")[1]
+        assert server.warnings() == []
+    finally:
+        assert server.stop(SOON)
+
+
+def test_server_that_waits_for_its_port_stops() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        server = MetricsServer(MetricsSettings(port=other.getsockname()[1]), figures=figures, troubles=list)
+        server.start()
+
+        assert server.stop(SOON)
 
 
 @given(st.lists(st.floats(0, 1e5, allow_nan=False)))

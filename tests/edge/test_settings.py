@@ -167,6 +167,15 @@ def test_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         load_settings(path)
 
 
+def test_incomplete_shape_of_a_region_names_what_is_missing(tmp_path: Path) -> None:
+    region = {"include": [{"x": 1}]}
+
+    message = refusal(tmp_path, content(cameras=[camera(region_of_interest=region)]))
+
+    assert "is missing; add it" in message
+    assert "unknown key" not in message
+
+
 def test_refusal_never_repeats_a_password(tmp_path: Path) -> None:
     source = {"kind": "camera", "url": "rtsp://user:s3cret@cam/1", "device": 0}
 
