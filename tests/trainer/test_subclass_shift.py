@@ -58,7 +58,8 @@ def drawn(draw: st.DrawFn) -> tuple[Material, dict[str, str]]:
         spread = draw(st.sampled_from([1, 3, 100]))
         shared = draw(st.booleans())
         train = [image(name, "train", "good", i, f"{'all' if shared else name}/g{i % spread}") for i in range(count)]
-        goods = [image(name, "test", "good", i, f"{name}/t{i % 4}") for i in range(draw(st.integers(0, 8)))]
+        own = draw(st.sampled_from([f"{name}/t", f"{name}/t", "all/g", f"{name}/g"]))  # the last two, training has
+        goods = [image(name, "test", "good", i, f"{own}{i % 4 + 1}") for i in range(draw(st.integers(0, 8)))]
         holes = [image(name, "test", "hole", i) for i in range(draw(st.integers(0, 3)))]
         subclasses.append(Subclass(name, tuple(train), (*goods, *holes)))
     made = Material("drawn", tuple(subclasses))
@@ -191,6 +192,33 @@ def test_time_is_never_turned_back() -> None:
     for split in found:
         assert max(map(natural_key, split.trained)) < min(map(natural_key, split.unseen))
     assert [len(split.trained) for split in subclass_shift_splits(made, own_pixels(made), rotations=2)] == [1, 5]
+
+
+def test_time_tests_on_stretches_without_training_images_only_when_they_are_later() -> None:
+    made = material(5, train=20)
+    gaps = tuple(replace(one, train=()) if one.name in {"3", "5"} else one for one in made.subclasses)
+    made = replace(made, subclasses=gaps, ordered=True)
+    found = subclass_shift_splits(made, own_pixels(made))
+    assert [(split.trained, split.unseen) for split in found] == [
+        (("1",), ("2", "3", "4", "5")),
+        (("1", "2"), ("3", "4", "5")),
+        (("1", "2", "4"), ("5",)),
+    ]
+
+
+def test_groups_of_unseen_tests_are_left_out_of_training_and_counted() -> None:
+    tiles = tuple(
+        Subclass(
+            f"light{light}",
+            tuple(image(f"light{light}", "train", "good", i, f"tile{i}") for i in range(20)),
+            tuple(image(f"light{light}", "test", "good", i, f"tile{i}") for i in range(18, 23)),
+        )
+        for light in range(4)
+    )
+    made = Material("tiles", tiles)
+    for split in subclass_shift_splits(made, own_pixels(made), rotations=4):
+        assert {"tile18", "tile19"}.isdisjoint(one.group for one in (*split.fit, *split.calibration))
+        assert any("6 training images left out: their groups" in note for note in split.notes)
 
 
 def test_too_little_is_refused() -> None:

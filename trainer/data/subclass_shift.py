@@ -81,7 +81,7 @@ def subclass_shift_splits(
         n_test: sub-classes to leave out at a time; None is a third, and at least as many as the rotations need.
             Time needs no such number.
         seed: of the permutation, the hold-out and the order of shots.
-        rotations: >= 1; over time at most one less than there are sub-classes.
+        rotations: >= 1; over time fewer where there are fewer stretches to learn from.
         calibration: share of each trained sub-class's images to hold out, in (0, 1); more where the threshold needs it.
 
     Returns:
@@ -98,14 +98,15 @@ def subclass_shift_splits(
     if len(with_train) < 2:  # noqa: PLR2004
         raise DataError(f"{material.name}: {len(with_train)} sub-class with train/good; at least 2 are needed")
     if material.ordered:
-        chosen = _over_time(with_train, rotations)
+        chosen = _over_time([one.name for one in material.subclasses], with_train, rotations)
     elif always and rotations == 1:
-        chosen = [[]]
+        chosen = [(with_train, always)]
     else:
-        chosen = _rotated(sorted(with_train, key=natural_key), n_test, seed, rotations)
+        rotated = _rotated(sorted(with_train, key=natural_key), n_test, seed, rotations)
+        chosen = [([name for name in with_train if name not in out], [*out, *always]) for out in rotated]
     return tuple(
-        _split(material, digests, rotation, {*always, *left_out}, seed=seed, calibration=calibration)
-        for rotation, left_out in enumerate(chosen)
+        _split(material, digests, rotation, names, seed=seed, calibration=calibration)
+        for rotation, names in enumerate(chosen)
     )
 
 
@@ -121,22 +122,29 @@ def _rotated(names: Sequence[str], n_test: int | None, seed: int, rotations: int
     return [[names[order[(start + step) % len(names)]] for step in range(count)] for start in starts]
 
 
-def _over_time(names: Sequence[str], rotations: int) -> list[list[str]]:
-    trained = [round(1 + k * (len(names) - 2) / max(1, rotations - 1)) for k in range(min(rotations, len(names) - 1))]
-    return [list(names[count:]) for count in sorted(set(trained))]
+def _over_time(order: Sequence[str], with_train: Sequence[str], rotations: int) -> list[tuple[list[str], list[str]]]:
+    """Learn from the first few and test on all that come after the last of them; what lies between is left aside."""
+    most = len(with_train) - (order[-1] == with_train[-1])
+    counts = sorted({round(1 + k * (most - 1) / max(1, rotations - 1)) for k in range(rotations)})
+    return [(list(with_train[:count]), list(order[order.index(with_train[count - 1]) + 1 :])) for count in counts]
 
 
 def _split(
-    material: Material, digests: Mapping[str, str], rotation: int, left_out: set[str], *, seed: int, calibration: float
+    material: Material,
+    digests: Mapping[str, str],
+    rotation: int,
+    names: tuple[Sequence[str], Sequence[str]],
+    *,
+    seed: int,
+    calibration: float,
 ) -> SubclassShiftSplit:
-    trained = [one for one in material.subclasses if one.name not in left_out]
-    unseen = [one for one in material.subclasses if one.name in left_out]
+    trained, unseen = ([one for one in material.subclasses if one.name in part] for part in names)
     given = {one.name: _shots(one, digests, seed) for one in unseen}
     related = sorted(
         one.name for one in unseen if {image.group for image in given[one.name]} & {image.group for image in one.test}
     )
-    names = {image.name for images in given.values() for image in images}
-    unseen_test = {one.name: tuple(image for image in one.test if image.name not in names) for one in unseen}
+    shots = {image.name for images in given.values() for image in images}
+    unseen_test = {one.name: tuple(image for image in one.test if image.name not in shots) for one in unseen}
     seen_test = {one.name: one.test for one in trained}
     tested = [image for part in (*seen_test.values(), *unseen_test.values()) for image in part]
     usable, notes = _usable(trained, tested, unseen_test, digests)

@@ -32,8 +32,8 @@ _TIME = re.compile(r"(?:^|[\s;,])time=([0-9]{8,17})(?:$|[\s;,])")
 class By(str, Enum):
     """What makes the sub-classes of a folder in MVTec layout.
 
-    ``condition``: the column of meta.csv. ``time``: stretches of ``time=`` in the column extra, each with as many
-    training images; training then never sees an image that is later than one it is tested on.
+    ``condition``: the column of meta.csv. ``time``: stretches of ``time=`` in the column extra, each with as many good
+    images; training then never sees an image that is later than an unseen one it is tested on.
     """
 
     CONDITION = "condition"
@@ -165,11 +165,11 @@ def _by_time(root: Path, images: ImageSet, periods: int) -> list[str]:
             )
         return found[1].ljust(17, "0")
 
-    times = sorted(moment(sample) for sample in images.train)
-    # A stretch begins at a training image's moment, so images of one moment are never torn apart.
+    times = sorted(moment(sample) for sample in (*images.train, *images.test) if not sample.anomalous)
+    # A stretch begins at an image's moment, so images of one moment are never torn apart.
     starts = sorted({times[int(at)] for at in np.arange(1, periods) * len(times) // periods} - {times[0]})
     if not starts:
-        raise DataError(f"{root / 'meta.csv'}: all training images are of one moment, {times[0]}; give a longer record")
+        raise DataError(f"{root / 'meta.csv'}: all good images are of one moment, {times[0]}; give a longer record")
     return [
         f"period {1 + sum(moment(sample) >= start for start in starts)}" for sample in (*images.train, *images.test)
     ]

@@ -229,9 +229,7 @@ def _details(results: Sequence[MaterialResult]) -> Iterator[str]:
             for setting, reason in method.unavailable.items():
                 yield f"{one.material}: {method.method} has no {setting}: {reason}."
             for rotation in method.rotations:
-                yield from (
-                    f"{one.material}, rotation {rotation.rotation}: {_sentence(note)}" for note in rotation.notes
-                )
+                yield from (f"{one.material}, rotation {rotation.rotation}: {note}." for note in rotation.notes)
 
 
 def print_figures(found: Evaluation, console: Console) -> None:
