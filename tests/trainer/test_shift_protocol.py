@@ -425,3 +425,19 @@ def test_stand_in_is_a_shift_that_one_pooled_bank_suffers_from() -> None:
     assert (
         found.settings["unseen+5"]["false_positive_rate"].mean <= found.settings["unseen"]["false_positive_rate"].mean
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cloth", "wafer", "metal"])
+def test_stand_in_is_hard_in_every_material_and_good_images_help(kind: str) -> None:
+    factory = TextureFactory(seed=0, side=128, train=20, good=10, defective=12, subclasses={kind: 8})
+    found = evaluate_material(
+        factory.material(kind),
+        ShiftSettings(
+            methods=("memory",), rotations=4, preprocessing=Preprocessing(height=128, width=128), device="cpu"
+        ),
+    ).methods[0]
+    assert found.shift_is_real
+    unseen, given = (found.settings[name] for name in ("unseen", "unseen+5"))
+    assert given["image_auroc"].mean >= unseen["image_auroc"].mean
+    assert given["false_positive_rate"].mean < unseen["false_positive_rate"].mean
