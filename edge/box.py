@@ -43,6 +43,8 @@ STOP_S = 2.4
 SUPERVISED_S = 5.0
 # Whoever comes after one that hangs gets this at least.
 PART_STOP_S = 0.1
+# Without a drop for so long, the outbox has room again.
+DROPS_END_S = 10.0
 
 
 class Box:
@@ -63,6 +65,8 @@ class Box:
         self._reloads = Reloads(apply=self._apply, refused=self._tell_refusal)
         self.restart_reason = ""
         self._told_damage: str | None = None
+        self._dropped: int | None = None
+        self._dropping_until = 0.0
         self._status: dict[str, Any] = {}
         self._supervised_ns = self._started_ns
         self._status_key: object = None
@@ -166,6 +170,7 @@ class Box:
             status["engine"], status["precision"], status["warnings"], self._link_kind(),
             tuple((name, camera["state"]) for name, camera in status["cameras"].items()), status["memory"],
         )  # fmt: skip
+        self._tell_outbox_drops()
         self._tell_outbox_damage()
         self._status, self._supervised_ns = status, time.monotonic_ns()
         now = self._supervised_ns
@@ -314,6 +319,20 @@ class Box:
             )  # fmt: skip
 
         self._contents.parts.append(MetricsServer(self.settings.metrics, figures=figures, troubles=self.troubles))
+
+    def _tell_outbox_drops(self) -> None:
+        """Log when messages begin to be dropped, and when that has ended: a broker that is away cannot be told."""
+        if self.outbox is None:
+            return
+        dropped, now = self.outbox.counters["dropped"], time.monotonic()
+        if self._dropped is not None and dropped > self._dropped:
+            if not self._dropping_until:
+                _LOG.warning("the outbox is full: messages are dropped, the least important and oldest first")
+            self._dropping_until = now + DROPS_END_S
+        elif self._dropping_until and now > self._dropping_until:
+            _LOG.info("the outbox has room again; %d messages were dropped since it was made", dropped)
+            self._dropping_until = 0.0
+        self._dropped = dropped
 
     def _tell_outbox_damage(self) -> None:
         """Raise a notice once for each damage of the outbox, found at its opening or while it is used."""

@@ -33,6 +33,19 @@ from edge.memory.settings import MemorySettings  # noqa: TC001 (pydantic needs i
 from edge.slots.settings import TrialSettings
 
 DEFAULT_FRAME_RATE = 25.0
+# Where pydantic speaks of Python.
+_WORDS = {
+    "tuple_type": "must be a list",
+    "too_short": "needs at least one entry",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "model_type": "must be a section with keys of its own",
+}
 
 
 class Mode(str, Enum):
@@ -301,7 +314,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         return f"{key}: unknown key; {_nearest(str(loc[-1]), owner)}"
     if first["type"] == "missing":
         return f"{key}: is missing; add it"
-    return f"{key}: {first['msg'].removeprefix('Value error, ')}"
+    return f"{key}: {_WORDS.get(first['type'], first['msg'].removeprefix('Value error, '))}"
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -106,7 +106,9 @@ class Reconnector:
                 return
             before, self._state = self._state, state
             self._changed.notify_all()
-        calm = state.kind in {LinkKind.CONNECTED, LinkKind.STOPPED} or before.kind is LinkKind.STOPPED
+        # Connected, and refused all the same, is no calm state: nothing gets out.
+        well = state.kind is LinkKind.CONNECTED and not state.reason
+        calm = well or LinkKind.STOPPED in {state.kind, before.kind}
         LOG.log(logging.INFO if calm else logging.WARNING, "broker %s: %s", self._settings.address, state)
 
     def _run(self) -> None:

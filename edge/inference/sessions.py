@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 IMAGE = "image"
 ANOMALY_MAP = "anomaly_map"
 EMBEDDING = "embedding"
+ROUTE = "route"
+"""How near an image is to each sub-class with an expert, float32 [N, E]; below 0 everywhere: to none of them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,7 +179,9 @@ def choose_threshold(
     if run_time is not None:
         notice = run_time.mismatch(bundle_id=bundle_id, memory_version=memory_version, scope=scope)
         if not notice:
-            return Chosen(run_time.value, "run time")
+            return Chosen(run_time.value, "budget" if run_time.value is None else "run time")
+        # "None" took something away; where it does not hold, nothing that judges is missing.
+        notice = "" if run_time.value is None else notice
     if external is not None:
         other = external.mismatch(bundle_id=bundle_id, memory_version=memory_version)
         if not other:

@@ -116,11 +116,12 @@ class ThresholdCommands:
         given = self._kept.all()
         if not given and not any(self._counts.values()):
             return {}
-        sources = {camera.name: camera.judge.threshold_source for camera in self._cameras}
+        judges = {camera.name: camera.judge for camera in self._cameras}
         return {
             "counters": dict(self._counts),
             "cameras": {
-                name: one.model_dump(mode="json") | {"in_force": sources.get(name) == "run time"}
+                name: one.model_dump(mode="json")
+                | {"in_force": name in judges and judges[name].run_time == one and not judges[name].notice}
                 for name, one in given.items()
             },
         }

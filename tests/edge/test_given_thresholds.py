@@ -174,10 +174,11 @@ def test_threshold_is_never_used_where_it_was_not_chosen_for(
         ONE, version, scope
     )  # fmt: skip
     falls = external is not None and (external.bundle_id, external.memory_version) == (ONE, version)
-    wanted = "run time" if fits else "settings" if falls else "budget"
+    sets = run_time is not None and run_time.value is not None
+    wanted = ("run time" if sets else "budget") if fits else "settings" if falls else "budget"
     assert chosen.source == wanted
     assert chosen.value == (run_time.value if fits and run_time else external.value if falls and external else None)
-    given_but_unused = (run_time is not None and not fits) or (external is not None and not falls and not fits)
+    given_but_unused = (sets and not fits) or (external is not None and not falls and not fits)
     assert bool(chosen.notice) == given_but_unused
 
 

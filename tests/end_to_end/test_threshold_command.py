@@ -222,7 +222,7 @@ def test_command_line_sets_a_threshold_and_takes_it_back(plant: Plant) -> None:
     with plant.running() as box, plant.listening() as heard:
         wait_for(heard, lambda message: isinstance(message, VerdictMessage))
         (worker,) = box.cameras
-        for value, source in (("1e6", "run time"), ("null", "run time")):
+        for value, source in (("1e6", "run time"), ("null", "budget")):
             result = CliRunner().invoke(app, [*arguments, "--set", f"value={value}"])
             assert result.exit_code == 0, result.output
             assert worker.judge.threshold_source == source
