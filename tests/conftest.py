@@ -61,3 +61,12 @@ def make_mosquitto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callabl
 def mosquitto(make_mosquitto: Callable[..., Mosquitto]) -> Mosquitto:
     """A broker without login and persistence, already running."""
     return make_mosquitto()
+
+
+@pytest.fixture(autouse=True)
+def _umask_is_given_back() -> Iterator[None]:
+    """`lineward run` sets it for its process; called inside a test, that is the process of all tests."""
+    before = os.umask(0o022)
+    os.umask(before)
+    yield
+    os.umask(before)
