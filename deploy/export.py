@@ -20,7 +20,7 @@ from onnx import helper
 
 from edge.bundle import STRIDE_MULTIPLE
 from edge.errors import DataError, EngineError, UsageError
-from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE
+from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE, ROUTE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -90,8 +90,9 @@ def export_head(head: nn.Module, path: Path, *, tap_shapes: Mapping[str, Sequenc
     own shape and layout: neither folded nor transposed, so that a box can put a new state in their place.
 
     Args:
-        head: ``forward(*taps)`` -> ``(anomaly_map,)`` float32 [N, h, w] or ``(anomaly_map, embedding)`` with
-            embedding float32 [N, L, D]; attributes ``tap_names``, ``state_names``, ``map_stride``.
+        head: ``forward(*taps)`` -> ``(anomaly_map,)`` float32 [N, h, w], ``(anomaly_map, embedding)`` with
+            embedding float32 [N, L, D], or ``(anomaly_map, embedding, route)`` with route float32 [N, E]; attributes
+            ``tap_names``, ``state_names``, ``map_stride``.
         path: file to write.
         tap_shapes: shape [C, h, w] of each tap; N is dynamic in the file, h and w are not.
 
@@ -116,9 +117,12 @@ def export_head(head: nn.Module, path: Path, *, tap_shapes: Mapping[str, Sequenc
     with torch.no_grad():
         results = head(*examples)
     ranks = [result.ndim for result in results] if isinstance(results, tuple) else []
-    if ranks not in ([3], [3, 3]):
-        raise DataError(f"head: forward must return (map [N, h, w],) or (map, embedding [N, L, D]), got ranks {ranks}")
-    outputs = (ANOMALY_MAP, EMBEDDING)[: len(ranks)]
+    if ranks not in ([3], [3, 3], [3, 3, 2]):
+        raise DataError(
+            "head: forward must return (map [N, h, w],), (map, embedding [N, L, D]) or (map, embedding, "
+            f"route [N, E]), got ranks {ranks}"
+        )
+    outputs = (ANOMALY_MAP, EMBEDDING, ROUTE)[: len(ranks)]
     model = _onnx(head, examples, inputs=taps, outputs=outputs, dynamic_batch=True, states=states)
     _require_ops(model, allowed=None, what="head")
     _require_state(model, {name: tuple(buffers[name].shape) for name in states})

@@ -64,7 +64,7 @@ def _parse_settings(given: list[str]) -> dict[str, str]:
 def train(
     data: Annotated[Path, typer.Option(help="Folder in MVTec layout; only train/good is read.")],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
-    method: Annotated[str, typer.Option(help="pbas, memory, fader, hetnet or feddymem.")] = "memory",
+    method: Annotated[str, typer.Option(help="pbas, memory, fader, hetnet, feddymem or adapted_moe.")] = "memory",
     preset: Annotated[str, typer.Option(help="quick or full.")] = "quick",
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     size: Annotated[

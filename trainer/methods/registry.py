@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from edge.errors import UsageError
 from trainer.distill.student import Student
+from trainer.methods.adapted_moe.fit import AdaptedMoEMethod
 from trainer.methods.fader.fit import FaderMethod
 from trainer.methods.feddymem.fit import FedDyMemMethod
 from trainer.methods.hetnet.fit import HetNetMethod
@@ -32,7 +33,8 @@ class Builder(Protocol):
 
 def methods() -> dict[str, type[Method]]:
     """Return every method by name."""
-    return {method.name: method for method in (PbasMethod, MemoryMethod, FaderMethod, HetNetMethod, FedDyMemMethod)}
+    every = (PbasMethod, MemoryMethod, FaderMethod, HetNetMethod, FedDyMemMethod, AdaptedMoEMethod)
+    return {method.name: method for method in every}
 
 
 def get(name: str) -> type[Method]:
