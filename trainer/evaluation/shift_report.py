@@ -182,8 +182,8 @@ def tables(report: ShiftReport) -> list[Table]:
             title=f"{material.material}: {len(material.subclasses)} sub-classes ({source})",
             title_justify="left",
         )
-        for name in ("method", "setting"):
-            table.add_column(name)
+        for name, width in (("method", 8), ("setting", 9)):
+            table.add_column(name, no_wrap=True, min_width=width)  # unseen+5 and unseen+20 differ at their ends
         for figure in FIGURES:
             table.add_column(_TITLES[figure], justify="right")
         table.add_column("drop of I-AUROC", justify="right")
