@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -13,7 +14,7 @@ import numpy as np
 from edge.cameras import make_judge
 from edge.doctor.findings import Finding, doubt, fine, isolated, of_error, wrong
 from edge.doctor.sight import sight
-from edge.errors import EngineError, LinewardError
+from edge.errors import CaptureError, EngineError, LinewardError
 from edge.frames import Frame
 from edge.inference.detectors import Detectors
 from edge.inference.engines import available_engines
@@ -94,6 +95,12 @@ def _proof(detector: Detector) -> Iterator[Finding]:
 def _threshold(seen: Seen, detector: Detector) -> Iterator[Finding]:
     camera, status = seen.camera, detector.status
     judge = make_judge(camera, detector.bundle, detector.bundle.calibration(status.engine, status.precision))
+    if seen.frame is not None:
+        # Whether mask and smallest area fit is known once a frame of the camera's size has come.
+        with contextlib.suppress(CaptureError):  # a frame that the crop does not fit is told under "defect"
+            judge.judge(detector.predict(_frame(seen, detector)))
+    for text in judge.warnings:
+        yield doubt("threshold", camera.name, text, "correct the camera's settings")
     threshold = judge.threshold
     text = f"{threshold.value:.4g} ({threshold.method}) for {camera.budget_text(threshold.alpha)}"
     if threshold.budget_supported or threshold.method == "external":

@@ -275,6 +275,13 @@ def test_frame_without_the_bundles_crop_is_a_failure(configure: Configure, tmp_p
     assert "200 x 64" in the(found(configure(bundle=str(cropped.path)), "defect"), "fail").text
 
 
+def test_mask_of_another_shape_is_a_failure(configure: Configure, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "mask.png"), np.full((480, 640), 255, np.uint8))
+    camera = {"region_of_interest": {"mask": "mask.png"}}
+
+    assert "640x480" in the(found(configure(camera), "threshold"), "fail").text
+
+
 def test_smallest_defect_is_said_in_pixels_and_millimetres(configure: Configure, folder: Path) -> None:
     finding = the(found(configure(), "defect", scale=4.0), "ok")
     # A canvas of 64 pixels shows a frame of 96; a map cell is 8 canvas pixels.
