@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from edge.alerts.message import NoticeKind
 from edge.settings import load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,3 +36,10 @@ def test_settings_in_documents_are_accepted(tmp_path: Path, page: Path, text: st
     settings = load_settings(tmp_path / "box.yaml")
 
     assert settings.cameras, page
+
+
+def test_every_kind_of_notice_is_explained() -> None:
+    formats = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    missing = [kind.value for kind in NoticeKind if f".{kind.value.split('.', 1)[1]}`" not in formats]
+
+    assert missing == []
