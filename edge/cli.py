@@ -19,6 +19,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from edge.alerts.options import (
+    DEFAULT_BROKER,
+    BrokerOption,
+    CaOption,
+    CertOption,
+    KeyOption,
+    PasswordOption,
+    PrefixOption,
+    broker_settings,
+)
 from edge.doctor.cli import doctor
 from edge.errors import BrokerError, CommandError, LinewardError, MissingExtraError, OutboxError, UsageError
 from edge.evidence.cli import app as evidence_app
@@ -54,14 +64,6 @@ LINE_FIELDS = (
 )  # fmt: skip
 # sysexits.h EX_TEMPFAIL: ended in order, to be started again by whoever supervises it.
 RESTART_EXIT = 75
-DEFAULT_BROKER = "mqtt://localhost:1883"
-
-BrokerOption = Annotated[str, typer.Option(help="mqtt[s]://[user@]host[:port]")]
-PasswordOption = Annotated[Path | None, typer.Option(help="File with the broker password.")]
-CaOption = Annotated[Path | None, typer.Option(help="PEM file to check the broker's certificate with.")]
-CertOption = Annotated[Path | None, typer.Option(help="PEM file of our certificate, for mutual TLS.")]
-KeyOption = Annotated[Path | None, typer.Option(help="PEM file of its key; mode 0600 or 0640.")]
-PrefixOption = Annotated[str, typer.Option(help="First segments of every topic.")]
 
 
 class _OtherRoomsVerb(TyperCommand):
@@ -211,8 +213,10 @@ def replay(
     try:
         settings = _replay_settings(
             site=site, box=box, state_dir=folder, bundle=bundle, engine=engine, precision=precision, threads=threads,
-            broker=_broker(broker, password_file=password_file, ca_file=ca_file, prefix=prefix, cert_file=cert_file,
-                           key_file=key_file),
+            broker=broker_settings(
+                broker, password_file=password_file, ca_file=ca_file, prefix=prefix, cert_file=cert_file,
+                key_file=key_file,
+            ),
             cameras=[{
                 "name": camera, "source": replay_source(source, fps=fps, loop=loop), "mode": mode,
                 "frame_rate": frame_rate,
@@ -291,7 +295,7 @@ def command(
         if not name or not equals:
             raise UsageError(f"--set {field}: write it as NAME=VALUE")
         given[name] = None if value == "null" else value
-    settings = _broker(
+    settings = broker_settings(
         broker, password_file=password_file, ca_file=ca_file, prefix=prefix, cert_file=cert_file, key_file=key_file
     )
     _log_to_stderr(verbose=False, level=logging.ERROR)
@@ -331,7 +335,7 @@ def watch(
     """Print alerts and verdicts as they come, each once."""
     from edge.alerts.subscriber import EVENTS, EVERYTHING, Subscriber
 
-    settings = _broker(
+    settings = broker_settings(
         broker, password_file=password_file, ca_file=ca_file, prefix=prefix, cert_file=cert_file, key_file=key_file
     )
     # The subscriber's own words on each attempt to connect would stand between the messages.
@@ -402,29 +406,6 @@ def _guard_app(verbs: typer.Typer, missing: str) -> None:
     for group in verbs.registered_groups:
         if group.typer_instance is not None:
             _guard_app(group.typer_instance, missing)
-
-
-def _broker(
-    url: str,
-    *,
-    password_file: Path | None,
-    ca_file: Path | None,
-    prefix: str,
-    cert_file: Path | None = None,
-    key_file: Path | None = None,
-) -> BrokerSettings:
-    from pydantic import ValidationError
-
-    from edge.alerts.settings import BrokerSettings, parse_broker_url
-    from edge.settings import explain
-
-    parse_broker_url(url)
-    try:
-        return BrokerSettings(
-            url=url, password_file=password_file, ca_file=ca_file, cert_file=cert_file, key_file=key_file, prefix=prefix
-        )
-    except ValidationError as error:
-        raise UsageError(f"broker: {explain(error, BrokerSettings)}") from error
 
 
 def _wait_until_ready(subscriber: Subscriber, settings: BrokerSettings, timeout: float) -> None:

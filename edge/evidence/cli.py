@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edge.errors import UsageError
+from edge.alerts.options import (
+    DEFAULT_BROKER,
+    BrokerOption,
+    CaOption,
+    CertOption,
+    KeyOption,
+    PasswordOption,
+    PrefixOption,
+    broker_settings,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,14 +27,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Pictures that a box keeps of what it found.")
 SiteOption = Annotated[str, typer.Option(help="Site of the box.", show_default=False)]
 BoxOption = Annotated[str, typer.Option(help="Name of the box.", show_default=False)]
-BrokerOption = Annotated[str, typer.Option(help="mqtt[s]://[user@]host[:port]")]
-PasswordOption = Annotated[Path | None, typer.Option(help="File with the broker password.")]
-CaOption = Annotated[Path | None, typer.Option(help="PEM file to check the broker's certificate with.")]
-CertOption = Annotated[Path | None, typer.Option(help="PEM file of this client's certificate.")]
-KeyOption = Annotated[Path | None, typer.Option(help="PEM file of its private key.")]
-PrefixOption = Annotated[str, typer.Option(help="First segments of every topic.")]
 TimeoutOption = Annotated[float, typer.Option(min=0.1, help="Seconds to wait for each answer.")]
-DEFAULT_BROKER = "mqtt://localhost:1883"
 
 
 @app.command(name="list")
@@ -80,19 +82,10 @@ def _client(
 ) -> Iterator[EvidenceClient]:
     import logging
 
-    from pydantic import ValidationError
-
     from edge.alerts.commander import Commander
-    from edge.alerts.settings import BrokerSettings, parse_broker_url
     from edge.evidence.fetch import EvidenceClient
-    from edge.settings import explain
 
-    parse_broker_url(broker)
-    given = {name: path for name, path in files.items() if path is not None}
-    try:
-        settings = BrokerSettings.model_validate({"url": broker, "prefix": prefix, **given})
-    except ValidationError as error:
-        raise UsageError(f"broker: {explain(error, BrokerSettings)}") from error
+    settings = broker_settings(broker, prefix=prefix, **files)
     logging.basicConfig(level=logging.ERROR)
     with Commander(settings, site=site, box=box) as commander:
         yield EvidenceClient(commander, timeout=timeout)
