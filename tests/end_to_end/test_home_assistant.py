@@ -336,7 +336,7 @@ def test_whole_box_announces_clears_and_announces_again_on_reload(mosquitto: Mos
     box = subprocess.Popen([str(Path(sys.executable).parent / "lineward"), "run", "--config", str(config)])
     try:
         second = f"{ROOT}/second/state"
-        before = [house.hear(announced("cam", "second") | {f"{ROOT}/cam/state", second}, 60)[second]]
+        house.hear(announced("cam", "second") | {f"{ROOT}/cam/state", second}, 60)
         write(content["cameras"][:1])
         box.send_signal(signal.SIGHUP)
         gone = announced("second") - announced() | {second}
@@ -345,9 +345,10 @@ def test_whole_box_announces_clears_and_announces_again_on_reload(mosquitto: Mos
         while any(last.get(topic) != b"" for topic in gone):
             topic, payload, _ = house.heard.get(timeout=max(0.0, deadline - time.monotonic()))
             last[topic] = payload
-            before += [payload] * (topic == second and payload != b"")
-        assert json.loads(before[-1])["state"] == "not_judged", "nobody vouches for what is gone"
-        assert announced("cam") <= retained(mosquitto).keys()
+        # Its last "not judged" may be overtaken by the clearing; what must not be left is a verdict.
+        left = retained(mosquitto)
+        assert not left.keys() & gone, "nobody vouches for what is gone"
+        assert announced("cam") <= left.keys()
         write(content["cameras"])
         box.send_signal(signal.SIGHUP)
         heard = house.hear(announced("second") - announced() | {second}, 30)
