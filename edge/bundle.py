@@ -233,6 +233,8 @@ class Manifest(_Model):
     embedding_id: dict[Precision, Sha256]
     calibration: tuple[Calibration, ...] = Field(min_length=1)
     commissioning_file: str | None = None
+    moments_file: str | None = None
+    subclasses: tuple[str, ...] = ()
     memory: MemoryLayout | None = None
     golden: Golden
     parity: dict[str, Any]
@@ -244,7 +246,7 @@ class Manifest(_Model):
     @model_validator(mode="after")
     def _files_are_listed(self) -> Manifest:
         named = [self.trunk.float32, self.trunk.int8, self.head.float32, self.head.int8, self.state_file,
-                 self.commissioning_file, self.golden.file, *(c.file for c in self.calibration)]
+                 self.commissioning_file, self.moments_file, self.golden.file, *(c.file for c in self.calibration)]
         missing = [name for name in named if name is not None and name not in self.files]
         if missing:
             raise ValueError(f"not listed under files: {', '.join(missing)}")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from edge.adaptation.moments import Moments
+
 
 @dataclass(frozen=True, slots=True)
 class Frame:
@@ -49,6 +51,9 @@ class Prediction:
         preprocess_ns: time for crop, resize and tiles.
         inference_ns: time inside the engine, trunk and head together.
         memory_version: of the memory that the map was measured against, 0 for the one packed in the bundle.
+        moments_version: of the moments that it was corrected by, 0 for none.
+        moments: of the frame before correction of what they belong to; None where nobody asked for them.
+        route: float32 [E], see :data:`edge.inference.sessions.ROUTE`; None where the bundle has no router.
     """
 
     anomaly_map: npt.NDArray[np.float32]
@@ -56,6 +61,9 @@ class Prediction:
     preprocess_ns: int
     inference_ns: int
     memory_version: int = 0
+    moments_version: int = 0
+    moments: Moments | None = None
+    route: npt.NDArray[np.float32] | None = None
 
 
 class Decision(str, Enum):
@@ -107,6 +115,9 @@ class Verdict:
         memory_version: of the memory that judged, 0 for the one packed in the bundle; where no frame was judged, of
             the one whose threshold is shown.
         evidence: reference of the pictures kept of it; None where none are.
+        moments_version: of the moments that its frame was corrected by, 0 for none.
+        threshold_version: counts the changes of this camera's threshold, 0 for the one that the bundle gave first.
+        subclass: name of the sub-class that judged; empty where the bundle has none.
     """
 
     decision: Decision
@@ -123,6 +134,9 @@ class Verdict:
     latency_ms: dict[str, float] = field(default_factory=dict)
     memory_version: int = 0
     evidence: str | None = None
+    moments_version: int = 0
+    threshold_version: int = 0
+    subclass: str = ""
 
 
 class EventPhase(str, Enum):
@@ -153,6 +167,9 @@ class AnomalyEvent:
         latency_ms: of that frame.
         memory_version: of the memory that judged that frame; it may change within one event.
         evidence: reference of the pictures kept of the event, the same in every phase; None where none are.
+        moments_version: of that frame, as in :class:`Verdict`.
+        threshold_version: of that frame.
+        subclass: of that frame.
     """
 
     event_id: str
@@ -170,6 +187,9 @@ class AnomalyEvent:
     latency_ms: dict[str, float] = field(default_factory=dict)
     memory_version: int = 0
     evidence: str | None = None
+    moments_version: int = 0
+    threshold_version: int = 0
+    subclass: str = ""
 
 
 @dataclass(frozen=True, slots=True)
