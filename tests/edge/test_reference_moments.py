@@ -99,6 +99,7 @@ ODD = {
     "std/stride4 has values below 0": {"std/stride4": np.full((3, 8), -1, np.float32)},
     "std/image has values that are not finite": {"std/image": np.full((3, 3), np.nan, np.float32)},
     "mean/image is not \\[3, 3\\] of grey levels": {"mean/image": np.full((3, 3), 256, np.float32)},
+    "mean/stride4 is float32 \\[3, 0\\]": dict.fromkeys(("mean/stride4", "std/stride4"), np.ones((3, 0), np.float32)),
     "std/extra is missing": {"mean/extra": np.ones((3, 3), np.float32)},
 }
 
