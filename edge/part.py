@@ -18,7 +18,7 @@ class BoxPart(Protocol):
         """Begin, after the outbox is open and before the cameras start.
 
         Raises:
-            LinewardError: the box cannot do what its settings ask, such as a port that is taken.
+            LinewardError: the box cannot do what its settings ask, and trying again will not help.
         """
 
     def request_stop(self) -> None:

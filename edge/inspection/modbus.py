@@ -6,6 +6,7 @@ Knows frames, connections and exception codes; what the registers mean is in reg
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import struct
 import threading
@@ -23,7 +24,6 @@ from pymodbus.pdu.register_message import (
     WriteSingleRegisterRequest,
 )
 
-from edge.errors import SettingsError
 from edge.inspection.registers import Refused
 
 if TYPE_CHECKING:
@@ -39,6 +39,9 @@ BEAT_S = 0.1
 # The rest of a frame whose header came, and the taking of an answer.
 FRAME_S = 5.0
 START_S = 5.0
+# Between two attempts to listen, then doubled up to the longest: who holds the port may be the box that ran before.
+AGAIN_S = 0.5
+LONGEST_AGAIN_S = 8.0
 # A connection that is silent for less is in use, and does not make room for another.
 IN_USE_S = 2.0
 # Clients see their connections closed before the loop ends.
@@ -112,7 +115,7 @@ class ModbusServer:
         self._counts = dict.fromkeys(
             ("requests", "refused_requests", "other_units", "bad_frames", "connections", "refused_connections"), 0
         )
-        self._failure = ""
+        self._failure = self._waits_for_port = ""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Event | None = None
         self._ready = threading.Event()
@@ -120,16 +123,9 @@ class ModbusServer:
         self.port = 0
 
     def start(self) -> None:
-        """Listen.
-
-        Raises:
-            SettingsError: the address cannot be listened on.
-        """
+        """Listen; where the address is taken, try again until it is free: a PLC must not keep a box from judging."""
         self._thread.start()
         self._ready.wait(START_S)
-        if self._failure or not self.port:
-            raise SettingsError(f"modbus: {self._address} cannot be listened on: {self._failure or 'no answer'}")
-        _LOG.info("modbus: listening on %s:%d", self._settings.host, self.port)
 
     def stop(self, timeout: float) -> bool:
         """Close all connections and end; whether that was done in time. May be called without a start, and twice."""
@@ -149,18 +145,14 @@ class ModbusServer:
         return {"port": self.port, "clients": len(self._clients), "counters": dict(self._counts)}
 
     def warnings(self) -> list[str]:
-        """What an operator should know."""
-        return [f"modbus: the server has ended: {self._failure}"] if self._failure else []
-
-    @property
-    def _address(self) -> str:
-        return f"{self._settings.host}:{self._settings.port}"
+        """What an operator should know; nothing while a PLC can connect."""
+        if self._failure:
+            return [f"modbus: the server has ended: {self._failure}"]
+        return [self._waits_for_port] if self._waits_for_port else []
 
     def _run(self) -> None:
         try:
             asyncio.run(self._serve())
-        except OSError as error:
-            self._failure = error.strerror or str(error)
         except Exception as error:  # noqa: BLE001 (the thread's rim; without it nobody would see the end)
             _LOG.exception("modbus: the server failed")
             self._failure = f"{type(error).__name__}: {error}"
@@ -169,9 +161,9 @@ class ModbusServer:
 
     async def _serve(self) -> None:
         self._loop, self._ending = asyncio.get_running_loop(), asyncio.Event()
-        server = await asyncio.start_server(
-            self._talk, self._settings.host, self._settings.port, limit=1024, backlog=16
-        )
+        server = await self._listen(self._ending)
+        if server is None:
+            return
         beating = asyncio.create_task(self._beat())
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()
@@ -189,6 +181,30 @@ class ModbusServer:
                 client.writer.close()
             if self._talks:
                 await asyncio.wait(self._talks, timeout=HANG_UP_S)
+
+    async def _listen(self, ending: asyncio.Event) -> asyncio.Server | None:
+        """The listening server; None where the box stops before its address is free."""
+        host, port, pause = self._settings.host, self._settings.port, AGAIN_S
+        while not ending.is_set():
+            try:
+                server = await asyncio.start_server(self._talk, host, port, limit=1024, backlog=16)
+            except OSError as error:
+                trouble = (
+                    f"modbus: {host}:{port} cannot be listened on ({error.strerror or error}); no PLC can read the "
+                    "box until it can; choose another port, or an address of this machine"
+                )
+                if trouble != self._waits_for_port:
+                    _LOG.error("%s", trouble)
+                self._waits_for_port = trouble
+                self._ready.set()
+            else:
+                self._waits_for_port = ""
+                _LOG.info("modbus: listening on %s:%d", host, server.sockets[0].getsockname()[1])
+                return server
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(ending.wait(), pause)
+            pause = min(2 * pause, LONGEST_AGAIN_S)
+        return None
 
     async def _beat(self) -> None:
         while True:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 import edge.inspection.inspection
 from edge.alerts.message import TriggerCommand
-from edge.errors import MissingExtraError, SettingsError
+from edge.errors import MissingExtraError
 from edge.frames import Decision
 from edge.health.metrics import Metrics
 from edge.inspection.inspection import Inspection, Reports, deciding_view, part_verdict, part_views
@@ -200,13 +200,17 @@ def test_box_of_streams_has_nothing_to_say(make: Callable[..., Inspection]) -> N
     assert threading.active_count() == threads
 
 
-def test_port_that_is_taken_stops_the_start(make: Callable[..., Inspection]) -> None:
+def test_port_that_is_taken_is_a_warning_and_parts_are_judged(make: Callable[..., Inspection]) -> None:
     first = make(box_settings([camera("a")], modbus={"port": 0}))
     port = first.status()["modbus"]["port"]
-    second = make(box_settings([camera("a")], modbus={"port": port}), start=False)
+    stations = [station("a", trigger="mqtt", deadline_ms=30)]
+    reporter = Verdicts()
+    second = make(box_settings([camera("a")], stations=stations, modbus={"port": port}), reporter=reporter)
 
-    with pytest.raises(SettingsError, match="cannot be listened on"):
-        second.start()
+    assert any(f":{port} cannot be listened on" in warning for warning in second.warnings())
+    assert second.stations()[0].trigger("p") == ""
+    reporter.wait_for(1)
+    assert [one.part_id for one in reporter.found] == ["p"]
 
 
 def test_missing_library_is_named_with_its_extra(

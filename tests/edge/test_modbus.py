@@ -13,7 +13,6 @@ import pytest
 from pymodbus.client import ModbusTcpClient
 from pymodbus.exceptions import ModbusException
 
-from edge.errors import SettingsError
 from edge.inspection.modbus import ModbusServer
 from edge.inspection.registers import TRIGGER_BASE, BoxState, Registers
 from edge.inspection.settings import ModbusSettings
@@ -231,11 +230,37 @@ def test_client_that_says_nothing_is_closed() -> None:
         assert server.modbus.status()["clients"] == 0
 
 
-def test_address_that_is_taken_is_refused_by_name() -> None:
+def test_address_that_is_taken_is_named_and_served_once_it_is_free(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("edge.inspection.modbus.LONGEST_AGAIN_S", 0.02)
+    monkeypatch.setattr("edge.inspection.modbus.AGAIN_S", 0.01)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        second = Server(port=other.getsockname()[1])
+        second.modbus.start()
+        (warning,) = second.modbus.warnings()
+        assert f"127.0.0.1:{other.getsockname()[1]} cannot be listened on" in warning
+        assert "choose another port" in warning
+        assert second.modbus.status()["port"] == 0
+    try:
+        wait_for(lambda: second.modbus.port != 0)
+        assert second.modbus.warnings() == []
+        with client(second) as plc:
+            assert plc.read_input_registers(0, count=1, device_id=UNIT).registers == [1]
+    finally:
+        assert second.modbus.stop(SOON)
+    # However often it was tried.
+    assert (
+        len([one for one in caplog.records if one.name == "edge.inspection.modbus" and one.levelname == "ERROR"]) == 1
+    )
+
+
+def test_server_that_waits_for_its_address_stops() -> None:
     with serving() as server:
         second = Server(port=server.modbus.port)
-        with pytest.raises(SettingsError, match=f"127.0.0.1:{server.modbus.port} cannot be listened on"):
-            second.modbus.start()
+        second.modbus.start()
         assert second.modbus.stop(SOON)
 
 
