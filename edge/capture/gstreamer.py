@@ -18,6 +18,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from edge.capture.addresses import NAME_CURE, unresolved_host
 from edge.capture.buffers import BufferPool
 from edge.capture.settings import redact
 from edge.capture.sources import IDLE, TIMEOUT_S, CorruptFrameError, Grab, Idle
@@ -51,6 +52,7 @@ _HEAD = re.compile(rb"\s*--lineward\r\nContent-Type: video/x-raw\r\nContent-Leng
 _CAPS = re.compile(r"lineward_caps\.GstPad:src: caps = .*?width=\(int\)(\d+), height=\(int\)(\d+)")
 _NO_ELEMENT = re.compile(r'no element "([^"]+)"')
 _CANNOT_LINK = re.compile(r"could not link|not-negotiated")
+_CANNOT_OPEN = "Could not open resource"
 _PACKAGES = (
     (re.compile(r"multipartmux|v4l2|rtsp|rtp|jpeg|udpsrc|souphttpsrc|matroska|qtdemux"), "gstreamer1.0-plugins-good"),
     (re.compile(r"nv"), "nvidia-l4t-gstreamer (on a Jetson)"),
@@ -320,6 +322,9 @@ class GstreamerSource:
             cure = "; install " + (package or "the Debian package of gstreamer1.0-plugins-* that has it")
         elif _CANNOT_LINK.search(said):
             cure = "; the pipeline must end in raw video of the width and height asked for, and name no sink"
+        elif _CANNOT_OPEN in said and (host := unresolved_host(self._settings.pipeline or "")):
+            # Its rtspsrc says no more than "Generic error".
+            return f": the name {host!r} cannot be resolved; {NAME_CURE}"
         return (f": {said[:400]}" if said else "") + cure
 
 

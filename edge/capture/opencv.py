@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from edge.capture.addresses import NAME_CURE, unresolved_host
 from edge.capture.buffers import BufferPool
 from edge.capture.settings import redact
 from edge.capture.sources import TIMEOUT_S, Grab
@@ -155,6 +156,9 @@ class CameraSource(_CvSource):
             self._capture = _open_capture(self._place, _stream_backends(), timeouts)
             cure = "check the address, the login and the network"
         if self._capture is None:
+            host = "" if local else unresolved_host(str(self._place))
+            if host:
+                raise CaptureError(f"camera {self._label}: the name {host!r} cannot be resolved; {NAME_CURE}")
             raise CaptureError(f"camera {self._label}: does not answer; {cure}")
         if local:
             self._remarks = ask(self._capture, self._asked)
