@@ -20,7 +20,7 @@ def unresolved_host(text: str) -> str:
     """
     for url in _URL.findall(text):
         try:
-            host = urlsplit(url).hostname
+            host: str | None = urlsplit(url).hostname
         except ValueError:
             continue
         # A file has no host; a stream that is listened for (udp://@239.0.0.1) need not be resolved.
