@@ -23,6 +23,7 @@ from edge.inference.stall_guard import StallGuard
 from edge.inspection.inspection import Inspection
 from edge.judgement.given_thresholds import THRESHOLDS_FILE, GivenThresholds
 from edge.judgement.threshold_commands import ThresholdCommands
+from edge.judgement.threshold_versions import VERSIONS_FILE, ThresholdVersions
 from edge.memory.box_memory import BoxMemory
 from edge.reporter import Reporter
 from edge.slots.slots import Slots
@@ -84,6 +85,7 @@ class BoxContents:
         self._on_verdict, self._link = on_verdict, link
         self._identity = Identity(site=settings.site, box=settings.box, prefix=settings.broker.prefix)
         self._given = GivenThresholds(settings.state_dir / THRESHOLDS_FILE)
+        self._thresholds = ThresholdVersions(settings.state_dir / VERSIONS_FILE)
         self._evidence: EvidenceKeeper | None = None
         self._slot_watch: SlotWatch | None = None
         self._watches: CameraWatches | None = None
@@ -169,6 +171,7 @@ class BoxContents:
             observers=self._observers(camera, detectors),
             station=self.inspection.station_of(camera.name),
             health=None if self._watches is None else self._watches.watch(camera),
+            number_threshold=self._thresholds.number,
         )
 
     def _open_bundles(self) -> tuple[Detectors, dict[str, Judge]]:

@@ -69,6 +69,7 @@ class CameraWorker:
             the pictures that will be kept of it, where there are any. Must return at once and not raise.
         station: in triggered mode the one that the camera belongs to; it says which frames are parts, and reports.
         health: watches whether the camera is well, where anybody asked for that.
+        number_threshold: counts the changes of the threshold that frames meet; given the camera and the judge.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class CameraWorker:
         keep_evidence: KeepEvidence | None = None,
         station: Station | None = None,
         health: CameraWatch | None = None,
+        number_threshold: Callable[[str, Judge], int] | None = None,
     ) -> None:
         assert (station is not None) == (settings.mode is Mode.TRIGGERED)
         self.name = settings.name
@@ -98,6 +100,7 @@ class CameraWorker:
         self._met = judge
         self._observers = tuple(observers) if health is None else (*observers, health.observe)
         self._health = health
+        self._number_threshold = number_threshold
         self._keep_evidence = keep_evidence
         self._event_evidence: str | None = None
         self._reporter = reporter
@@ -225,6 +228,7 @@ class CameraWorker:
             "queued": counters.captured - counters.delivered - counters.dropped - counters.skipped,
             "counters": captured | self._counts,
             "threshold": dataclasses.asdict(threshold),
+            "threshold_version": self._judge.threshold_version,
             "levels": {name: getattr(self._judge, name) for name in ("enter_level", "leave_level", "threshold_source")},
             "failure": self._failure or None,
             "health": None if self._health is None else self._health.status(),
@@ -362,7 +366,7 @@ class CameraWorker:
         prediction = None
         try:
             prediction = predict()
-            verdict = self._judge_of(prediction.memory_version).judge(prediction)
+            verdict = self._numbered(self._judge_of(prediction.memory_version).judge(prediction))
         except Exception as error:  # noqa: BLE001 (one frame's stage is isolated: the next may be judged again)
             self._counts["failed"] += 1
             self._metrics.count("frames_failed")
@@ -377,6 +381,13 @@ class CameraWorker:
             _LOG.info("camera %s: frames are judged again", self.name)
             self._failure = ""
         return prediction, verdict, Reason.FAILED if verdict.decision is Decision.NOT_JUDGED else Reason.NONE
+
+    def _numbered(self, verdict: Verdict) -> Verdict:
+        if self._number_threshold is None:
+            return verdict
+        # Only now the judge has seen the frame's size, which its threshold may depend on.
+        self._met.threshold_version = self._number_threshold(self.name, self._met)
+        return dataclasses.replace(verdict, threshold_version=self._met.threshold_version)
 
     def _judge_of(self, memory_version: int) -> Judge:
         with self._judges_lock:

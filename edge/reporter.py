@@ -15,6 +15,7 @@ from edge.alerts.message import (
     Judge,
     MemoryRef,
     Severity,
+    adaptation_of,
     alert_from_event,
     encode,
     notice_message,
@@ -55,6 +56,11 @@ class _Judging(NamedTuple):
 
 def _judging(bundle: Bundle) -> _Judging:
     return _Judging(bundle.manifest.product, BundleRef(id=bundle.id, method=bundle.manifest.method))
+
+
+def _versions(verdict: Verdict) -> tuple[object, ...]:
+    """What a state names beside its score: it is said again where one of these changes."""
+    return verdict.memory_version, verdict.moments_version, verdict.threshold_version, verdict.subclass
 
 
 class Reporter:
@@ -183,7 +189,7 @@ class Reporter:
         """
         part = None if verdict is None or part_id is None else verdict.camera_seq
         judged = verdict is not None and verdict.decision is not Decision.NOT_JUDGED
-        shown = (state, reason, event_id, part_id, part, verdict.memory_version if judged and verdict else None)
+        shown = (state, reason, event_id, part_id, part, _versions(verdict) if judged and verdict else None)
         values: dict[str, Any] = {"state": state, "reason": reason, "event_id": event_id, "part_id": part_id}
         if verdict is not None:
             values |= {
@@ -191,7 +197,7 @@ class Reporter:
                 for name, value in (("score", verdict.score), ("threshold", verdict.threshold))
                 if math.isfinite(value)
             }
-            values["memory"] = self._memory(verdict.memory_version)
+            values |= {"memory": self._memory(verdict.memory_version), "adaptation": adaptation_of(verdict)}
         with self._lock:
             if self._shown.get(camera) == shown:
                 return

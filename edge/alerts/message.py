@@ -29,7 +29,9 @@ from edge.alerts.topics import (
     ACCEPT_VERB,
     DEAD_LETTERS_VERB,
     EVIDENCE_VERB,
+    RECIPE_VERB,
     REPLAY_VERB,
+    RESET_VERB,
     SHIP_VERB,
     THRESHOLD_VERB,
     TRIGGER_VERB,
@@ -98,6 +100,14 @@ class MemoryRef(Message):
     fleet: Count = Field(0, description="Version of the fleet's memory inside it; 0 for the one that was packed.")
 
 
+class AdaptationRef(Message):
+    """What else judged: the moments that the frame was corrected by, the camera's threshold, the sub-class."""
+
+    moments: Count = Field(0, description="Counts the camera's snapshots of moments; 0: nothing was corrected.")
+    threshold: Count = Field(0, description="Counts the changes of the camera's threshold since its first one (0).")
+    subclass: str = Field("", max_length=200, description="Whose expert judged; empty where the bundle has none.")
+
+
 class RegionMessage(Message):
     """A region above the threshold, in pixels of the camera frame; ``peak`` is its highest raw map value."""
 
@@ -128,6 +138,7 @@ class _Judged(_Numbered):
     product: str
     bundle: BundleRef
     memory: MemoryRef
+    adaptation: AdaptationRef = AdaptationRef()
     score: float | None = Field(description="Raw pooled score; null when there is none.")
     threshold: float | None = Field(description="Raw threshold in force.")
     p_value: Probability | None = Field(description="(1 + calibration scores >= score) / (n + 1).")
@@ -210,6 +221,13 @@ class NoticeKind(str, Enum):
     THRESHOLD_SET = "threshold.set"
     THRESHOLD_IGNORED = "threshold.ignored"
     THRESHOLD_DAMAGED = "threshold.damaged"
+    ADAPTATION_FROZEN = "adaptation.frozen"
+    ADAPTATION_THAWED = "adaptation.thawed"
+    ADAPTATION_DRIFT = "adaptation.drift"
+    ADAPTATION_BOUND = "adaptation.bound"
+    ADAPTATION_RESET = "adaptation.reset"
+    ADAPTATION_DAMAGED = "adaptation.damaged"
+    PRODUCT_UNKNOWN = "product.unknown"
     CAMERA_FROZEN = "camera.frozen"
     CAMERA_DARK = "camera.dark"
     CAMERA_OVEREXPOSED = "camera.overexposed"
@@ -283,6 +301,7 @@ class CameraState(Message):
     score: float | None = None
     threshold: float | None = None
     memory: MemoryRef | None = Field(None, description="That judged; null before anything was judged.")
+    adaptation: AdaptationRef | None = Field(None, description="As an alert's; null before anything was judged.")
     reason: str = ""
 
 
@@ -380,6 +399,21 @@ class ThresholdCommand(CommandMessage):
     memory_version: Count = Field(description="Of the memory that the value was chosen for; 0 is the packed one.")
 
 
+class RecipeCommand(CommandMessage):
+    """Says which product runs from now on, and settles the camera's moments anew; published to ``cmd/recipe``."""
+
+    camera: str | None = Field(None, description="Every camera that follows its line where absent.")
+    recipe: str | None = Field(
+        max_length=200, description="Name of a sub-class of the bundle; null leaves it to the router again."
+    )
+
+
+class ResetCommand(CommandMessage):
+    """Has a camera's moments settle anew on the parts that come now, which must be good; published to ``cmd/reset``."""
+
+    camera: str | None = Field(None, description="Every camera that follows its line where absent.")
+
+
 class CommandResult(Message):
     """The answer to a command. ``count``: messages that will be sent again, frames that fed, or rows that go out."""
 
@@ -397,7 +431,14 @@ class CommandResult(Message):
 _M = TypeVar("_M", bound=Message)
 Numbered: TypeAlias = Alert | VerdictMessage | Gap | Notice
 Command: TypeAlias = (
-    ReplayCommand | AcceptCommand | ShipCommand | EvidenceCommand | ThresholdCommand | DeadLettersCommand
+    ReplayCommand
+    | AcceptCommand
+    | ShipCommand
+    | EvidenceCommand
+    | ThresholdCommand
+    | RecipeCommand
+    | ResetCommand
+    | DeadLettersCommand
 )
 AnyMessage: TypeAlias = Numbered | Status | CameraState | Availability | Command | CommandResult
 
@@ -417,6 +458,8 @@ COMMANDS: dict[str, type[CommandMessage]] = {
     SHIP_VERB: ShipCommand,
     DEAD_LETTERS_VERB: DeadLettersCommand,
     THRESHOLD_VERB: ThresholdCommand,
+    RECIPE_VERB: RecipeCommand,
+    RESET_VERB: ResetCommand,
     EVIDENCE_VERB: EvidenceCommand,
     TRIGGER_VERB: TriggerCommand,
 }
@@ -608,6 +651,20 @@ def json_schemas() -> dict[str, dict[str, Any]]:
     return files
 
 
+def adaptation_of(source: AnomalyEvent | Verdict) -> AdaptationRef:
+    """Versions of moments and threshold, and the sub-class, as messages name them.
+
+    Raises:
+        MessageError: a value cannot be published (names the field).
+    """
+    return build(
+        AdaptationRef,
+        moments=source.moments_version,
+        threshold=source.threshold_version,
+        subclass=source.subclass[:200],
+    )
+
+
 def _judged(source: AnomalyEvent | Verdict, *, identity: Identity, judge: Judge) -> dict[str, Any]:
     return {
         "ts": source.captured_at,
@@ -619,6 +676,7 @@ def _judged(source: AnomalyEvent | Verdict, *, identity: Identity, judge: Judge)
         "product": judge.product,
         "bundle": judge.bundle,
         "memory": judge.memory,
+        "adaptation": adaptation_of(source),
         "score": _finite(source.score),
         "threshold": _finite(source.threshold),
         "p_value": _finite(source.p_value),

@@ -20,6 +20,8 @@ ACCEPT_VERB = "accept"
 SHIP_VERB = "ship"
 DEAD_LETTERS_VERB = "dead_letters"
 THRESHOLD_VERB = "threshold"
+RECIPE_VERB = "recipe"
+RESET_VERB = "reset"
 EVIDENCE_VERB = "evidence"
 TRIGGER_VERB = "trigger"
 

@@ -152,6 +152,9 @@ class Case:
             "product": manifest.product,
             "bundle": {"id": self.bundle.id, "method": manifest.method},
             "memory_version": verdict.memory_version,
+            "moments_version": verdict.moments_version,
+            "threshold_version": verdict.threshold_version,
+            "subclass": verdict.subclass,
             "frames": sorted(self.frames, key=lambda frame: frame["place"]),
             "frames_left_out": self.skipped,
             "files": {

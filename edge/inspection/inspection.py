@@ -114,11 +114,7 @@ class Inspection:
             return tuple(self._stations.values())
 
     def start(self) -> None:
-        """Begin to watch deadlines and to serve registers.
-
-        Raises:
-            SettingsError: the server's address cannot be listened on.
-        """
+        """Begin to watch deadlines and to serve registers, as soon as the server's address is free."""
         self._started = True
         self._begin()
         if self._modbus is not None:
@@ -368,6 +364,7 @@ def _nothing_seen(station: Station, decided: PartVerdict) -> tuple[Verdict, int]
         captured_ns=part.triggered_ns,
         captured_at=part.triggered_at,
         memory_version=0 if judge is None else judge.memory_version,
+        threshold_version=0 if judge is None else judge.threshold_version,
     )
     return nothing, 0 if judge is None else judge.calibration_count
 

@@ -170,4 +170,7 @@ class EventTracker:
             regions=verdict.regions,
             latency_ms=verdict.latency_ms,
             memory_version=verdict.memory_version,
+            moments_version=verdict.moments_version,
+            threshold_version=verdict.threshold_version,
+            subclass=verdict.subclass,
         )

@@ -78,6 +78,7 @@ class Judge:
         memory_version: of the memory that its thresholds hold for.
         run_time: the threshold given at run time, whether it holds here or not.
         notice: why a threshold from outside is not used; empty where it is, or where there is none.
+        threshold_version: of its threshold, as verdicts name it; whoever puts the judge in force counts.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class Judge:
         self.bundle_id = bundle_id
         self.memory_version = memory_version
         self.run_time = run_time
+        self.threshold_version = 0
         self._chosen = choose_threshold(
             run_time=run_time,
             external=external,
@@ -299,6 +301,8 @@ class Judge:
                 "total": (ended - frame.captured_ns) / NS_PER_MS,
             },
             memory_version=self.memory_version,
+            moments_version=prediction.moments_version,
+            threshold_version=self.threshold_version,
         )
 
     def not_judged(self, frame: Frame, reason: str) -> Verdict:
@@ -336,6 +340,7 @@ class Judge:
             reason=reason,
             latency_ms={"total": (self._clock_ns() - captured_ns) / NS_PER_MS},
             memory_version=self.memory_version,
+            threshold_version=self.threshold_version,
         )
 
     def _viewed(self, frame: Frame, map_shape: tuple[int, ...]) -> _View:

@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from edge.alerts.message import (
     AcceptCommand,
     Alert,
+    CameraState,
     Gap,
+    RecipeCommand,
     ReplayCommand,
+    ResetCommand,
     Severity,
     ShipCommand,
     VerdictMessage,
@@ -39,8 +42,8 @@ EPOCH = "0123456789abcdef"
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
 ALERT_KEYS = [
     "schema", "epoch", "seq", "ts", "site", "box", "uptime_ms", "camera", "camera_seq", "product", "bundle", "memory",
-    "score", "threshold", "p_value", "p_value_floor", "regions", "latency_ms", "evidence", "event_id", "phase",
-    "peak_score", "frames", "late",
+    "adaptation", "score", "threshold", "p_value", "p_value_floor", "regions", "latency_ms", "evidence", "event_id",
+    "phase", "peak_score", "frames", "late",
 ]  # fmt: skip
 
 
@@ -56,6 +59,26 @@ def test_alert_has_the_published_keys_and_ends_with_late() -> None:
     assert payload["bundle"] == {"id": "ab" * 32, "method": "pbas"}
     assert payload["memory"] == {"version": 2, "fleet": 0}
     assert payload["regions"] == [{"x": 1, "y": 2, "w": 3, "h": 4, "area": 10, "peak": 2.5}]
+
+
+def test_messages_name_moments_threshold_and_subclass_that_judged() -> None:
+    versions = {"moments_version": 7, "threshold_version": 3, "subclass": "cloth-2"}
+    expected = {"moments": 7, "threshold": 3, "subclass": "cloth-2"}
+    assert json.loads(encode(an_alert(**versions)))["adaptation"] == expected
+    message = verdict_message(verdict(**versions), identity=IDENTITY, judge=JUDGE, epoch=EPOCH, seq=1)
+    assert json.loads(encode(message))["adaptation"] == expected
+
+
+def test_parse_reads_what_an_earlier_release_has_stored() -> None:
+    payload = json.loads(encode(an_alert()))
+    del payload["adaptation"]
+    alert = parse(IDENTITY.alert("cam"), json.dumps(payload).encode())
+    assert isinstance(alert, Alert)
+    assert alert == an_alert()
+    state = {"schema": "lineward.state/1", "ts": "2030-01-02T03:04:05Z", "site": "plant", "box": "box1"}
+    shown = parse(IDENTITY.state("cam"), json.dumps({**state, "camera": "cam", "state": "ok"}).encode())
+    assert isinstance(shown, CameraState)
+    assert shown.adaptation is None
 
 
 def test_alert_writes_local_time_as_utc() -> None:
@@ -242,6 +265,11 @@ def test_commands_are_read_by_their_verb() -> None:
     for payload in (b'{"camera": "cam"}', b'{"camera": "cam", "part_id": "p", "camera_seq": 1}', b'{"part_id": "p"}'):
         with pytest.raises(MessageError):
             parse(IDENTITY.command("accept"), payload)
+    recipe = parse(IDENTITY.command("recipe"), b'{"camera": "cam", "recipe": "cloth-2"}')
+    assert recipe == build(RecipeCommand, camera="cam", recipe="cloth-2")
+    assert parse(IDENTITY.command("reset"), b"{}") == build(ResetCommand)
+    with pytest.raises(MessageError, match="recipe"):
+        parse(IDENTITY.command("recipe"), b'{"camera": "cam"}')
     with pytest.raises(MessageError, match="unknown command"):
         parse(IDENTITY.command("dance"), b"{}")
 
