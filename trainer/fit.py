@@ -24,7 +24,8 @@ from edge.errors import DataError, UsageError
 from edge.inference.preprocessing import join_maps
 from edge.judgement.score import pool_score
 from trainer.backbones.registry import DEFAULT_TRUNK, TrunkSpec, build_trunk, trunk_id
-from trainer.data.folder import content_hash, read_folder, split_holdout
+from trainer.data.folder import content_hash, read_folder
+from trainer.data.splits import split_holdout, split_subclasses
 from trainer.features import extract, extract_tiles, load_canvases, tiles_of
 from trainer.methods.base import Features, FitContext, Head, Validation
 from trainer.methods.registry import get
@@ -46,6 +47,8 @@ DEFAULT_SIZE = (224, 224)
 HOLDOUT_FRACTION = 0.2
 HOLDOUT_MINIMUM = 8
 HOLDOUT_MAXIMUM = 400
+# Training images whose moments stand for an expert: its mean is known to an eighth of the deviation between images.
+REFERENCE_EACH, REFERENCE_MAXIMUM = 64, 400
 _VALIDATION_DEFECTS = 120
 # Shares of the map's cells whose mean may become the image score; the choice is made on the validation set.
 POOLING_SHARES = (0.0, 0.002, 0.005, 0.01, 0.02)
@@ -272,7 +275,7 @@ def train(
     Run.refuse_foreign(out)
     preprocessing = preprocessing or preprocessing_for(size=None, tiles=(1, 1), overlap=0, crop=None)
     samples = read_folder(data).train
-    split = hold_out(data, samples, seed)
+    split = hold_out(data, samples, seed, by_subclass=chosen.uses_subclasses)
     spec = TrunkSpec(name=trunk)
     network = build_trunk(spec)
     canvases = load_canvases(split.fit, preprocessing, progress=progress, what="read good images")
@@ -286,9 +289,11 @@ def train(
         seed=seed,
         device=torch_device,
         progress=progress,
-        subclasses=np.array([sample.condition for sample in split.fit], np.str_),
+        subclasses=subclasses_of(split.fit),
     )
     head, pooling, validation = learn(chosen, config, context, preprocessing)
+    subclasses = subclasses_of(split.fit)
+    kept = drawn_evenly(subclasses if chosen.uses_subclasses else np.full(len(subclasses), ""))
     record = RunRecord(
         method=method,
         trunk=spec,
@@ -304,8 +309,19 @@ def train(
         seconds=round(time.monotonic() - started, 1),
         versions=versions(),
         created=datetime.now(timezone.utc),
+        reference_images=len(kept),
     )
-    run = Run(out, record, network.to("cpu"), head, holdout, groups_of(split.holdout))
+    run = Run(
+        out,
+        record,
+        network.to("cpu"),
+        head,
+        holdout,
+        groups_of(split.holdout),
+        subclasses_of(split.holdout),
+        canvases[kept],
+        subclasses[kept],
+    )
     run.save()
     return run
 
@@ -321,8 +337,14 @@ def configured(config: MethodConfig, method: str, settings: Mapping[str, object]
         raise UsageError(f"--set {where}: {first['msg']}; the settings of {method} are {known}") from error
 
 
-def hold_out(data: Path, samples: Sequence[Sample], seed: int) -> Holdout:
+def hold_out(data: Path, samples: Sequence[Sample], seed: int, *, by_subclass: bool = False) -> Holdout:
     """Hold images out, whole groups together, as many as calibration needs and the parity gate demands.
+
+    Args:
+        data: where they are from, for errors.
+        samples: good images.
+        seed: of the choice.
+        by_subclass: hold some of every sub-class out.
 
     Raises:
         DataError: too few images, or groups that leave too few.
@@ -332,7 +354,7 @@ def hold_out(data: Path, samples: Sequence[Sample], seed: int) -> Holdout:
     if len(samples) < 2 * LEAST_GOOD_IMAGES:
         raise DataError(f"{where}: {len(samples)} images of good parts are too few to learn and calibrate from; {cure}")
     fraction = min(HOLDOUT_FRACTION, HOLDOUT_MAXIMUM / len(samples))
-    split = split_holdout(samples, fraction, seed, HOLDOUT_MINIMUM)
+    split = (split_subclasses if by_subclass else split_holdout)(samples, fraction, seed, HOLDOUT_MINIMUM)
     if min(len(split.holdout), len(split.fit)) < LEAST_GOOD_IMAGES:
         raise DataError(
             f"{where}: {len(samples)} images in {len({sample.group for sample in samples})} groups leave "
@@ -345,6 +367,20 @@ def hold_out(data: Path, samples: Sequence[Sample], seed: int) -> Holdout:
 def groups_of(samples: Sequence[Sample]) -> npt.NDArray[np.str_]:
     """Return the group of each sample."""
     return np.array([sample.group for sample in samples], np.str_)
+
+
+def subclasses_of(samples: Sequence[Sample]) -> npt.NDArray[np.str_]:
+    """Return the sub-class of each sample: its condition."""
+    return np.array([sample.condition for sample in samples], np.str_)
+
+
+def drawn_evenly(labels: npt.NDArray[np.str_]) -> npt.NDArray[np.intp]:
+    """Return which images stand for each label, evenly spread over its own, int64 [m] in order."""
+    known = np.unique(labels)
+    most = max(2, min(REFERENCE_EACH, REFERENCE_MAXIMUM // max(1, len(known))))
+    own = (np.flatnonzero(labels == label) for label in known)
+    drawn = [one[np.unique(np.linspace(0, len(one) - 1, min(most, len(one))).round().astype(np.intp))] for one in own]
+    return np.sort(np.concatenate(drawn))
 
 
 def seed_everything(seed: int) -> None:

@@ -1,8 +1,8 @@
 """A run folder: what training leaves behind, and all that evaluation and export need.
 
 ``run.json`` (the record), ``head.safetensors`` (weights and state of the head), ``holdout.npz`` (held-out good
-canvases and their groups: calibration never needs the training folder again); ``trunk.safetensors`` where a student
-trained its trunk.
+canvases, their groups and sub-classes: calibration never needs the training folder again), ``reference.npz`` (some of
+the training canvases: what each expert was trained on); ``trunk.safetensors`` where a student trained its trunk.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime  # noqa: TC003 (pydantic needs it at run time)
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from trainer.methods.base import Head
 
 _RECORD, _WEIGHTS, _HOLDOUT = "run.json", "head.safetensors", "holdout.npz"
-_TRUNK = "trunk.safetensors"
-_FILES = {_RECORD, _WEIGHTS, _HOLDOUT, _TRUNK}
+_TRUNK, _REFERENCE = "trunk.safetensors", "reference.npz"
+_FILES = {_RECORD, _WEIGHTS, _HOLDOUT, _TRUNK, _REFERENCE}
 _WORK = ".saving-"
 
 
@@ -46,6 +46,7 @@ class RunRecord(BaseModel):
     Attributes:
         trunk: which trunk the head stands on.
         distillation: of a student: its teachers, its budget and the figures of every candidate.
+        reference_images: training canvases kept in ``reference.npz``; 0 where there is none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,6 +67,15 @@ class RunRecord(BaseModel):
     versions: dict[str, str]
     created: datetime
     distillation: Distillation | None = None
+    reference_images: int = 0
+
+
+def _none() -> npt.NDArray[np.uint8]:
+    return np.empty((0, 0, 0, 3), np.uint8)
+
+
+def _unnamed() -> npt.NDArray[np.str_]:
+    return np.empty(0, np.str_)
 
 
 @dataclass
@@ -79,6 +89,9 @@ class Run:
         head: the fitted head, in eval mode on the CPU.
         holdout: uint8 [n, canvas_height, canvas_width, 3] RGB, good images that training did not see.
         holdout_groups: unicode [n].
+        holdout_subclasses: unicode [n]; empty in a run of an earlier release.
+        reference: uint8 [m, canvas_height, canvas_width, 3] RGB, good images that training saw; m may be 0.
+        reference_subclasses: unicode [m].
     """
 
     path: Path
@@ -87,6 +100,9 @@ class Run:
     head: Head
     holdout: npt.NDArray[np.uint8]
     holdout_groups: npt.NDArray[np.str_]
+    holdout_subclasses: npt.NDArray[np.str_] = field(default_factory=_unnamed)
+    reference: npt.NDArray[np.uint8] = field(default_factory=_none)
+    reference_subclasses: npt.NDArray[np.str_] = field(default_factory=_unnamed)
 
     @classmethod
     def load(cls, path: Path) -> Run:
@@ -112,7 +128,21 @@ class Run:
         except (OSError, SafetensorError, DataError) as error:
             raise DataError(f"{path / _WEIGHTS}: cannot be read ({error}); train again") from error
         trunk = _read_trunk(path, record.trunk)
-        return cls(path, record, trunk, head, *_read_holdout(path / _HOLDOUT, record.preprocessing))
+        holdout = _Images.read(path / _HOLDOUT, record.preprocessing, ("groups",), ("subclasses",))
+        kept = _Images(_none(), {"subclasses": _unnamed()})
+        if record.reference_images:
+            kept = _Images.read(path / _REFERENCE, record.preprocessing, ("subclasses",), ())
+        return cls(
+            path,
+            record,
+            trunk,
+            head,
+            holdout.canvases,
+            holdout.names["groups"],
+            holdout.names.get("subclasses", _unnamed()),
+            kept.canvases,
+            kept.names["subclasses"],
+        )
 
     def save(self) -> None:
         """Write the run folder, in place of an earlier run.
@@ -130,11 +160,11 @@ class Run:
             try:
                 self._write(work)
                 (self.path / _RECORD).unlink(missing_ok=True)
-                own = (_TRUNK,) if self.record.trunk.own_weights else ()
-                for name in (*own, _WEIGHTS, _HOLDOUT, _RECORD):
-                    (work / name).replace(self.path / name)
-                if not own:
-                    (self.path / _TRUNK).unlink(missing_ok=True)
+                for name in (*(_FILES - {_RECORD}), _RECORD):
+                    if (work / name).exists():
+                        (work / name).replace(self.path / name)
+                    else:
+                        (self.path / name).unlink(missing_ok=True)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
         except (OSError, SafetensorError) as error:
@@ -147,7 +177,11 @@ class Run:
         save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / _WEIGHTS)
         if self.record.trunk.own_weights:
             save_file({k: v.contiguous() for k, v in self.trunk.state_dict().items()}, folder / _TRUNK)
-        np.savez_compressed(folder / _HOLDOUT, canvas=self.holdout, groups=self.holdout_groups)
+        # Without sub-classes the file is what it was before there were any.
+        names = {"subclasses": self.holdout_subclasses} if len(self.holdout_subclasses) else {}
+        np.savez_compressed(folder / _HOLDOUT, canvas=self.holdout, groups=self.holdout_groups, **names)
+        if len(self.reference):
+            np.savez_compressed(folder / _REFERENCE, canvas=self.reference, subclasses=self.reference_subclasses)
         record = self.record.model_dump(mode="json")
         (folder / _RECORD).write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -192,13 +226,29 @@ def _read_trunk(path: Path, spec: TrunkSpec) -> Trunk:
         raise DataError(f"{path / _TRUNK}: cannot be read ({error}); train again") from error
 
 
-def _read_holdout(path: Path, preprocessing: Preprocessing) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.str_]]:
-    try:
-        arrays = load_arrays(path)
-        canvases, groups = arrays["canvas"], arrays["groups"].astype(np.str_)
-    except (BundleError, KeyError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); train again") from error
-    expected = (len(groups), preprocessing.canvas_height, preprocessing.canvas_width, 3)
-    if canvases.dtype != np.uint8 or canvases.shape != expected or not len(groups):
-        raise DataError(f"{path}: canvases are {canvases.dtype} {canvases.shape}, not uint8 {expected}; train again")
-    return canvases, groups
+@dataclass(frozen=True)
+class _Images:
+    """Canvases and what is said of each, by name of the array."""
+
+    canvases: npt.NDArray[np.uint8]
+    names: dict[str, npt.NDArray[np.str_]]
+
+    @classmethod
+    def read(
+        cls, path: Path, preprocessing: Preprocessing, needed: tuple[str, ...], optional: tuple[str, ...]
+    ) -> _Images:
+        try:
+            arrays = load_arrays(path)
+            canvases = arrays["canvas"]
+            names = {name: arrays[name].astype(np.str_) for name in (*needed, *(set(optional) & set(arrays)))}
+        except (BundleError, KeyError) as error:
+            raise DataError(f"{path}: cannot be read ({error}); train again") from error
+        expected = (len(canvases), preprocessing.canvas_height, preprocessing.canvas_width, 3)
+        if canvases.dtype != np.uint8 or canvases.shape != expected or not len(canvases):
+            raise DataError(
+                f"{path}: canvases are {canvases.dtype} {canvases.shape}, not uint8 {expected}; train again"
+            )
+        for name, values in names.items():
+            if values.shape != (len(canvases),):
+                raise DataError(f"{path}: {len(values)} {name} for {len(canvases)} canvases; train again")
+        return cls(canvases, names)

@@ -6,6 +6,7 @@ import errno
 import json
 import resource
 import shutil
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 METHODS = sorted(methods())
-FILES = ("run.json", "head.safetensors", "holdout.npz")
+FILES = ("run.json", "head.safetensors", "holdout.npz", "reference.npz")
 SIZE = Preprocessing(height=64, width=64)
 
 
@@ -326,9 +327,56 @@ def test_load_files_of_two_runs_are_not_mixed(trained: dict[str, Run], tmp_path:
     with pytest.raises(DataError, match=r"head\.safetensors"):
         Run.load(folder)
     shutil.copy(trained["memory"].path / "head.safetensors", folder)
-    np.savez(folder / "holdout.npz", canvas=np.zeros((4, 32, 32, 3), np.uint8), groups=np.array(list("abcd")))
-    with pytest.raises(DataError, match=r"holdout\.npz"):
+    for name, names in (("reference", "subclasses"), ("holdout", "groups")):
+        np.savez(folder / f"{name}.npz", canvas=np.zeros((4, 32, 32, 3), np.uint8), **{names: np.array(list("abcd"))})
+        with pytest.raises(DataError, match=rf"{name}\.npz: canvases are .*, not uint8"):
+            Run.load(folder)
+        shutil.copy(trained["memory"].path / f"{name}.npz", folder)
+
+
+def test_load_names_that_do_not_fit_the_images_are_told(trained: dict[str, Run], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained["memory"].path, folder)
+    np.savez(folder / "reference.npz", canvas=np.zeros((4, 64, 64, 3), np.uint8), subclasses=np.array(list("abc")))
+    with pytest.raises(DataError, match=r"reference\.npz: 3 subclasses for 4 canvases"):
         Run.load(folder)
+
+
+def test_a_run_of_an_earlier_release_is_read_without_what_it_lacks(trained: dict[str, Run], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained["memory"].path, folder)
+    record = json.loads((folder / "run.json").read_text())
+    assert record.pop("reference_images") == 8
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "reference.npz").unlink()
+    run = Run.load(folder)
+    np.savez(folder / "holdout.npz", canvas=run.holdout, groups=run.holdout_groups)
+    run = Run.load(folder)
+    assert (len(run.holdout), len(run.holdout_subclasses), len(run.reference)) == (8, 0, 0)
+    run.path = tmp_path / "again"
+    run.save()
+    assert Run.load(run.path).record.reference_images == 0
+
+
+def test_training_keeps_some_of_what_it_saw_of_every_subclass(tmp_path: Path) -> None:
+    data = good_images(tmp_path, 24)
+    rows = ["path,condition", *(f"train/good/{i:03d}.png,{'day' if i < 16 else 'night'}" for i in range(24))]
+    (data / "meta.csv").write_text("\n".join(rows))
+    run = Run.load(fit("adapted_moe", data, tmp_path / "run").path)
+    assert Counter(run.holdout_subclasses.tolist()) == {"day": 4, "night": 4}
+    assert Counter(run.reference_subclasses.tolist()) == {"day": 12, "night": 4}
+    assert run.record.reference_images == len(run.reference) == 16
+    pixels = {one.tobytes() for one in run.reference}
+    assert not pixels & {one.tobytes() for one in run.holdout}
+
+
+def test_images_that_stand_for_a_subclass_are_bounded_and_spread() -> None:
+    labels = np.array(["a"] * 1000 + ["b"] * 3)
+    kept = fitting.drawn_evenly(labels)
+    assert Counter(labels[kept].tolist()) == {"a": 64, "b": 3}
+    assert np.diff(kept[:64]).max() <= 17
+    many = np.repeat(np.arange(40).astype(str), 50)
+    assert Counter(many[fitting.drawn_evenly(many)].tolist()) == dict.fromkeys(np.unique(many).tolist(), 10)
 
 
 @pytest.mark.parametrize("step", ["save_file", "savez", "replace"])

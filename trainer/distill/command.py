@@ -23,6 +23,7 @@ from trainer.distill.teachers import load_teachers, teach, teacher_record
 from trainer.export import export_run
 from trainer.features import load_canvases
 from trainer.fit import choose_device, groups_of, hold_out, seed_everything, versions
+from trainer.methods.registry import builder
 from trainer.runs import Run, RunRecord
 
 if TYPE_CHECKING:
@@ -100,7 +101,9 @@ def distill(
     runs = load_teachers(teachers, content_hash(samples))
     first = runs[0].record
     seed_everything(first.seed)
-    split = hold_out(data, samples, first.seed)
+    # As the teachers' own: what they learned from is no hold-out. Of teachers of both kinds, some have seen a part.
+    told = any(getattr(builder(run.record.method), "uses_subclasses", False) for run in runs)
+    split = hold_out(data, samples, first.seed, by_subclass=told)
     wanted = shapes(first.preprocessing, trunk=trunk, blocks=blocks, sizes=sizes, rows=rows)
     with tempfile.TemporaryDirectory(prefix="lineward-distill-") as folder:
         search = _Search(

@@ -166,10 +166,12 @@ class Method(ABC):
     Attributes:
         name: as on the command line.
         tap_names: taps of the shared trunk that it needs.
+        uses_subclasses: whether it tells sub-classes apart, so that every one must be held out of as well.
     """
 
     name: ClassVar[str]
     tap_names: ClassVar[tuple[str, ...]]
+    uses_subclasses: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod

@@ -90,6 +90,7 @@ class AdaptedMoEMethod(Method):
 
     name: ClassVar[str] = "adapted_moe"
     tap_names: ClassVar[tuple[str, ...]] = TAP_NAMES
+    uses_subclasses: ClassVar[bool] = True
 
     @classmethod
     def config(cls, preset: str) -> AdaptedMoEConfig:
