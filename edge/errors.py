@@ -56,6 +56,10 @@ class OutboxError(LinewardError):
     """The durable outbox cannot be opened or written (a full or read-only disk, a damaged file)."""
 
 
+class AdaptationError(LinewardError):
+    """What a camera learned of its light cannot be read, or a recipe is none of the bundle's."""
+
+
 class EvidenceError(LinewardError):
     """Evidence is not there, is damaged, or cannot be kept."""
 
