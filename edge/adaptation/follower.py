@@ -225,6 +225,11 @@ class Follower:
                 self._install(expert, own=1.0)
                 expert.first = self._version
 
+    def skip_to(self, version: int) -> None:
+        """Give no number up to this one any more, for snapshots of an earlier run that nobody kept."""
+        with self._lock:
+            self._version = max(self._version, version)
+
     @property
     def phase(self) -> Phase:
         """Of the sub-class that frames begin with."""
