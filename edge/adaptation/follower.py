@@ -318,6 +318,10 @@ class Follower:
         self._version, self._recipe, self._drifting = header.version, header.recipe, header.drifting
         self._pinned = header.pinned
         self._counts = Counter(header.counts)
+        for expert in self._experts:
+            # The settings may allow less than they did.
+            if not expert.force.shift <= settings.bound:
+                self._install(expert, own=expert.force.own)
 
     def _named(self, route: Route) -> int | None:
         return nearest(route) if len(route) == len(self._experts) else None

@@ -1,6 +1,7 @@
 """Running: the moments of one expert as a camera shows them now, learned frame by frame.
 
-It must not know why a frame counts. Means and deviations of all channels lie in one row each, so that a frame costs few calls.
+It must not know why a frame counts. Means and deviations of all channels lie in one row each, which
+costs few calls per frame.
 """
 
 from __future__ import annotations
