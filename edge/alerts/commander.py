@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from edge.alerts.settings import BrokerSettings
 
 
+_LOOK_S = 0.2
+
+
 def ask_for_missing(
     settings: BrokerSettings,
     missing: Mapping[tuple[str, str, str], Sequence[tuple[int, int]]],
@@ -101,7 +104,8 @@ class Commander:
 
         Raises:
             UsageError: the verb is unknown, or a field does not fit; nothing was sent.
-            BrokerError: the broker or the box does not answer in time. The command may have been done all the same.
+            BrokerError: the broker refuses the command, and it was not done; or it or the box does not answer in time,
+                and it may have been done all the same.
         """
         model = COMMANDS.get(verb)
         if model is None:
@@ -120,19 +124,23 @@ class Commander:
             self._subscriber.wait_until_ready(timeout)
         except BrokerError as error:
             raise BrokerError(f"{self._address}: {error}") from error
-        self._subscriber.send(self._identity.command(verb), command.model_dump_json(by_alias=True).encode())
+        topic = self._identity.command(verb)
+        self._subscriber.take_refusal(topic)
+        self._subscriber.send(topic, command.model_dump_json(by_alias=True).encode())
         deadline = time.monotonic() + timeout
         while (left := deadline - time.monotonic()) > 0:
-            received = self._subscriber.receive(left)
-            if received is None:
-                break
-            result = received.message
-            if isinstance(result, CommandResult) and result.id == number:
-                return result
+            received = self._subscriber.receive(min(left, _LOOK_S))
+            if received is not None and isinstance(received.message, CommandResult) and received.message.id == number:
+                return received.message
+            if refusal := self._subscriber.take_refusal(topic):
+                raise BrokerError(
+                    f"{self._address}: the broker does not take {topic}: {refusal}; this login may not send commands, "
+                    "take one that may (docs/broker.md)"
+                )
         again = "" if command.key is None else f". Asked again with the key {command.key} it does this once at most"
         raise BrokerError(
             f"{self._identity.root}: no answer to {verb} within {timeout:g} s; see whether the box is online with "
-            f"`lineward watch --all`{again}"
+            f"`lineward watch --all`, and whether this login may send commands{again}"
         )
 
     def ask_fresh(

@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 from edge.alerts.message import Alert, AnyMessage, Gap, Notice, VerdictMessage, parse
-from edge.alerts.mqtt import Connected, Inbox, Incoming, Link, LinkKind, LinkState, Lost, Subscribed, Wake
+from edge.alerts.mqtt import Acked, Connected, Inbox, Incoming, Link, LinkKind, LinkState, Lost, Subscribed, Wake
 from edge.alerts.reconnector import Reconnector
 from edge.alerts.sequence import Deduplicator
 from edge.alerts.topics import Kind, subscriptions
@@ -89,6 +89,7 @@ class Subscriber:
         self._prefix = settings.prefix
         self._received: SimpleQueue[Received] = SimpleQueue()
         self._outgoing: SimpleQueue[tuple[str, bytes]] = SimpleQueue()
+        self._refusals: dict[str, str] = {}
         self._seen = Deduplicator(holes=holes)
         self._lock = threading.Lock()
         self._ready = False
@@ -180,6 +181,14 @@ class Subscriber:
         self._outgoing.put((topic, payload))
         self._reconnector.wake()
 
+    def take_refusal(self, topic: str) -> str:
+        """Why the broker did not take what was sent there last, once; empty where it has not said so.
+
+        Only a broker of MQTT 5 says it (clause 3.4.2.1); an older one acknowledges what it then throws away.
+        """
+        with self._lock:
+            return self._refusals.pop(topic, "")
+
     def receive(self, timeout: float | None = None) -> Received | None:
         """The next message that is not a duplicate; None when none came within ``timeout`` seconds.
 
@@ -210,6 +219,7 @@ class Subscriber:
 
     def _serve(self, link: Link, inbox: Inbox, _granted: Connected) -> Lost | None:
         link.subscribe(self._filters)
+        sent: dict[int, str] = {}
         try:
             while True:
                 event = inbox.get()
@@ -219,22 +229,32 @@ class Subscriber:
                     if event.refusal:
                         return Lost(f"subscription refused: {event.refusal}; let this user read it", refused=True)
                     self._ready = True
-                    self._send_all(link)
+                    self._send_all(link, sent)
                     self._reconnector.notify()
                 elif isinstance(event, Incoming):
                     self._take(event)
+                elif isinstance(event, Acked):
+                    self._note_refusal(sent.pop(event.mid, ""), event.refusal)
                 elif isinstance(event, Wake):
                     if self._reconnector.stopping.is_set():
                         return None
                     if self._ready:  # not before an answer to it would be seen
-                        self._send_all(link)
+                        self._send_all(link, sent)
         finally:
             self._ready = False
 
-    def _send_all(self, link: Link) -> None:
+    def _send_all(self, link: Link, sent: dict[int, str]) -> None:
         with contextlib.suppress(Empty):
             while True:
-                link.publish(*self._outgoing.get_nowait())
+                topic, payload = self._outgoing.get_nowait()
+                number = link.publish(topic, payload)
+                if number is not None:
+                    sent[number] = topic
+
+    def _note_refusal(self, topic: str, refusal: str) -> None:
+        if topic and refusal:
+            with self._lock:
+                self._refusals[topic] = refusal
 
     def _take(self, event: Incoming) -> None:
         if not event.payload:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from paho.mqtt.client import Client
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
+from typer.testing import CliRunner
 
 from edge.alerts.commander import Commander
 from edge.alerts.home_assistant import HomeAssistant
@@ -26,6 +27,7 @@ from edge.alerts.settings import BrokerSettings, HomeAssistantSettings
 from edge.alerts.subscriber import EVERYTHING, Subscriber
 from edge.alerts.topics import BOX_KINDS, CAMERA_KINDS, Identity, Kind
 from edge.errors import BrokerError
+from edge.evidence.cli import app as evidence
 from tests.alert_values import draft
 from tests.certificates import Authority
 from tests.mosquitto_process import Mosquitto, free_port
@@ -277,6 +279,16 @@ def test_operator_asks_and_is_answered_and_cannot_answer(plant: Plant, tmp_path:
         assert not taken(settings, topic, b""), topic
 
 
+def test_reader_that_commands_is_told_that_its_login_may_not(plant: Plant) -> None:
+    settings = plant.by_password("lineward-watch")
+    shared = ["--site", "plant", "--box", "a", "--broker", settings.url.replace("//", f"//{settings.username}@")]
+    shared += ["--ca-file", str(settings.ca_file), "--password-file", str(settings.password_file), "--timeout", "100"]
+    result = CliRunner().invoke(evidence, ["list", *shared])
+    assert isinstance(result.exception, BrokerError)
+    assert "the broker does not take lineward/plant/a/cmd/evidence: Not authorized" in str(result.exception)
+    assert "this login may not send commands" in str(result.exception)
+
+
 @pytest.mark.parametrize("listener", ["certificates", "passwords"])
 def test_nobody_gets_in_without_a_name(plant: Plant, listener: str) -> None:
     url = f"mqtts://localhost:{getattr(plant, listener)}"
@@ -344,7 +356,7 @@ def test_command_line_proves_itself_with_certificates(plant: Plant, tmp_path: Pa
         )
         assert (asked.returncode, "count 3" in asked.stdout) == (0, True), asked.stderr
         refused = subprocess.run(
-            lineward("command ship", "plant/b", *box, "--timeout", "1"),
+            lineward("command ship", "plant/b", *box, "--timeout", "100"),
             capture_output=True, text=True, timeout=60, check=False,
         )  # fmt: skip
         assert refused.returncode == 3, "another box asks in vain"
