@@ -24,8 +24,11 @@ class Correction(Protocol):
         """Correct tiles uint8 [T, H, W, 3] RGB in place, before the trunk."""
         ...
 
-    def taps(self, taps: Taps) -> Taps:
-        """Return taps float32 [T, C, h, w] by name corrected, before the head; what needs nothing is passed on."""
+    def taps(self, taps: Taps, *, in_place: bool = False) -> Taps:
+        """Return taps float32 [T, C, h, w] by name corrected, before the head; what needs nothing is passed on.
+
+        With ``in_place`` the arrays given may be written to and returned: nothing is allocated for them.
+        """
         ...
 
 

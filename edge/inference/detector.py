@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edge.adaptation.look import PLAIN
+from edge.adaptation.measure import joined, measure_canvas, measure_taps
 from edge.bundle import Bundle, Engine, Precision, load_arrays
 from edge.errors import BundleError, EngineError
 from edge.frames import Frame, Prediction
 from edge.inference.choice import attempts, choose, key, tolerance
 from edge.inference.engines import Accelerator, Provider
 from edge.inference.preprocessing import cut_tiles, join_maps, tiles_of
-from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE, Head, Runtime, Slot, Trunk, shared_trunk
+from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE, ROUTE, Head, Runtime, Slot, Trunk, shared_trunk
 from edge.inference.state import check_state, stored_state
 from edge.judgement.score import pool_score
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from edge.adaptation.look import Look, Taps
+    from edge.adaptation.moments import Moments
     from edge.inference.sessions import State
 
 _LOG = logging.getLogger(__name__)
@@ -64,20 +68,52 @@ class DetectorStatus:
     accelerator: str = Provider.CPU.value
 
 
+class _Seeing:
+    """One frame on its way through a slot: canvas, correction, trunk, correction, head. For one thread."""
+
+    def __init__(self, detector: Detector, slot: Slot, in_force: _InForce, frame: Frame, look: Look) -> None:
+        self.frame = frame
+        self._detector, self._slot, self._in_force, self._look = detector, slot, in_force, look
+        self._measured: list[Moments] = []
+        started = time.monotonic_ns()
+        tiles_of(frame.image, detector.bundle.manifest.preprocessing, out=slot.image, scratch=slot.scratch)
+        if look.measure:
+            self._measured.append(measure_canvas(slot.image))
+        if look.correction is not None:
+            look.correction.canvas(slot.image)
+        self._ready_ns = time.monotonic_ns()
+        self._preprocess_ns = self._ready_ns - started
+
+    def judged(self, taps: Taps) -> Prediction:
+        """Return what the head says of the trunk's taps, which are written to where they are corrected."""
+        look = self._look
+        if look.measure:
+            self._measured.append(measure_taps(taps))
+        if look.correction is not None:
+            taps = look.correction.taps(taps, in_place=True)
+        found = self._in_force.head.session(ANOMALY_MAP, self._slot.index).run(taps)
+        return self._detector.prediction(
+            self.frame,
+            found[ANOMALY_MAP],
+            self._in_force.memory_version,
+            self._preprocess_ns,
+            self._ready_ns,
+            look=look,
+            moments=joined(self._measured) if look.measure else None,
+            route=found.get(ROUTE),
+        )
+
+
 class PendingPrediction:
     """A frame whose trunk runs in the background; made by :meth:`Detector.begin`. For one thread.
 
     :meth:`result` must be called, once: until then it holds a request that others wait for.
     """
 
-    def __init__(self, detector: Detector, trunk: Trunk, slot: Slot, in_force: _InForce, frame: Frame) -> None:
+    def __init__(self, detector: Detector, trunk: Trunk, slot: Slot, seeing: _Seeing) -> None:
         self.detector = detector
-        self.frame = frame
-        self._trunk, self._slot, self._in_force = trunk, slot, in_force
-        started = time.monotonic_ns()
-        tiles_of(frame.image, detector.bundle.manifest.preprocessing, out=slot.image, scratch=slot.scratch)
-        self._ready_ns = time.monotonic_ns()
-        self._preprocess_ns = self._ready_ns - started
+        self.frame = seeing.frame
+        self._trunk, self._slot, self._seeing = trunk, slot, seeing
         slot.session.start({IMAGE: slot.image})
 
     def result(self) -> Prediction:
@@ -87,11 +123,7 @@ class PendingPrediction:
             EngineError: the engine gives up.
         """
         try:
-            taps = self._slot.session.finish()
-            maps = self._in_force.head.session(ANOMALY_MAP, self._slot.index).run(taps)[ANOMALY_MAP]
-            return self.detector.prediction(
-                self.frame, maps, self._in_force.memory_version, self._preprocess_ns, self._ready_ns
-            )
+            return self._seeing.judged(self._slot.session.finish())
         finally:
             self._trunk.give_back(self._slot)
 
@@ -182,8 +214,12 @@ class Detector:
             "this kind"
         )
 
-    def predict(self, frame: Frame) -> Prediction:
+    def predict(self, frame: Frame, look: Look = PLAIN) -> Prediction:
         """Judge one frame.
+
+        Args:
+            frame: of a camera.
+            look: what to correct and whether to measure; with :data:`edge.adaptation.look.PLAIN` nothing is done.
 
         Raises:
             CaptureError: the frame does not fit the bundle's crop or is no colour image.
@@ -192,15 +228,15 @@ class Detector:
         # Read once: a switch in the middle of this call must not mix two heads, nor name the wrong one.
         in_force = self._in_force
         with self._trunk.borrow() as slot:
-            started = time.monotonic_ns()
-            tiles_of(frame.image, self.bundle.manifest.preprocessing, out=slot.image, scratch=slot.scratch)
-            ready = time.monotonic_ns()
-            taps = slot.session.run({IMAGE: slot.image})
-            maps = in_force.head.session(ANOMALY_MAP, slot.index).run(taps)[ANOMALY_MAP]
-            return self.prediction(frame, maps, in_force.memory_version, ready - started, ready)
+            seeing = _Seeing(self, slot, in_force, frame, look)
+            return seeing.judged(slot.session.run({IMAGE: slot.image}))
 
-    def begin(self, frame: Frame) -> PendingPrediction | None:
+    def begin(self, frame: Frame, look: Look = PLAIN) -> PendingPrediction | None:
         """Prepare a frame and let the engine begin, so that another frame can be finished meanwhile.
+
+        Args:
+            frame: of a camera.
+            look: as in :meth:`predict`.
 
         Returns:
             What will have the prediction; None where all requests for that are in use.
@@ -213,13 +249,22 @@ class Detector:
         if slot is None:
             return None
         try:
-            return PendingPrediction(self, self._trunk, slot, self._in_force, frame)
+            return PendingPrediction(self, self._trunk, slot, _Seeing(self, slot, self._in_force, frame, look))
         except BaseException:
             self._trunk.give_back(slot)
             raise
 
     def prediction(
-        self, frame: Frame, maps: npt.NDArray[np.float32], memory_version: int, preprocess_ns: int, ready_ns: int
+        self,
+        frame: Frame,
+        maps: npt.NDArray[np.float32],
+        memory_version: int,
+        preprocess_ns: int,
+        ready_ns: int,
+        *,
+        look: Look = PLAIN,
+        moments: Moments | None = None,
+        route: npt.NDArray[np.float32] | None = None,
     ) -> Prediction:
         """Make what leaves the detector of a head's output.
 
@@ -229,6 +274,9 @@ class Detector:
             memory_version: of the head.
             preprocess_ns: time that crop, resize and tiles took.
             ready_ns: monotonic time when they were done.
+            look: that it was seen with.
+            moments: that were measured.
+            route: float32 [tiles, E] of the head, copied.
         """
         manifest = self.bundle.manifest
         # One tile is its own map, and the request's buffer is used again by the next frame.
@@ -239,13 +287,18 @@ class Detector:
             preprocess_ns=preprocess_ns,
             inference_ns=time.monotonic_ns() - ready_ns,
             memory_version=memory_version,
+            moments_version=look.version,
+            moments=moments,
+            # The tiles of a frame show one product.
+            route=None if route is None else np.mean(route, axis=0, dtype=np.float32),
         )
 
-    def map_of_canvas(self, canvas: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def map_of_canvas(self, canvas: npt.NDArray[np.uint8], look: Look = PLAIN) -> npt.NDArray[np.float32]:
         """Return the raw anomaly map of a canvas; a NaN in it is left to be seen.
 
         Args:
             canvas: uint8 [canvas_height, canvas_width, 3] RGB.
+            look: as in :meth:`predict`; nothing is measured.
 
         Returns:
             float32 [canvas_height / map_stride, canvas_width / map_stride].
@@ -254,14 +307,15 @@ class Detector:
             EngineError: the canvas has another size, or the engine gives up.
         """
         manifest = self.bundle.manifest
-        maps = self._run(self._in_force.head, canvas, ANOMALY_MAP)
+        maps = self._run(self._in_force.head, canvas, ANOMALY_MAP, look)
         return join_maps(maps, manifest.preprocessing, manifest.map_stride)
 
-    def embeddings_of_canvas(self, canvas: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def embeddings_of_canvas(self, canvas: npt.NDArray[np.uint8], look: Look = PLAIN) -> npt.NDArray[np.float32]:
         """Return the patch rows that feed the memory; the first call compiles a graph for them.
 
         Args:
             canvas: uint8 [canvas_height, canvas_width, 3] RGB.
+            look: as in :meth:`predict`; nothing is measured.
 
         Returns:
             float32 [tiles, L, D].
@@ -274,7 +328,7 @@ class Detector:
                 f"{self.bundle.path}: method {self.bundle.manifest.method} gives no embeddings; use a bundle of a "
                 "memory method"
             )
-        return self._run(self._in_force.head, canvas, EMBEDDING)
+        return self._run(self._in_force.head, canvas, EMBEDDING, look)
 
     @property
     def has_embedding(self) -> bool:
@@ -345,7 +399,7 @@ class Detector:
     def _build_head(self, state: State) -> Head:
         return Head(self.bundle, self._runtime, self._tap_shapes, state, self._trunk.requests)
 
-    def _run(self, head: Head, canvas: npt.NDArray[np.uint8], output: str) -> npt.NDArray[np.float32]:
+    def _run(self, head: Head, canvas: npt.NDArray[np.uint8], output: str, look: Look) -> npt.NDArray[np.float32]:
         tiles = cut_tiles(canvas, self.bundle.manifest.preprocessing)
         with self._trunk.borrow() as slot:
             if tiles.shape != slot.image.shape or tiles.dtype != np.uint8:
@@ -354,6 +408,11 @@ class Detector:
                     f"uint8 {list(slot.image.shape)}"
                 )
             np.copyto(slot.image, tiles)
-            taps = slot.session.run({IMAGE: slot.image})
+            correction = look.correction
+            if correction is not None:
+                correction.canvas(slot.image)
+            taps: Taps = slot.session.run({IMAGE: slot.image})
+            if correction is not None:
+                taps = correction.taps(taps, in_place=True)
             # The sessions' own buffers are used again by the next call.
             return np.array(head.session(output, slot.index).run(taps)[output], dtype=np.float32)

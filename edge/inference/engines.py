@@ -50,6 +50,7 @@ def open_graph(
     precision: Precision,
     threads: int,
     outputs: Sequence[str] | None = None,
+    optional: Sequence[str] = (),
     state: Arrays | None = None,
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     streams: int = 1,
@@ -63,6 +64,7 @@ def open_graph(
         precision: numerics; the non-quantised rest of an int8 graph runs in float32.
         threads: of the whole session, shared by its streams; 0 lets the engine take the machine.
         outputs: names wanted; what only the others need is not computed. None means all.
+        optional: names wanted beside those where the graph has them.
         state: float32 values by name of initialiser, of the graph's shapes.
         input_shapes: shapes that the session is compiled for, by input name; other shapes are refused afterwards.
         streams: how many clones may run at the same time without waiting for each other, >= 1.
@@ -95,6 +97,7 @@ def open_graph(
         "threads": threads,
         "streams": streams,
         "outputs": outputs,
+        "optional": optional,
         "input_shapes": dict(input_shapes or {}),
     }
     if engine is Engine.OPENVINO:

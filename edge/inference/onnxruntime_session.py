@@ -125,6 +125,7 @@ class OnnxRuntimeSession(GraphSession):
         threads: int,
         streams: int,
         outputs: Sequence[str] | None,
+        optional: Sequence[str],
         input_shapes: Mapping[str, tuple[int, ...]],
         accelerator: Accelerator,
     ) -> GraphSession:
@@ -168,7 +169,7 @@ class OnnxRuntimeSession(GraphSession):
         # A graph of varying shapes needs no second compilation here: the shapes asked for are only checked.
         self.input_shapes = narrow(label, shapes, input_shapes)
         self.graph_outputs = tuple(node.name for node in session.get_outputs())
-        self.output_names = choose_outputs(label, self.graph_outputs, outputs)
+        self.output_names = choose_outputs(label, self.graph_outputs, outputs, optional)
         return self
 
     def clone(self) -> GraphSession:

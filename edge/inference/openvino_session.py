@@ -41,6 +41,7 @@ class OpenVinoSession(GraphSession):
         threads: int,
         streams: int,
         outputs: Sequence[str] | None,
+        optional: Sequence[str],
         input_shapes: Mapping[str, tuple[int, ...]],
     ) -> GraphSession:
         """Compile a graph; see :func:`edge.inference.engines.open_graph`."""
@@ -54,7 +55,7 @@ class OpenVinoSession(GraphSession):
         try:
             graph = core().read_model(model)
             names = [port.get_any_name() for port in graph.outputs]
-            chosen = choose_outputs(label, names, outputs)
+            chosen = choose_outputs(label, names, outputs, optional)
             for name, result in list(zip(names, graph.get_results(), strict=True)):
                 if name not in chosen:
                     graph.remove_result(result)

@@ -155,8 +155,10 @@ def narrow(label: str, graph: dict[str, Shape], asked: Mapping[str, tuple[int, .
     return {**graph, **asked}
 
 
-def choose_outputs(label: str, existing: Sequence[str], asked: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the outputs asked for; all where None.
+def choose_outputs(
+    label: str, existing: Sequence[str], asked: Sequence[str] | None, optional: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Return the outputs asked for, and the optional ones that are there; all where None are asked for.
 
     Raises:
         EngineError: the graph lacks one.
@@ -168,7 +170,7 @@ def choose_outputs(label: str, existing: Sequence[str], asked: Sequence[str] | N
         raise EngineError(
             f"{label}: has no output {', '.join(map(repr, missing))}; it has {', '.join(existing)}; export it again"
         )
-    return tuple(asked)
+    return (*asked, *(name for name in optional if name in existing and name not in asked))
 
 
 def first_line(error: Exception) -> str:

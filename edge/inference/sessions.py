@@ -102,6 +102,8 @@ class Trunk:
 class Head:
     """A head with one state: requests for the map, and requests for the embedding once somebody asks for it.
 
+    Where the graph has a route, it is computed with the map, which needs it anyway.
+
     Args:
         bundle: whose head it is.
         runtime: what to compile for.
@@ -126,7 +128,7 @@ class Head:
         )
         self._requests = requests
         self._lock = threading.Lock()
-        # Each graph is pruned to the output it is for: a map does not pay for writing the embedding.
+        # Each graph is pruned to the outputs it is for: a map does not pay for writing the embedding.
         self._sessions = {ANOMALY_MAP: self._compile(ANOMALY_MAP)}
         self.outputs = self._sessions[ANOMALY_MAP][0].graph_outputs
 
@@ -152,7 +154,7 @@ class Head:
         return output in self._sessions
 
     def _compile(self, output: str) -> list[GraphSession]:
-        session = self._open(outputs=[output])
+        session = self._open(outputs=[output], optional=[ROUTE] if output == ANOMALY_MAP else [])
         return [session, *(session.clone() for _ in range(self._requests - 1))]
 
 

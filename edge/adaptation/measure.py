@@ -1,0 +1,109 @@
+"""Measuring the moments of one image, on its canvas and in the trunk's taps; references are measured with it too.
+
+It must not know what moments are compared with.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+
+from edge.adaptation.moments import IMAGE, Moments
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from edge.adaptation.look import Taps
+
+    Vector = npt.NDArray[np.float32]
+
+TRIM = 0.05
+"""Share of an image's patches, those that lie farthest from its mean, that its moments leave out: a small defect has no
+say in them, and one that fills more of the image has less."""
+_PATCH = 8
+# The middle of grey levels: squares of what is near 0 keep their digits.
+_GREY = 128.0
+# More positions than of a map of so many rows and columns say nothing more about a mean.
+_GRID = 28
+_LEAST_STD = 1e-6
+
+
+def measure_canvas(tiles: npt.NDArray[np.uint8]) -> Moments:
+    """Measure the colours of one image.
+
+    Of every second pixel in both directions; patches are 16 x 16 pixels.
+
+    Args:
+        tiles: uint8 [T, H, W, 3] RGB, all of one image.
+
+    Returns:
+        Moments of :data:`edge.adaptation.moments.IMAGE`.
+    """
+    means, squares = [], []
+    for tile in tiles:
+        half = np.subtract(tile[::2, ::2], np.float32(_GREY), dtype=np.float32)
+        size = (max(1, half.shape[1] // _PATCH), max(1, half.shape[0] // _PATCH))
+        means.append(cv2.resize(half, size, interpolation=cv2.INTER_AREA).reshape(-1, 3))
+        squares.append(cv2.resize(np.square(half), size, interpolation=cv2.INTER_AREA).reshape(-1, 3))
+    mean, std = _trimmed(np.concatenate(means).T, np.concatenate(squares).T)
+    return Moments({IMAGE: mean + np.float32(_GREY)}, {IMAGE: std})
+
+
+def measure_taps(taps: Taps) -> Moments:
+    """Measure the channels of one image's taps; of large ones every n-th row and column.
+
+    Args:
+        taps: float32 [T, C, h, w] by name, all of one image; only read.
+
+    Returns:
+        Moments of each tap.
+    """
+    mean, std = {}, {}
+    for name, tap in taps.items():
+        step = max(1, min(tap.shape[2:]) // _GRID)
+        some = tap[:, :, ::step, ::step]
+        rows = np.ascontiguousarray(some.swapaxes(0, 1)).reshape(tap.shape[1], -1)
+        # Distances from a value near the mean keep their digits when they are squared.
+        near = rows.mean(axis=1, dtype=np.float32)
+        rows = rows - near[:, np.newaxis]
+        mean[name], std[name] = _trimmed(rows, np.square(rows))
+        mean[name] += near
+    return Moments(mean, std)
+
+
+def joined(parts: Sequence[Moments]) -> Moments:
+    """Return what was measured in several places as one; no name may be in two."""
+    return Moments(
+        {name: values for part in parts for name, values in part.mean.items()},
+        {name: values for part in parts for name, values in part.std.items()},
+    )
+
+
+def _trimmed(values: npt.NDArray[np.float32], squares: npt.NDArray[np.float32]) -> tuple[Vector, Vector]:
+    """Mean and deviation of each row, without the columns that lie farthest.
+
+    Args:
+        values: float32 [C, P], near 0; P patches.
+        squares: float32 [C, P], mean square in each patch.
+    """
+    patches = values.shape[1]
+    # einsum without BLAS: its threads would take cores from the engine for a few microseconds' work.
+    mean = values.mean(axis=1, dtype=np.float32)
+    keep = patches - int(patches * TRIM)
+    if keep == patches:
+        return mean, _std(squares.mean(axis=1, dtype=np.float32), mean)
+    centred = values - mean[:, np.newaxis]
+    variance = np.einsum("cp,cp->c", centred, centred) / patches
+    far = np.einsum("c,cp,cp->p", 1 / np.maximum(variance, _LEAST_STD), centred, centred)
+    kept = np.zeros(patches, np.float32)
+    kept[np.argpartition(far, keep - 1)[:keep]] = 1 / keep
+    mean = np.einsum("cp,p->c", values, kept)
+    return mean, _std(np.einsum("cp,p->c", squares, kept), mean)
+
+
+def _std(square: Vector, mean: Vector) -> Vector:
+    return np.sqrt(np.maximum(square - mean * mean, 0, dtype=np.float32))
