@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+import threading
 import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from edge.errors import LinewardError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 _E = TypeVar("_E", bound=LinewardError)
+_T = TypeVar("_T")
 _AGAIN_S = 0.01
 
 
@@ -198,3 +200,90 @@ class DatabaseKind(Generic[_E]):
 
     def _unwritable(self, path: Path, text: str) -> _E:
         return self.error(f"{self.name} {path}: {text}; name a file in a folder that this user can write to")
+
+
+class Database(Generic[_E]):
+    """One file of a kind; any thread may call any method.
+
+    It is opened by the first that needs it, and again after :meth:`close`. A damaged one is put aside (:attr:`damage`)
+    and a new one begun, also where the damage shows only within a piece of work, which is then done in the new one.
+
+    Args:
+        kind: of file.
+        path: where it lies.
+        lost: what a damaged file costs, for :attr:`damage`: ``keys of earlier commands are forgotten``.
+    """
+
+    def __init__(self, kind: DatabaseKind[_E], path: Path, *, lost: str = "") -> None:
+        self.path = path
+        self.damage = ""
+        self._kind = kind
+        self._lost = f", {lost}" if lost else ""
+        self._lock = threading.RLock()
+        self._ended = False
+        self._db: sqlite3.Connection | None = None
+
+    def open(self) -> None:
+        """Open the file now, where it is not open.
+
+        Raises:
+            LinewardError: of the kind's ``error``: it is in use, cannot be opened, is another program's or version's,
+                or was closed for good.
+        """
+        with self._lock:
+            self._opened()
+
+    def close(self, *, for_good: bool = False) -> None:
+        """Close the file; the next call opens it again, or is refused where it was closed ``for_good``."""
+        with self._lock:
+            self._ended |= for_good
+            if self._db is not None:
+                self._db.close()
+                self._db = None
+
+    def do(self, work: Callable[[sqlite3.Connection], _T], *, durable: bool = True) -> _T:
+        """Do a piece of work in a transaction of its own.
+
+        Args:
+            work: what to do; done once more, in a new file, where the old one shows its damage.
+            durable: as in :func:`transaction`.
+
+        Raises:
+            LinewardError: of the kind's ``error``: the file cannot be used; nothing is done, a later call may succeed.
+        """
+        with self._lock:
+            try:
+                return self._transact(work, durable=durable)
+            except sqlite3.Error as error:
+                if not is_damage(error):
+                    raise self._kind.explain(error, self.path) from error
+                self._put_aside(error)
+            try:
+                return self._transact(work, durable=durable)
+            except sqlite3.Error as error:
+                raise self._kind.explain(error, self.path) from error
+
+    def _transact(self, work: Callable[[sqlite3.Connection], _T], *, durable: bool) -> _T:
+        with transaction(self._opened(), durable=durable) as db:
+            return work(db)
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._db is not None:
+            return self._db
+        if self._ended:
+            raise self._kind.error(f"{self._kind.name} {self.path} is closed")
+        try:
+            self._db = self._kind.open(self.path)
+        except DamagedError as error:
+            self._put_aside(error)
+            try:
+                self._db = self._kind.open(self.path)
+            except DamagedError as again:
+                raise self._kind.error(
+                    f"{self._kind.name} {self.path}: {again} as soon as it is made; check the disk"
+                ) from again
+        return self._db
+
+    def _put_aside(self, error: Exception) -> None:
+        self.close()
+        self.damage = f"{error}; kept as {self._kind.put_aside(self.path).name}{self._lost}"

@@ -5,18 +5,16 @@ Keys of commands with their answers, the latest UTC seen, topics to clear one da
 
 from __future__ import annotations
 
-import sqlite3
-import threading
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from edge.database import DamagedError, DatabaseKind, is_damage, transaction
+from edge.database import Database, DatabaseKind
 from edge.errors import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    import sqlite3
+    from collections.abc import Iterable
     from pathlib import Path
 
-_T = TypeVar("_T")
 _SCHEMA = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE commands(n INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL UNIQUE, digest TEXT NOT NULL, answer TEXT);
@@ -47,17 +45,17 @@ class Ledger:
 
     def __init__(self, path: Path, *, max_keys: int = 4096) -> None:
         self.path = path
-        self.damage = ""
         self._max_keys = max_keys
-        self._lock = threading.RLock()
-        self._db: sqlite3.Connection | None = None
+        self._file = Database(_FILE, path, lost="keys of earlier commands are forgotten")
+
+    @property
+    def damage(self) -> str:
+        """What was found damaged, and where it is kept; empty where nothing was."""
+        return self._file.damage
 
     def close(self) -> None:
         """Close the file; the next call opens it again."""
-        with self._lock:
-            if self._db is not None:
-                self._db.close()
-                self._db = None
+        self._file.close()
 
     def seen_us(self) -> int:
         """The latest UTC noted, in microseconds since 1970; 0 before the first.
@@ -70,7 +68,7 @@ class Ledger:
             row = db.execute("SELECT value FROM meta WHERE key = 'seen_us'").fetchone()
             return 0 if row is None else int(row[0])
 
-        return self._do(work, durable=False)
+        return self._file.do(work, durable=False)
 
     def note_seen(self, moment_us: int) -> None:
         """Note a UTC, unless a later one is noted.
@@ -81,7 +79,7 @@ class Ledger:
         query = (
             "INSERT INTO meta VALUES ('seen_us', ?) ON CONFLICT(key) DO UPDATE SET value = MAX(value, excluded.value)"
         )
-        self._do(lambda db: db.execute(query, (moment_us,)), durable=False)
+        self._file.do(lambda db: db.execute(query, (moment_us,)), durable=False)
 
     def find(self, key: str) -> tuple[str, str | None] | None:
         """Digest and answer noted for a key; the answer is None where none was noted; None: a new key.
@@ -94,7 +92,7 @@ class Ledger:
             row = db.execute("SELECT digest, answer FROM commands WHERE key = ?", (key,)).fetchone()
             return None if row is None else (str(row[0]), None if row[1] is None else str(row[1]))
 
-        return self._do(work, durable=False)
+        return self._file.do(work, durable=False)
 
     def begin(self, key: str, digest: str) -> None:
         """Note that a command is about to be done; on disk, synced, when this returns.
@@ -107,7 +105,7 @@ class Ledger:
             number = db.execute("INSERT INTO commands(key, digest) VALUES (?, ?)", (key, digest)).lastrowid or 0
             db.execute("DELETE FROM commands WHERE n <= ?", (number - self._max_keys,))
 
-        self._do(work)
+        self._file.do(work)
 
     def finish(self, key: str, answer: str) -> None:
         """Note the answer to a command. Not synced: after a power cut it may read as interrupted, never as not begun.
@@ -115,7 +113,9 @@ class Ledger:
         Raises:
             StoreError: the file cannot be used.
         """
-        self._do(lambda db: db.execute("UPDATE commands SET answer = ? WHERE key = ?", (answer, key)), durable=False)
+        self._file.do(
+            lambda db: db.execute("UPDATE commands SET answer = ? WHERE key = ?", (answer, key)), durable=False
+        )
 
     def topics(self) -> frozenset[str]:
         """Retained topics that were published and not cleared.
@@ -123,7 +123,9 @@ class Ledger:
         Raises:
             StoreError: the file cannot be used.
         """
-        return self._do(lambda db: frozenset(row[0] for row in db.execute("SELECT topic FROM topics")), durable=False)
+        return self._file.do(
+            lambda db: frozenset(row[0] for row in db.execute("SELECT topic FROM topics")), durable=False
+        )
 
     def add_topics(self, topics: Iterable[str]) -> None:
         """Remember retained topics before they are published.
@@ -132,7 +134,7 @@ class Ledger:
             StoreError: the file cannot be used.
         """
         rows = [(topic,) for topic in topics]
-        self._do(lambda db: db.executemany("INSERT OR IGNORE INTO topics VALUES (?)", rows))
+        self._file.do(lambda db: db.executemany("INSERT OR IGNORE INTO topics VALUES (?)", rows))
 
     def remove_topic(self, topic: str) -> None:
         """Forget a topic that the broker has cleared.
@@ -140,37 +142,4 @@ class Ledger:
         Raises:
             StoreError: the file cannot be used.
         """
-        self._do(lambda db: db.execute("DELETE FROM topics WHERE topic = ?", (topic,)), durable=False)
-
-    def _do(self, work: Callable[[sqlite3.Connection], _T], *, durable: bool = True) -> _T:
-        """Run work in a transaction; a file found damaged is put aside and the work done in a new one."""
-        with self._lock:
-            try:
-                return self._transact(work, durable=durable)
-            except sqlite3.Error as error:
-                if not is_damage(error):
-                    raise _FILE.explain(error, self.path) from error
-                self._put_aside(error)
-            try:
-                return self._transact(work, durable=durable)
-            except sqlite3.Error as error:
-                raise _FILE.explain(error, self.path) from error
-
-    def _transact(self, work: Callable[[sqlite3.Connection], _T], *, durable: bool) -> _T:
-        with transaction(self._db if self._db is not None else self._open(), durable=durable) as db:
-            return work(db)
-
-    def _open(self) -> sqlite3.Connection:
-        try:
-            self._db = _FILE.open(self.path)
-        except DamagedError as error:
-            self._put_aside(error)
-            try:
-                self._db = _FILE.open(self.path)
-            except DamagedError as again:
-                raise StoreError(f"ledger {self.path}: {again} as soon as it is made; check the disk") from again
-        return self._db
-
-    def _put_aside(self, error: Exception) -> None:
-        self.close()
-        self.damage = f"{error}; kept as {_FILE.put_aside(self.path).name}, keys of earlier commands are forgotten"
+        self._file.do(lambda db: db.execute("DELETE FROM topics WHERE topic = ?", (topic,)), durable=False)

@@ -6,22 +6,19 @@ One SQLite file, safe against kill and power cut. It must not know sockets.
 from __future__ import annotations
 
 import hashlib
-import sqlite3
-import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from edge.database import DamagedError, DatabaseKind, is_damage, transaction
+from edge.database import Database, DatabaseKind
 from edge.errors import StoreError
 from edge.federation.wire import encode_update
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import sqlite3
     from pathlib import Path
 
     from edge.federation.update import MemoryUpdate
 
-_T = TypeVar("_T")
 _SCHEMA = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE uploads(
@@ -82,21 +79,24 @@ class Spool:
 
     def __init__(self, path: Path, *, max_waiting: int = 8) -> None:
         self.path = path
-        self.damage = ""
         self.given_up = 0
         self._max_waiting = max_waiting
-        self._lock = threading.RLock()
-        self._db = self._open()
+        self._file = Database(_FILE, path)
+        self._file.open()
+
+    @property
+    def damage(self) -> str:
+        """What was found damaged, and where it is kept; empty where nothing was."""
+        return self._file.damage
 
     def close(self) -> None:
-        """Close the file."""
-        with self._lock:
-            self._db.close()
+        """Close the file, for good: a late call must not take it from the box that starts next."""
+        self._file.close(for_good=True)
 
     @property
     def waiting(self) -> int:
         """Updates that have no receipt yet."""
-        return int(self._do(lambda db: db.execute("SELECT count(*) FROM uploads").fetchone()[0]))
+        return int(self._file.do(lambda db: db.execute("SELECT count(*) FROM uploads").fetchone()[0]))
 
     @property
     def round(self) -> int:
@@ -106,11 +106,11 @@ class Spool:
             row = db.execute("SELECT value FROM meta WHERE key = 'round'").fetchone()
             return 1 if row is None else int(row[0])
 
-        return self._do(work)
+        return self._file.do(work)
 
     def keep_round(self, number: int) -> None:
         """Remember the round: an update that is made after a restart, with nobody there to ask, names it."""
-        self._do(lambda db: db.execute("INSERT OR REPLACE INTO meta VALUES ('round', ?)", (number,)))
+        self._file.do(lambda db: db.execute("INSERT OR REPLACE INTO meta VALUES ('round', ?)", (number,)))
 
     def put(self, update: MemoryUpdate) -> None:
         """Keep an update; on disk when this returns.
@@ -132,7 +132,7 @@ class Spool:
                 (self._max_waiting,),
             ).rowcount
 
-        self._do(work)
+        self._file.do(work)
 
     def first(self) -> Upload | None:
         """Return the oldest update that has no receipt."""
@@ -147,11 +147,11 @@ class Spool:
                 self.given_up += 1
             return None
 
-        return self._do(work)
+        return self._file.do(work)
 
     def done(self, upload: Upload) -> None:
         """Forget an update: its receipt is here, or it can never be taken."""
-        self._do(lambda db: self._forget(db, upload.id))
+        self._file.do(lambda db: self._forget(db, upload.id))
 
     def download(self, pool: str) -> Download | None:
         """Return how far the bank of a pool has arrived, None where nothing has."""
@@ -163,7 +163,7 @@ class Spool:
             have = db.execute("SELECT coalesce(max(start + length(body)), 0) FROM parts").fetchone()[0]
             return Download(row[0], row[1], row[2], have)
 
-        return self._do(work)
+        return self._file.do(work)
 
     def take_part(self, pool: str, bank: Download, body: bytes) -> Download:
         """Keep the next bytes of a bank; another bank than before begins anew.
@@ -181,16 +181,16 @@ class Spool:
             db.execute("INSERT OR REPLACE INTO parts VALUES (?, ?)", (bank.have, body))
 
         # A part that a power cut takes is asked for again.
-        self._do(work, durable=False)
+        self._file.do(work, durable=False)
         return Download(bank.version, bank.sha256, bank.size, bank.have + len(body))
 
     def arrived(self) -> bytes:
         """Return the bytes that have arrived, in order."""
-        return self._do(lambda db: b"".join(row[0] for row in db.execute("SELECT body FROM parts ORDER BY start")))
+        return self._file.do(lambda db: b"".join(row[0] for row in db.execute("SELECT body FROM parts ORDER BY start")))
 
     def abandon(self) -> None:
         """Forget the bank that was arriving."""
-        self._do(self._abandon)
+        self._file.do(self._abandon)
 
     def keep_bank(self, pool: str, version: int, payload: bytes) -> None:
         """Keep a whole bank, in place of the pool's former one; on disk when this returns."""
@@ -201,7 +201,7 @@ class Spool:
             db.execute("INSERT INTO banks VALUES (?, ?, ?, ?)", row)
             self._abandon(db)
 
-        self._do(work)
+        self._file.do(work)
 
     def bank(self, pool: str) -> tuple[int, bytes] | None:
         """Return version and bytes of a pool's bank, None where there is none that is whole."""
@@ -210,7 +210,7 @@ class Spool:
             row = db.execute("SELECT version, sha256, payload FROM banks WHERE pool = ?", (pool,)).fetchone()
             return (row[0], row[2]) if row is not None and _is_whole(row[2], row[1]) else None
 
-        return self._do(work)
+        return self._file.do(work)
 
     @staticmethod
     def _forget(db: sqlite3.Connection, number: int) -> None:
@@ -220,39 +220,6 @@ class Spool:
     def _abandon(db: sqlite3.Connection) -> None:
         db.execute("DELETE FROM download")
         db.execute("DELETE FROM parts")
-
-    def _do(self, work: Callable[[sqlite3.Connection], _T], *, durable: bool = True) -> _T:
-        """Run work in a transaction; a file found damaged is put aside and the work done in a new one."""
-        with self._lock:
-            try:
-                return self._transact(work, durable=durable)
-            except sqlite3.Error as error:
-                if not is_damage(error):
-                    raise _FILE.explain(error, self.path) from error
-                self._db.close()
-                self._put_aside(error)
-            self._db = self._open()
-            try:
-                return self._transact(work, durable=durable)
-            except sqlite3.Error as error:
-                raise _FILE.explain(error, self.path) from error
-
-    def _transact(self, work: Callable[[sqlite3.Connection], _T], *, durable: bool) -> _T:
-        with transaction(self._db, durable=durable) as db:
-            return work(db)
-
-    def _open(self) -> sqlite3.Connection:
-        try:
-            return _FILE.open(self.path)
-        except DamagedError as error:
-            self._put_aside(error)
-        try:
-            return _FILE.open(self.path)
-        except DamagedError as error:
-            raise StoreError(f"spool {self.path}: {error} as soon as it is made; check the disk") from error
-
-    def _put_aside(self, error: Exception) -> None:
-        self.damage = f"{error}; kept as {_FILE.put_aside(self.path).name}"
 
 
 def _is_whole(payload: object, sha256: str) -> bool:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import sqlite3
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
-from edge.database import DatabaseKind
+from edge.database import Database, DatabaseKind
 from edge.errors import StoreError
 
 if TYPE_CHECKING:
-    import sqlite3
     from pathlib import Path
 
 KIND: DatabaseKind[StoreError] = DatabaseKind(
@@ -108,3 +108,72 @@ def test_step_that_fails_leaves_the_older_file_as_it_was(tmp_path: Path) -> None
     with pytest.raises(StoreError, match="syntax error"):
         broken.open(path)
     _opened(path)
+
+
+def _count(database: Database[StoreError]) -> int:
+    return int(database.do(lambda db: db.execute("SELECT count(*) FROM things").fetchone()[0]))
+
+
+def _add(database: Database[StoreError]) -> None:
+    database.do(lambda db: db.execute("INSERT INTO things DEFAULT VALUES"))
+
+
+def test_database_opens_when_it_is_needed_and_again_after_a_close(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    database = Database(KIND, path)
+    assert not path.exists()
+    _add(database)
+    database.close()
+    database.close()
+    assert _count(database) == 1
+    database.close(for_good=True)
+    with pytest.raises(StoreError, match=r"a\.db is closed"):
+        _count(database)
+
+
+@pytest.mark.parametrize("damage", ["no database at all", "a page within"])
+def test_damaged_database_is_put_aside_and_a_new_one_begun(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "a.db"
+    database = Database(KIND, path, lost="things are gone")
+    _add(database)
+    database.close()
+    content = bytearray(path.read_bytes())
+    if damage == "no database at all":
+        content[:16] = b"x" * 16
+    else:
+        content[4096:] = b"x" * (len(content) - 4096)
+    path.write_bytes(content)
+
+    assert _count(database) == 0
+    assert database.damage.endswith(", things are gone")
+    assert len(list(tmp_path.glob("a.db.damaged-*"))) == 1
+    _add(database)
+    assert _count(database) == 1
+    database.close()
+
+
+def test_damage_that_shows_within_a_piece_of_work_is_mended_and_the_work_done_once_more(tmp_path: Path) -> None:
+    database = Database(KIND, tmp_path / "a.db")
+    _add(database)
+    tried = []
+
+    def work(db: sqlite3.Connection) -> int:
+        tried.append(db)
+        db.execute("INSERT INTO things DEFAULT VALUES")
+        if len(tried) == 1:
+            raise sqlite3.DatabaseError("database disk image is malformed")
+        return int(db.execute("SELECT count(*) FROM things").fetchone()[0])
+
+    assert database.do(work) == 1
+    assert "malformed; kept as a.db.damaged-" in database.damage
+    database.close()
+
+
+def test_piece_of_work_that_fails_is_undone_and_keeps_the_file(tmp_path: Path) -> None:
+    database = Database(KIND, tmp_path / "a.db")
+    with pytest.raises(StoreError, match="syntax error"):
+        database.do(lambda db: (db.execute("INSERT INTO things DEFAULT VALUES"), db.execute("NONSENSE")))
+    with pytest.raises(ZeroDivisionError):
+        database.do(lambda db: (db.execute("INSERT INTO things DEFAULT VALUES"), 1 / 0))
+    assert (_count(database), database.damage) == (0, "")
+    database.close()

@@ -427,12 +427,12 @@ def test_damaged_spool_is_put_aside(tmp_path: Path) -> None:
 def test_full_disk_is_an_error_and_nothing_is_lost(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool.db")
     spool.put(make_update(seed=0))
-    pages = spool._db.execute("PRAGMA page_count").fetchone()[0]
-    spool._db.execute(f"PRAGMA max_page_count={pages + 1}")
+    pages = spool._file._opened().execute("PRAGMA page_count").fetchone()[0]
+    spool._file._opened().execute(f"PRAGMA max_page_count={pages + 1}")
     with pytest.raises(StoreError, match="disk is full"):
         spool.put(make_update(seed=1, rows=2000))
     assert spool.waiting == 1
-    spool._db.execute("PRAGMA max_page_count=100000")
+    spool._file._opened().execute("PRAGMA max_page_count=100000")
     spool.put(make_update(seed=1, rows=2000))
     assert spool.waiting == 2
     spool.close()
@@ -442,7 +442,7 @@ def test_damaged_upload_is_never_sent(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool.db")
     spool.put(make_update(seed=0))
     spool.put(make_update(seed=1))
-    spool._db.execute("UPDATE uploads SET payload = zeroblob(10) WHERE id = 1")
+    spool._file._opened().execute("UPDATE uploads SET payload = zeroblob(10) WHERE id = 1")
     first = spool.first()
     assert first is not None
     assert decode_update(first.payload, Limits()) is not None
