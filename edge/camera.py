@@ -13,6 +13,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from edge.adaptation.guided import GuidedDetector
 from edge.capture.capture import CameraState, Capture, LostFrame
 from edge.errors import CaptureError, DataError, LinewardError
 from edge.frames import Decision, EventPhase, JudgedFrame
@@ -24,12 +25,13 @@ from edge.settings import Mode
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from edge.adaptation.guided import Guide, PendingSight, Seen
     from edge.bundle import Bundle
     from edge.frames import AnomalyEvent, Frame, Prediction, Verdict
     from edge.health.camera_watch import CameraWatch
     from edge.health.metrics import Metrics
     from edge.health.watchdog import Watchdog
-    from edge.inference.detector import Detector, PendingPrediction
+    from edge.inference.detector import Detector
     from edge.inspection.station import Station
     from edge.judgement.threshold import RunTimeThreshold
     from edge.judgement.verdicts import Judge
@@ -69,6 +71,8 @@ class CameraWorker:
             the pictures that will be kept of it, where there are any. Must return at once and not raise.
         station: in triggered mode the one that the camera belongs to; it says which frames are parts, and reports.
         health: watches whether the camera is well, where anybody asked for that.
+        follower: says how each frame is to be seen, and which show a product that is unknown; None where nobody follows
+            what the camera shows. Whoever hands it in has it hear of frames as an observer.
         number_threshold: counts the changes of the threshold that frames meet; given the camera and the judge.
     """
 
@@ -88,11 +92,12 @@ class CameraWorker:
         station: Station | None = None,
         health: CameraWatch | None = None,
         number_threshold: Callable[[str, Judge], int] | None = None,
+        follower: Guide | None = None,
     ) -> None:
         assert (station is not None) == (settings.mode is Mode.TRIGGERED)
         self.name = settings.name
         self._settings = settings
-        self._detector = detector
+        self._sight = GuidedDetector(detector, follower)
         self._judge = judge
         # During a switch of the memory there are two: frames of the old head meet the old thresholds.
         self._judges = {judge.memory_version: judge}
@@ -119,9 +124,9 @@ class CameraWorker:
         self._restart_s = FIRST_RESTART_S
         self._counts = dict.fromkeys(("judged", "ok", "nok", "not_judged", "failed", "events", "restarts"), 0)
         self._failure = ""
-        self._successor: tuple[Detector, Judge] | None = None
+        self._successor: tuple[GuidedDetector, Judge] | None = None
         # A frame that the engine works on while the next one is prepared.
-        self._ahead: PendingPrediction | None = None
+        self._ahead: PendingSight | None = None
         self._ending = threading.Event()
         self._ending_reason = ""
         self._done = threading.Event()
@@ -184,13 +189,13 @@ class CameraWorker:
             self._judge = self._judges.get(self._judge.memory_version, self._judge)
             return self._judge
 
-    def replace_detector(self, detector: Detector, judge: Judge) -> None:
-        """Have another detector and its judge take over between two frames; an event that lasts ends there.
+    def replace_detector(self, detector: Detector, judge: Judge, follower: Guide | None = None) -> None:
+        """Have another detector, judge and follower take over between two frames; an event that lasts ends there.
 
         Scores of two bundles cannot be compared. May be called from another thread, before the start too.
         """
         with self._judges_lock:
-            self._successor = (detector, judge)
+            self._successor = (GuidedDetector(detector, follower), judge)
 
     def continue_after(self, worker: CameraWorker) -> None:
         """Number frames on from those of a worker of the same camera that has ended; before the start."""
@@ -214,7 +219,7 @@ class CameraWorker:
 
     def status(self) -> dict[str, Any]:
         """What the box's status says of this camera."""
-        threshold, bundle = self._judge.threshold, self._detector.bundle
+        threshold, bundle = self._judge.threshold, self._sight.detector.bundle
         counters = self._capture.counters
         captured = {name: before + getattr(counters, name) for name, before in self._captured_before.items()}
         return {
@@ -281,11 +286,11 @@ class CameraWorker:
         with self._judges_lock:
             if self._successor is None:
                 return
-            detector, judge = self._successor
+            sight, judge = self._successor
             self._successor, self._judges = None, {judge.memory_version: judge}
         self._report(self._tracker.finish())
-        self._detector, self._judge = detector, judge
-        self._reporter.judged_by(self.name, detector.bundle)
+        self._sight, self._judge = sight, judge
+        self._reporter.judged_by(self.name, sight.detector.bundle)
 
     def _close(self) -> None:
         self._capture.stop(CAPTURE_STOP_S)
@@ -316,12 +321,12 @@ class CameraWorker:
         pending = self._begin(frame) if several else None
         self._finish_ahead()
         if pending is None:
-            self._conclude(frame, lambda: self._detector.predict(frame))
+            self._conclude(frame, lambda: self._sight.predict(frame))
         self._ahead = pending
 
-    def _begin(self, frame: Frame) -> PendingPrediction | None:
+    def _begin(self, frame: Frame) -> PendingSight | None:
         try:
-            return self._detector.begin(frame)
+            return self._sight.begin(frame)
         except LinewardError:
             # Judging it in its turn meets the same error, and says so.
             return None
@@ -331,7 +336,7 @@ class CameraWorker:
         if pending is not None:
             self._conclude(pending.frame, pending.result)
 
-    def _conclude(self, frame: Frame, predict: Callable[[], Prediction]) -> None:
+    def _conclude(self, frame: Frame, predict: Callable[[], Seen]) -> None:
         triggered = self._parts.expected
         prediction, verdict, code = self._judged(frame, predict)
         if code is Reason.NONE and not self._parts.in_time(frame.camera_seq):
@@ -349,7 +354,7 @@ class CameraWorker:
         alarmed = verdict.decision is Decision.NOK or self._tracker.active
         done = JudgedFrame(frame, prediction, verdict, tuple(events), alarmed=alarmed)
         if self._keep_evidence is not None:
-            done = self._keep_evidence(done, self._detector.bundle, self._settings.mode)
+            done = self._keep_evidence(done, self._sight.detector.bundle, self._settings.mode)
             verdict, events = done.verdict, list(done.events)
         for observer in self._observers:
             observer(done)
@@ -362,11 +367,13 @@ class CameraWorker:
         judge = self._met  # the threshold may be set anew at any moment
         return self._tracker.step(verdict, leave_level=judge.leave_level, enter_level=judge.enter_level)
 
-    def _judged(self, frame: Frame, predict: Callable[[], Prediction]) -> tuple[Prediction | None, Verdict, Reason]:
-        prediction = None
+    def _judged(self, frame: Frame, predict: Callable[[], Seen]) -> tuple[Prediction | None, Verdict, Reason]:
+        prediction, refusal = None, ""
         try:
-            prediction = predict()
-            verdict = self._numbered(self._judge_of(prediction.memory_version).judge(prediction))
+            seen = predict()
+            prediction, refusal = seen.prediction, seen.refusal
+            judge = self._judge_of(prediction.memory_version)
+            verdict = judge.not_judged(frame, refusal[:200]) if refusal else self._numbered(judge.judge(prediction))
         except Exception as error:  # noqa: BLE001 (one frame's stage is isolated: the next may be judged again)
             self._counts["failed"] += 1
             self._metrics.count("frames_failed")
@@ -380,6 +387,8 @@ class CameraWorker:
         if self._failure:
             _LOG.info("camera %s: frames are judged again", self.name)
             self._failure = ""
+        if refusal:
+            return prediction, verdict, Reason.UNKNOWN_PRODUCT
         return prediction, verdict, Reason.FAILED if verdict.decision is Decision.NOT_JUDGED else Reason.NONE
 
     def _numbered(self, verdict: Verdict) -> Verdict:

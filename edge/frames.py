@@ -54,6 +54,7 @@ class Prediction:
         moments_version: of the moments that it was corrected by, 0 for none.
         moments: of the frame before correction of what they belong to; None where nobody asked for them.
         route: float32 [E], see :data:`edge.inference.sessions.ROUTE`; None where the bundle has no router.
+        subclass: name of the sub-class whose expert the map is of; empty where the bundle has none.
     """
 
     anomaly_map: npt.NDArray[np.float32]
@@ -64,6 +65,7 @@ class Prediction:
     moments_version: int = 0
     moments: Moments | None = None
     route: npt.NDArray[np.float32] | None = None
+    subclass: str = ""
 
 
 class Decision(str, Enum):

@@ -279,6 +279,8 @@ class Detector:
             route: float32 [tiles, E] of the head, copied.
         """
         manifest = self.bundle.manifest
+        # The tiles of a frame show one product.
+        close = None if route is None else np.asarray(route.mean(axis=0), np.float32)
         # One tile is its own map, and the request's buffer is used again by the next frame.
         joined = np.array(maps[0]) if len(maps) == 1 else join_maps(maps, manifest.preprocessing, manifest.map_stride)
         return Prediction(
@@ -289,8 +291,8 @@ class Detector:
             memory_version=memory_version,
             moments_version=look.version,
             moments=moments,
-            # The tiles of a frame show one product.
-            route=None if route is None else np.mean(route, axis=0, dtype=np.float32),
+            route=close,
+            subclass=_subclass(manifest.subclasses, close),
         )
 
     def map_of_canvas(self, canvas: npt.NDArray[np.uint8], look: Look = PLAIN) -> npt.NDArray[np.float32]:
@@ -416,3 +418,10 @@ class Detector:
                 taps = correction.taps(taps, in_place=True)
             # The sessions' own buffers are used again by the next call.
             return np.array(head.session(output, slot.index).run(taps)[output], dtype=np.float32)
+
+
+def _subclass(names: tuple[str, ...], route: npt.NDArray[np.float32] | None) -> str:
+    """The sub-class whose expert a head chose: it takes the nearest."""
+    if route is None or len(route) != len(names):
+        return names[0] if len(names) == 1 else ""
+    return names[int(np.argmax(route))]

@@ -37,6 +37,7 @@ class Reason(IntEnum):
     SOURCE_ENDED = 8
     STOPPED = 9
     CAMERA_UNWELL = 10
+    UNKNOWN_PRODUCT = 11
 
 
 @dataclass(frozen=True, slots=True)

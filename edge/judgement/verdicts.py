@@ -303,6 +303,7 @@ class Judge:
             memory_version=self.memory_version,
             moments_version=prediction.moments_version,
             threshold_version=self.threshold_version,
+            subclass=prediction.subclass,
         )
 
     def not_judged(self, frame: Frame, reason: str) -> Verdict:
