@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from deploy.embedding import embedding_ids
 from deploy.export import export_head, tap_shapes
+from deploy.moments import reference_images, reference_of
 from deploy.parity import (
     MakeDefects,
     ParityReport,
@@ -31,9 +32,10 @@ from deploy.parity import (
 )
 from deploy.progress import Progress, no_progress
 from deploy.quantize import quantize_head
-from deploy.running import GraphPair, pool_all, torch_maps
+from deploy.running import GraphPair, Judged, pool_all, torch_judged
 from deploy.state import empty_state, state_entries, stored_state
 from deploy.trunks import TrunkFiles, build_trunk_files
+from edge.adaptation.reference import tensors_of
 from edge.bundle import (
     MANIFEST,
     Bundle,
@@ -62,6 +64,8 @@ Pair = tuple[Engine, Precision]
 
 TRUNK, TRUNK_INT8, HEAD, HEAD_INT8 = "trunk.onnx", "trunk.int8.onnx", "head.onnx", "head.int8.onnx"
 STATE, COMMISSIONING, GOLDEN = "state.safetensors", "commissioning.npz", "golden/frames.npz"
+MOMENTS = "moments.safetensors"
+_OWN_FILES = {MANIFEST, TRUNK, TRUNK_INT8, HEAD, HEAD_INT8, STATE, COMMISSIONING, GOLDEN, MOMENTS}
 # Maps compared cell by cell with torch, golden frames of each kind, images that head ranges are measured on.
 _COMPARED, _GOLDEN_EACH, _RANGE_IMAGES = 16, 3, 32
 # Golden tolerances. float32: what the gate allows between engines. Others: a tenth of the good scores' interquartile
@@ -76,13 +80,19 @@ class BundleRequest:
     Attributes:
         trunk: the shared trunk, in eval mode, on the CPU; see :func:`deploy.export.export_trunk`.
         head: the method's head, in eval mode, on the CPU; see :func:`deploy.export.export_head`. One whose banks a
-            box may replace has an attribute ``memory_layout``, an :class:`edge.bundle.MemoryLayout`.
+            box may replace has an attribute ``memory_layout``, an :class:`edge.bundle.MemoryLayout`; one of several
+            experts has ``subclasses``, the name of each.
         method: its name.
         product: name of the product.
         preprocessing: from frame to network inputs.
         provenance: where the data and weights came from.
         holdout: uint8 [n, canvas_height, canvas_width, 3] RGB, good images that nothing was fitted on, n >= 6.
         groups: one name per held-out image; images of one group are not independent.
+        holdout_subclasses: one name per held-out image, for a head of several experts.
+        reference: uint8 [k, ...] canvases that the method learned from, to measure the experts' moments on; where there
+            are none, the held-out ones serve.
+        reference_subclasses: one name per such canvas, for a head of several experts; without names its bundle has no
+            moments.
         make_defects: see :data:`deploy.parity.MakeDefects`.
         commissioning: uint8 [m, ...] canvases of images declared good; their embeddings go into the bundle. m may
             be 0; a head without embeddings ignores them.
@@ -112,6 +122,9 @@ class BundleRequest:
     holdout: Canvases
     groups: Sequence[str]
     make_defects: MakeDefects
+    holdout_subclasses: Sequence[str] = ()
+    reference: Canvases = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
+    reference_subclasses: Sequence[str] = ()
     commissioning: Canvases = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
     commissioning_groups: Sequence[str] = ()
     pooling: Pooling = field(default_factory=Pooling)
@@ -174,7 +187,13 @@ class _Packer:
 
     def __init__(self, request: BundleRequest, work: Path, pairs: Sequence[Pair]) -> None:
         self.request, self.work, self.pairs = request, work, tuple(pairs)
-        self.steps, self.done = 4 + 2 * len(pairs), 0
+        self.steps, self.done = 5 + 2 * len(pairs), 0
+        self.subclasses: tuple[str, ...] = tuple(getattr(request.head, "subclasses", ("",)))
+        self.images = reference_images(
+            self.subclasses,
+            (request.reference, request.reference_subclasses),
+            (request.holdout, request.holdout_subclasses),
+        )
 
     def run(self) -> None:
         request = self.request
@@ -191,12 +210,13 @@ class _Packer:
         )
         self._step("torch")
         reference = self._scores(
-            lambda canvases: torch_maps(request.trunk, request.head, canvases, request.preprocessing), sample
+            lambda canvases: torch_judged(request.trunk, request.head, canvases, request.preprocessing), sample
         )
         report, kept = self._prove(sample, reference)
         calibrations = [self._calibrate(pair) for pair in kept]
         golden = self._write_golden(kept, sample, report.good_iqr)
         commissioning = self._write_commissioning(kept)
+        self._write_moments(kept)
         self._write_manifest(
             report=report, kept=kept, calibrations=calibrations, golden=golden, commissioning=commissioning
         )
@@ -265,14 +285,15 @@ class _Packer:
 
     def _measure(self, pair: Pair, sample: Sample) -> PathScores:
         self._step(f"parity {pair[0].value} {pair[1].value}")
-        return self._scores(self._open(pair).maps, sample)
+        return self._scores(self._open(pair).judged, sample)
 
-    def _scores(self, maps_of: Callable[[Canvases], npt.NDArray[np.float32]], sample: Sample) -> PathScores:
-        good, defective = maps_of(sample.good), maps_of(sample.defective)
+    def _scores(self, judged: Callable[[Canvases], Judged], sample: Sample) -> PathScores:
+        good, defective = judged(sample.good), judged(sample.defective)
         return PathScores(
-            good=pool_all(good, self.request.pooling),
-            defective=pool_all(defective, self.request.pooling),
-            maps=good[:_COMPARED],
+            good=pool_all(good.maps, self.request.pooling),
+            defective=pool_all(defective.maps, self.request.pooling),
+            maps=good.maps[:_COMPARED],
+            routes=good.routes,
         )
 
     def _open(self, pair: Pair) -> GraphPair:
@@ -331,6 +352,17 @@ class _Packer:
         self._save(COMMISSIONING, groups=np.array(names, np.str_), **arrays)
         return COMMISSIONING
 
+    def _write_moments(self, kept: Sequence[Pair]) -> None:
+        """Write what each expert was trained on, as each precision shows it: taps of int8 are others than float32's."""
+        self._step("moments")
+        if self.images is None:
+            return
+        tensors: dict[str, npt.NDArray[np.float32]] = {}
+        for precision in dict.fromkeys(precision for _, precision in kept):
+            runner = self._open(next(pair for pair in kept if pair[1] is precision))
+            tensors |= tensors_of(reference_of(self.images, runner.moments), precision)
+        save_file(tensors, self.work / MOMENTS)
+
     def _save(self, name: str, **arrays: npt.NDArray[Any]) -> None:
         (self.work / name).parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(self.work / name, allow_pickle=False, **arrays)
@@ -370,15 +402,24 @@ class _Packer:
             embedding_id=ids,
             calibration=tuple(calibrations),
             commissioning_file=commissioning,
+            moments_file=MOMENTS if self.images else None,
+            subclasses=self.subclasses,
             memory=getattr(request.head, "memory_layout", None),
             golden=golden,
             parity=report.model_dump(mode="json"),
             metrics=dict(request.metrics),
-            provenance=request.provenance,
+            provenance=self._provenance(),
             created=request.created or datetime.now(timezone.utc),
             files=files,
         )
         (work / MANIFEST).write_bytes(manifest_bytes(manifest))
+
+
+    def _provenance(self) -> Provenance:
+        if self.images is None:
+            return self.request.provenance
+        found = {"moments_from": self.images.source, "moments_images": len(self.images.seen)}
+        return self.request.provenance.model_copy(update=found)
 
 
 def _key(pair: Pair) -> str:
@@ -397,8 +438,9 @@ def _refuse_existing(out: Path) -> None:
 
 def _check(request: BundleRequest) -> None:
     expected = (request.preprocessing.canvas_height, request.preprocessing.canvas_width, 3)
-    for what, canvases in (("holdout", request.holdout), ("commissioning", request.commissioning)):
-        if what == "commissioning" and not len(canvases):
+    for what in ("holdout", "commissioning", "reference"):
+        canvases: Canvases = getattr(request, what)
+        if what != "holdout" and not len(canvases):
             continue
         if canvases.dtype != np.uint8 or canvases.shape[1:] != expected:
             raise DataError(f"{what} canvases are {canvases.dtype} {canvases.shape}, expected uint8 [n, {expected}]")
@@ -410,7 +452,7 @@ def _check(request: BundleRequest) -> None:
             "one each, or none"
         )
     for name in request.attachments:
-        if name in (MANIFEST, TRUNK, TRUNK_INT8, HEAD, HEAD_INT8, STATE, COMMISSIONING, GOLDEN) or ".." in name:
+        if name in _OWN_FILES or ".." in name:
             raise UsageError(f"attachment {name!r}: that name belongs to the bundle; choose another")
 
 

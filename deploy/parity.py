@@ -45,6 +45,8 @@ class ParityRules:
         auroc_drop: largest loss of I-AUROC on low-contrast defects.
         auroc_window: where float32 should be on them: neither sure of everything nor guessing.
         map_error: largest |map - torch| of a float32 engine, relative to the largest |torch| value of that image.
+        rerouted: largest share of good samples that a path gives to another expert than torch does.
+        unknown: how much larger the share of good samples may be that a path holds for an unknown product.
         good_samples: good samples looked at; jittered copies fill up what the held-out images lack.
         defect_samples: defective samples looked at, at most.
     """
@@ -55,12 +57,18 @@ class ParityRules:
     auroc_drop: float = 0.005
     auroc_window: tuple[float, float] = (0.80, 0.95)
     map_error: float = 1e-3
+    rerouted: float = 0.01
+    unknown: float = 0.02
     good_samples: int = 400
     defect_samples: int = 200
 
 
 class PathParity(BaseModel):
-    """Figures of one engine and precision against torch in float32. None: not measured or not finite."""
+    """Figures of one engine and precision against torch in float32. None: not measured or not finite.
+
+    ``rerouted`` and ``unknown`` are of a head with a router: the share of good samples that go to another expert, and
+    how many more of them are held for an unknown product.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -73,6 +81,8 @@ class PathParity(BaseModel):
     auroc: float | None
     auroc_drop: float | None
     auroc_drop_se: float | None
+    rerouted: float | None = None
+    unknown: float | None = None
     refusals: list[str]
 
 
@@ -127,11 +137,13 @@ class PathScores:
         good: float32 [n].
         defective: float32 [m].
         maps: float32 [k, h, w] of the first k good images, to compare maps; k may be 0.
+        routes: float32 [n, E] of the good samples; None where the head has no router.
     """
 
     good: npt.NDArray[np.float32]
     defective: npt.NDArray[np.float32]
     maps: npt.NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0, 0), np.float32))
+    routes: npt.NDArray[np.float32] | None = None
 
 
 def jitter(canvases: Canvases, count: int, *, seed: int) -> tuple[Canvases, npt.NDArray[np.int64]]:
@@ -235,7 +247,8 @@ def judge(
     other, where each flags the ``alarm_rate`` share with its own highest scores, as calibration would. On the
     defects the I-AUROC of the path is at most ``rules.auroc_drop`` below the reference's on the same images; its
     standard error (paired, DeLong, one base image with all its copies as one unit) is recorded beside it. A float32
-    path must also give the reference's maps to ``rules.map_error``.
+    path must also give the reference's maps to ``rules.map_error``. Where there is a router, at most ``rules.rerouted``
+    of the good samples may go to another expert, and ``rules.unknown`` more of them be refused as unknown.
 
     Args:
         sample: what was judged.
@@ -307,11 +320,14 @@ def _judge_path(
     auroc = _auroc(path.good[originals], path.defective)
     drop = _auroc(reference.good[originals], reference.defective) - auroc
     map_error = _map_error(path.maps, reference.maps) if precision is Precision.FLOAT32 and len(path.maps) else None
+    rerouted, unknown = _routing(path.routes, reference.routes)
     checks = (
         (shift_in_iqr, rules.shift, "median score shift on good images is {:.3f} of the float32 IQR"),
         (flipped, rules.flipped, "flipped decisions on good images {:.4f}"),
         (drop, rules.auroc_drop, "I-AUROC on low-contrast defects drops by {:.4f}"),
         (map_error, rules.map_error, "maps differ from torch by {:.2e} relative"),
+        (rerouted, rules.rerouted, "good images given to another expert {:.4f}"),
+        (unknown, rules.unknown, "more good images held for an unknown product {:.4f}"),
     )
     refusals = [
         f"{name}: {text.format(value)} (limit {limit})"
@@ -321,7 +337,7 @@ def _judge_path(
     return PathParity(
         engine=engine, precision=precision, map_error=map_error, median_shift=shift, shift_in_iqr=shift_in_iqr,
         flipped=flipped, auroc=auroc, auroc_drop=drop, auroc_drop_se=_drop_error(reference, path, sample),
-        refusals=refusals,
+        rerouted=rerouted, unknown=unknown, refusals=refusals,
     )  # fmt: skip
 
 
@@ -337,6 +353,18 @@ def _map_error(maps: npt.NDArray[np.float32], reference: npt.NDArray[np.float32]
         return float("inf")
     peak = np.maximum(np.abs(reference).max((1, 2)), 1e-12)
     return float((np.abs(maps - reference).max((1, 2)) / peak).max())
+
+
+def _routing(
+    routes: npt.NDArray[np.float32] | None, reference: npt.NDArray[np.float32] | None
+) -> tuple[float | None, float | None]:
+    """Return the share of samples that go to another expert, and how many more are held for unknown."""
+    if reference is None:
+        return None, None
+    if routes is None or routes.shape != reference.shape or not np.isfinite(routes).all():
+        return 1.0, 1.0
+    unknown = float(np.mean(routes.max(1) < 0) - np.mean(reference.max(1) < 0))
+    return float(np.mean(routes.argmax(1) != reference.argmax(1))), unknown
 
 
 def _auroc(good: npt.NDArray[np.float32], defective: npt.NDArray[np.float32]) -> float:

@@ -6,13 +6,15 @@ It must not know what the results are compared with.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edge.adaptation.measure import joined, measure_canvas, measure_taps
 from edge.inference.engines import open_graph
 from edge.inference.preprocessing import cut_tiles, join_maps
-from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE
+from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE, ROUTE
 from edge.judgement.score import pool_score
 
 if TYPE_CHECKING:
@@ -22,10 +24,28 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import nn
 
+    from edge.adaptation.moments import Moments
     from edge.bundle import Engine, Pooling, Precision, Preprocessing
 
     Canvases = npt.NDArray[np.uint8]
     Maps = npt.NDArray[np.float32]
+
+
+_ROUTED_OUTPUTS = 3  # map, rows, route
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a trunk and a head said of some canvases.
+
+    Attributes:
+        maps: float32 [n, h, w], one joined map per canvas.
+        routes: float32 [n, E], see :data:`edge.inference.sessions.ROUTE`, the mean of a canvas's tiles; None where the
+            head has no router.
+    """
+
+    maps: Maps
+    routes: Maps | None = None
 
 
 class GraphPair:
@@ -72,9 +92,25 @@ class GraphPair:
         taps = self._trunk.run({IMAGE: cut_tiles(canvas, self._preprocessing)})
         return {name: np.array(taps[name], dtype=np.float32) for name in self._taps}
 
+    def moments(self, canvas: Canvases) -> Moments:
+        """Return the moments of one canvas and its taps, as a box measures them."""
+        tiles = cut_tiles(canvas, self._preprocessing)
+        return joined((measure_canvas(tiles), measure_taps(self.taps(canvas))))
+
     def maps(self, canvases: Canvases) -> Maps:
         """Return float32 [n, h, w], one joined map per canvas."""
-        return np.stack([join_maps(self._run(one, ANOMALY_MAP), self._preprocessing, self._stride) for one in canvases])
+        return self.judged(canvases).maps
+
+    def judged(self, canvases: Canvases) -> Judged:
+        """Return maps and routes of canvases."""
+        maps, routes = [], []
+        for canvas in canvases:
+            result = self._head.run(self._trunk.run({IMAGE: cut_tiles(canvas, self._preprocessing)}))
+            # Copies: the engine's buffers are used again by the next canvas.
+            maps.append(join_maps(np.array(result[ANOMALY_MAP], np.float32), self._preprocessing, self._stride))
+            if ROUTE in result:
+                routes.append(np.array(result[ROUTE], np.float32).mean(0))
+        return Judged(np.stack(maps), np.stack(routes) if routes else None)
 
     def embeddings(self, canvases: Canvases) -> npt.NDArray[np.float16]:
         """Return float16 [n, tiles, L, D]."""
@@ -89,21 +125,31 @@ def torch_maps(
     trunk: nn.Module, head: nn.Module, canvases: Canvases, preprocessing: Preprocessing, *, batch: int = 8
 ) -> Maps:
     """Return the maps float32 [n, h, w] that the modules give in torch, float32."""
+    return torch_judged(trunk, head, canvases, preprocessing, batch=batch).maps
+
+
+def torch_judged(
+    trunk: nn.Module, head: nn.Module, canvases: Canvases, preprocessing: Preprocessing, *, batch: int = 8
+) -> Judged:
+    """Return what the modules say of canvases in torch, float32."""
     import torch  # noqa: PLC0415 (a machine that only verifies bundles has no torch)
 
     tiles = preprocessing.tiles.rows * preprocessing.tiles.cols
-    maps = []
+    maps, routes = [], []
     # The same sums in another memory layout: about twice as fast on a CPU.
     trunk = copy.deepcopy(trunk).to(memory_format=torch.channels_last)
     with torch.no_grad():
         for start in range(0, len(canvases), batch):
             cut = np.concatenate([cut_tiles(one, preprocessing) for one in canvases[start : start + batch]])
             taps = dict(zip(trunk.tap_names, trunk(torch.from_numpy(np.ascontiguousarray(cut))), strict=True))
-            result = head(*(taps[name] for name in head.tap_names))[0].numpy()
+            outputs = head(*(taps[name] for name in head.tap_names))
+            result = outputs[0].numpy()
             maps += [
                 join_maps(result[i : i + tiles], preprocessing, head.map_stride) for i in range(0, len(result), tiles)
             ]
-    return np.stack(maps).astype(np.float32)
+            if len(outputs) == _ROUTED_OUTPUTS:
+                routes.append(outputs[2].unflatten(0, (-1, tiles)).mean(1).numpy())
+    return Judged(np.stack(maps).astype(np.float32), np.concatenate(routes) if routes else None)
 
 
 def pool_all(maps: npt.NDArray[np.floating], pooling: Pooling) -> npt.NDArray[np.float32]:

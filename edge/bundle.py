@@ -205,13 +205,18 @@ class Golden(_Model):
 
 
 class Provenance(_Model):
-    """Where the bundle came from."""
+    """Where the bundle came from.
+
+    ``moments_from`` says which good images the moments were measured on, ``moments_images`` how many they were.
+    """
 
     data_sha256: Sha256
     seed: int
     preset: str
     train_images: int = Field(ge=1)
     calibration_images: int = Field(ge=1)
+    moments_from: Literal["training", "holdout"] | None = None
+    moments_images: int = Field(0, ge=0)
     versions: dict[str, str]
 
 

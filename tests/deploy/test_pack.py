@@ -24,6 +24,8 @@ from deploy.pack import BundleRequest, pack
 from deploy.parity import ParityRules
 from deploy.running import torch_maps
 from deploy.trunks import TrunkFiles, build_trunk_files
+from edge.adaptation.measure import measure_taps
+from edge.adaptation.reference import read_reference
 from edge.bundle import Bundle, Engine, Pooling, Precision, Preprocessing, Provenance, load_arrays
 from edge.errors import BundleError, DataError, GateError, UsageError
 from edge.inference.detector import Detector
@@ -45,6 +47,7 @@ def request_(trunk: ToyTrunk, memory_head: ToyMemoryHead, trunk_files: TrunkFile
             data_sha256="0" * 64, seed=0, preset="quick", train_images=16, calibration_images=32, versions={}
         ),
         holdout=textures(32, seed=2), groups=[f"g{i}" for i in range(32)], make_defects=make_defects,
+        reference=textures(20, seed=4),
         commissioning=textures(6, seed=1), commissioning_groups=("a", "a", "b", "b", "c", "c"),
         trunk_files=trunk_files, rules=RULES,
         precisions=(Precision.FLOAT32, Precision.INT8), attachments={"report.html": b"<p>"},
@@ -74,6 +77,26 @@ def test_pack_gives_each_numerics_class_its_own_embeddings_and_id(bundle: Bundle
     assert ids[Precision.FLOAT32] != ids[Precision.INT8]
     rows = load_arrays(bundle.file("commissioning.npz"))
     assert rows["embedding_float32"].shape == rows["embedding_int8"].shape == (6, 1, 64, 40)
+
+
+def test_pack_measures_what_the_experts_were_trained_on_as_each_precision_shows_it(
+    request_: BundleRequest, bundle: Bundle, trunk: ToyTrunk
+) -> None:
+    provenance, references = bundle.manifest.provenance, {}
+    assert (bundle.manifest.subclasses, provenance.moments_from, provenance.moments_images) == (("",), "training", 20)
+    for precision in (Precision.FLOAT32, Precision.INT8):
+        found = read_reference(bundle, precision)
+        assert found is not None
+        references[precision] = found.moments[0]
+        assert tuple(found.moments[0].mean) == ("image", "s8", "s16")
+        assert 0 < found.usual[0] < 2
+    with torch.no_grad():
+        taps = trunk(torch.from_numpy(request_.reference))
+    direct = np.stack([measure_taps({"s8": one[None].numpy()}).mean["s8"] for one in taps[2]]).mean(0)
+    whole, rounded = (references[precision].mean for precision in references)
+    np.testing.assert_allclose(whole["s8"], direct, rtol=1e-3, atol=1e-4)
+    assert np.array_equal(whole["image"], rounded["image"])
+    assert not np.array_equal(whole["s8"], rounded["s8"])
 
 
 def test_pack_names_the_groups_of_what_it_commissions_with(request_: BundleRequest, bundle: Bundle) -> None:
@@ -125,6 +148,10 @@ def test_pack_stores_rows_in_int8_where_the_head_asks(
     assert np.array_equal(decode_rows(stored["bank"], stored["bank.scale"]), rows.numpy())
     smaller = bundle.file("state.safetensors").stat().st_size - packed.file("state.safetensors").stat().st_size
     assert smaller > 0.7 * rows.numpy().nbytes
+    # The same images through the same trunk: the same moments, to the last bit.
+    known, again = load_file(bundle.file("moments.safetensors")), load_file(packed.file("moments.safetensors"))
+    assert again.keys() == {name for name in known if name.startswith("float32/")}
+    assert all(np.array_equal(known[name], again[name]) for name in again)
     canvas = request_.holdout[3]
     expected = torch_maps(request_.trunk, head, canvas[None], request_.preprocessing)[0]
     for engine in (Engine.ONNXRUNTIME, Engine.OPENVINO):
@@ -155,6 +182,8 @@ def test_pack_refuses_a_folder_with_content(request_: BundleRequest, tmp_path: P
 def test_pack_refuses_canvases_of_another_size(request_: BundleRequest, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holdout"):
         pack(dataclasses.replace(request_, holdout=textures(32, seed=2, size=96)), tmp_path / "b")
+    with pytest.raises(DataError, match="reference"):
+        pack(dataclasses.replace(request_, reference=textures(2, seed=2, size=96)), tmp_path / "b")
     assert not list(tmp_path.iterdir())
 
 
@@ -182,11 +211,14 @@ def test_pack_float32_alone_passes_where_int8_is_broken(
 ) -> None:
     broken = dataclasses.replace(trunk_files, int8=tmp_path / "missing.onnx")
     request = dataclasses.replace(
-        request_, trunk_files=broken, precisions=(Precision.FLOAT32,), head=ToyPbasHead(), method="pbas"
-    )
+        request_, trunk_files=broken, precisions=(Precision.FLOAT32,), head=ToyPbasHead(), method="pbas",
+        reference=request_.reference[:0],
+    )  # fmt: skip
     bundle = pack(request, tmp_path / "b")
     assert bundle.manifest.head.int8 is None
     assert bundle.manifest.commissioning_file is None
+    assert bundle.manifest.provenance.moments_from == "holdout"
+    assert read_reference(bundle, Precision.FLOAT32) is not None
     assert {precision for _, precision in bundle.calibrated()} == {Precision.FLOAT32}
 
 

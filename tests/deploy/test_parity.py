@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -71,6 +73,34 @@ def test_judge_refuses_float32_maps_that_differ_from_torch() -> None:
     assert not report.passed
     with pytest.raises(GateError, match="exported graph"):
         require(report)
+
+
+def _routed(flipped: int, unknown: int, known: float = 0.5) -> PathScores:
+    """The reference's scores with a router of two experts that gives some images to the other one, or to none."""
+    reference = _reference()
+    routes = np.tile(np.array([known, -3], np.float32), (400, 1))
+    routes[:flipped] = routes[:flipped, ::-1]
+    routes[400 - unknown :, 0] = -0.1
+    return dataclasses.replace(reference, routes=routes)
+
+
+@pytest.mark.parametrize(
+    ("flipped", "unknown", "refused"),
+    [(0, 0, ""), (4, 0, ""), (5, 0, "another expert 0.0125"), (0, 8, ""), (0, 9, "unknown product 0.0225")],
+)
+def test_judge_refuses_a_router_that_decides_otherwise(flipped: int, unknown: int, refused: str) -> None:
+    report = judge(_sample(), _routed(0, 0), {INT8: _routed(flipped, unknown)})
+    assert report.passed == (not refused)
+    assert refused in "".join(report.refusals)
+    (path,) = report.paths
+    assert (path.rerouted, path.unknown) == (flipped / 400, unknown / 400)
+
+
+def test_judge_refuses_a_router_that_is_gone_or_no_number() -> None:
+    for path in (_reference(), _routed(0, 0, known=float("nan"))):
+        assert "another expert 1.0" in "".join(judge(_sample(), _routed(0, 0), {INT8: path}).refusals)
+    (path,) = judge(_sample(), _reference(), {INT8: _reference()}).paths
+    assert (path.rerouted, path.unknown) == (None, None)
 
 
 def test_judge_drops_an_optional_precision_instead() -> None:
