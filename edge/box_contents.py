@@ -104,6 +104,9 @@ class BoxContents:
             self.parts.append(self.memory)
         self._open_outbox()
         self._make_parts_and_workers(self.detectors, judges, switch)
+        # Not before everybody has said which commands they do: one that waited at the broker comes with the connection.
+        assert self.publisher is not None
+        self.publisher.start()
 
     def start_parts(self) -> None:
         """Start what runs beside the cameras."""
@@ -212,7 +215,6 @@ class BoxContents:
             replay_seconds=settings.broker.replay_seconds,
         )
         self.publisher = Publisher(settings=settings.broker, identity=self._identity, outbox=self.outbox)
-        self.publisher.start()
 
     def _make_parts_and_workers(
         self, detectors: Detectors, judges: dict[str, Judge], switch: Callable[[], None]

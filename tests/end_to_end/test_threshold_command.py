@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from edge.alerts.commander import Commander
 from edge.alerts.message import Notice, Status, VerdictMessage
+from edge.alerts.publisher import Publisher
 from edge.alerts.settings import BrokerSettings
 from edge.alerts.subscriber import EVERYTHING, Subscriber
 from edge.box import Box
@@ -133,9 +134,11 @@ def test_threshold_holds_at_once_survives_a_restart_and_goes_back_to_the_budget(
         assert result.detail["source"] == "run time"
         verdict = wait_for(heard, judged_by(1e6))
         assert verdict.decision.value == "OK"
-        status = wait_for(heard, lambda m: isinstance(m, Status) and "cameras" in m.detail.get("thresholds", {}))
+        # A status reads the cameras first, the parts after them: what a camera shows, its part has.
+        status = wait_for(
+            heard, lambda m: isinstance(m, Status) and m.cameras["cam"].get("threshold", {}).get("method") == "external"
+        )
         assert status.detail["thresholds"]["cameras"]["cam"]["in_force"]
-        assert status.cameras["cam"]["threshold"]["method"] == "external"
         notice = wait_for(heard, lambda m: isinstance(m, Notice) and m.kind == "threshold.set")
         assert notice.detail["threshold"] == 1e6
     assert not any("ignored" in text for text in status.warnings)
@@ -147,6 +150,23 @@ def test_threshold_holds_at_once_survives_a_restart_and_goes_back_to_the_budget(
         wait_for(heard, judged_by(first.threshold))
     with plant.running(), plant.listening() as heard:
         wait_for(heard, judged_by(first.threshold))
+
+
+def test_box_connects_when_all_its_commands_are_known(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waited at the broker comes at once; it must not be an unknown command."""
+    known: list[set[str]] = []
+    begin = Publisher.start
+
+    def start(self: Publisher) -> None:
+        known.append(set(self._desk._handlers))
+        begin(self)
+
+    monkeypatch.setattr(Publisher, "start", start)
+    with plant.running() as box, plant.listening() as heard:
+        wait_for(heard, lambda message: isinstance(message, VerdictMessage))
+        assert box.publisher is not None
+        assert known == [set(box.publisher._desk._handlers)]
+    assert "threshold" in known[0]
 
 
 def test_threshold_at_run_time_wins_over_the_settings(plant: Plant) -> None:
