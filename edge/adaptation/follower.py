@@ -108,12 +108,15 @@ class _Expert:
         force, count = self.force, self.running.count
         return ExpertHeader(
             version=force.version, own=force.own, count=count, settling=self.settling, touched=self.touched,
-            since=self.since, first=self.first, former=self.former,
+            since=self.since, first=self.first, former=self.former, outside=self.running.outside,
+            at_bound=self.running.at_bound,
         )  # fmt: skip
 
     def restore(self, header: ExpertHeader, rows: dict[str, npt.NDArray[np.float64]]) -> None:
         index, layout = self.index, self.running.layout
-        self.running.restore(rows["mean"][index], rows["std"][index], header.count)
+        self.running.restore(
+            rows["mean"][index], rows["std"][index], header.count, outside=header.outside, at_bound=header.at_bound
+        )
         self.settling, self.touched = header.settling, header.touched
         self.since, self.first, self.former = header.since, header.first, header.former
         if header.version:
@@ -295,7 +298,8 @@ class Follower:
         with self._lock:
             header = Header(
                 fingerprint=fingerprint(self._reference), version=self._version, recipe=self._recipe,
-                pinned=self._pinned, expert=self._switch.expert, alarms=self._window.alarms,
+                pinned=self._pinned, expert=self._switch.expert, other=self._switch.other, seen=self._switch.seen,
+                alarms=self._window.alarms,
                 frozen=self._window.frozen, drifting=self._drifting, counts=dict(self._counts),
                 experts=tuple(expert.header() for expert in self._experts),
             )  # fmt: skip
@@ -314,7 +318,7 @@ class Follower:
         self._window = AlarmWindow(
             settings.window, settings.freeze_rate, settings.thaw_rate, header.alarms, frozen=header.frozen
         )
-        self._switch.set(header.expert)
+        self._switch.set(header.expert, header.other, header.seen)
         self._version, self._recipe, self._drifting = header.version, header.recipe, header.drifting
         self._pinned = header.pinned
         self._counts = Counter(header.counts)

@@ -37,6 +37,8 @@ class ExpertHeader(BaseModel):
         since: accepted frames since the snapshot in force.
         first: version from which frames count.
         former: the version in force before.
+        outside: frames in a row beyond the bound.
+        at_bound: whether the bound acted.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,6 +51,8 @@ class ExpertHeader(BaseModel):
     since: Count = 0
     first: Count = 0
     former: Count = 0
+    outside: Count = 0
+    at_bound: bool = False
 
 
 class Header(BaseModel):
@@ -60,6 +64,8 @@ class Header(BaseModel):
         recipe: that was asked for; empty for none.
         pinned: index of the recipe's expert; None where the router decides.
         expert: that frames begin with.
+        other: another one that the last frames showed.
+        seen: so many of them in a row.
         alarms: of the last judged frames.
         frozen: whether their rate was too high.
         drifting: whether the drift was told.
@@ -74,6 +80,8 @@ class Header(BaseModel):
     recipe: str
     pinned: int | None
     expert: Count
+    other: Count
+    seen: Count
     alarms: tuple[bool, ...]
     frozen: bool
     drifting: bool
@@ -127,7 +135,7 @@ def decode(kept: bytes, reference: Reference, channels: int) -> tuple[Header, di
         raise AdaptationError("the kept moments belong to another bundle; reset the camera")
     shape, experts = (len(reference.moments), channels), len(reference.moments)
     sound = all(one.dtype == np.float64 and one.shape == shape and np.isfinite(one).all() for one in rows.values())
-    known = header.expert < experts and (header.pinned is None or 0 <= header.pinned < experts)
+    known = max(header.expert, header.other) < experts and (header.pinned is None or 0 <= header.pinned < experts)
     if not (sound and known and len(header.experts) == experts):
         raise AdaptationError("the kept moments do not fit the bundle; reset the camera")
     return header, rows

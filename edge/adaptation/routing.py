@@ -37,25 +37,30 @@ class Switch:
     Args:
         run: frames in a row that it takes.
         expert: to begin with.
+
+    Attributes:
+        expert: that the camera begins its frames with.
+        other: that its last frames showed.
+        seen: so many of them in a row, since they differed.
     """
 
     def __init__(self, run: int, expert: int = 0) -> None:
         self._run = run
         self.expert = expert
-        self._other, self._seen = expert, 0
+        self.other, self.seen = expert, 0
 
     def take(self, shown: int | None) -> bool:
         """Count a frame that showed a sub-class, or none; returns whether the camera changes over with it."""
         if shown is None or shown == self.expert:
-            self._seen = 0
+            self.seen = 0
             return False
-        self._seen = self._seen + 1 if shown == self._other else 1
-        self._other = shown
-        if self._seen < self._run:
+        self.seen = self.seen + 1 if shown == self.other else 1
+        self.other = shown
+        if self.seen < self._run:
             return False
         self.set(shown)
         return True
 
-    def set(self, expert: int) -> None:
-        """Change over at once."""
-        self.expert, self._other, self._seen = expert, expert, 0
+    def set(self, expert: int, other: int | None = None, seen: int = 0) -> None:
+        """Change over at once, or go on from where a run had got to."""
+        self.expert, self.other, self.seen = expert, expert if other is None else other, seen

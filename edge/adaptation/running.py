@@ -91,6 +91,7 @@ class Running:
         count: frames in the plain mean, since :meth:`begin`.
         size: of the shift from the reference, in units of what is usual; never above the bound.
         at_bound: whether the bound keeps it from following; told with hysteresis.
+        outside: frames in a row beyond it.
     """
 
     def __init__(self, reference: Moments, usual: float, settings: AdaptationSettings) -> None:
@@ -102,17 +103,19 @@ class Running:
         self.mean, self.std = self._ref_mean.copy(), self._ref_std.copy()
         # The reference weighs like frames enough for the exponential average to be in its course.
         self.count = int(np.ceil(1 / self._least_gain))
-        self.size, self.at_bound, self._outside = 0.0, False, 0
+        self.size, self.at_bound, self.outside = 0.0, False, 0
 
     def begin(self) -> None:
         """Go back to the reference, which then weighs nothing."""
         self.mean, self.std = self._ref_mean.copy(), self._ref_std.copy()
-        self.count, self.size, self.at_bound, self._outside = 0, 0.0, False, 0
+        self.count, self.size, self.at_bound, self.outside = 0, 0.0, False, 0
 
-    def restore(self, mean: Row, std: Row, count: int) -> None:
-        """Go on from rows that were kept; whatever they hold, the bound holds."""
-        self.count = count
-        self._set(mean, std)
+    def restore(self, mean: Row, std: Row, count: int, *, outside: int = 0, at_bound: bool = False) -> None:
+        """Go on from what was kept; whatever the rows hold, the bound holds."""
+        self.count, self.outside, self.at_bound = count, outside, at_bound
+        if not np.array_equal(mean, self._ref_mean) or not np.array_equal(std, self._ref_std):
+            self._set(mean, std)
+            self.at_bound = at_bound or self.at_bound
 
     def carry(self, other: Running) -> None:
         """Begin under the light that another expert of the same camera is seen in: a gain and an offset per colour."""
@@ -146,10 +149,10 @@ class Running:
         size = self.size_of(moments)
         # A NaN is not within.
         if not size <= self._settings.bound:
-            self._outside += 1
-            self.at_bound = self.at_bound or self._outside >= _RUN_OUTSIDE
+            self.outside += 1
+            self.at_bound = self.at_bound or self.outside >= _RUN_OUTSIDE
             return Taken.OUTSIDE
-        self._outside = 0
+        self.outside = 0
         gain = max(self._least_gain, 1 / (self.count + 1))
         if self.count:
             step = self._settings.clip * self._unit

@@ -162,15 +162,15 @@ def test_a_frame_seen_through_the_snapshot_before_still_counts() -> None:
 
 
 def test_drift_is_told_with_hysteresis() -> None:
-    one = follower(of=QUICK.model_copy(update={"drift": 1.0, "bound": 6.0}))
+    one = follower(of=QUICK.model_copy(update={"drift": 1.0, "half_life": 40.0}))
     assert not one.drifting
-    show(one, moments(light=9), 60)
+    show(one, moments(light=9), 200)
     assert one.shift > 1
     assert one.drifting
     while one.shift > 0.95:
         show(one, moments())
     assert one.drifting
-    show(one, moments(), 60)
+    show(one, moments(), 20)
     assert not one.drifting
 
 

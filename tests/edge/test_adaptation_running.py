@@ -81,7 +81,7 @@ def test_a_stream_that_walks_away_inside_the_bound_is_stopped_at_it() -> None:
     estimate = running(AdaptationSettings(bound=4, half_life=5))
     reached = 0.0
     for step in range(2000):
-        estimate.take(moments(light=step * 0.01))
+        estimate.take(moments(light=step * 0.02))
         reached = max(reached, estimate.size)
     assert 3.5 < reached <= 4
 
