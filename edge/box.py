@@ -232,11 +232,14 @@ class Box:
         judges = self._contents.judges(detectors, (*plan.begun, *plan.switched))
         assert self._contents.inspection is not None
         self._contents.inspection.change(settings)
-        begun = [self._contents.worker(camera, detectors, judges[camera.name]) for camera in plan.begun]
+        begun = [self._contents.worker(camera, detectors, judges[camera.name], settings) for camera in plan.begun]
         # Nothing can fail any more.
         for camera in plan.switched:
-            self.cameras[camera.name].replace_detector(detectors.of(camera.name), judges[camera.name])
+            follower = self._contents.follower(camera, detectors, settings)
+            self.cameras[camera.name].replace_detector(detectors.of(camera.name), judges[camera.name], follower)
         self.cameras.change(settings.cameras, ended=plan.ended, begun=begun)
+        assert self._contents.adaptation is not None
+        self._contents.adaptation.keep_only(camera.name for camera in settings.cameras if camera.enabled)
         self._contents.detectors, self._contents.settings = detectors, settings
         if self.publisher is not None:
             self.publisher.keep_cameras(names_of(settings))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from edge.adaptation.part import Adaptation
+from edge.adaptation.store import ADAPTATION_FILE, AdaptationStore
 from edge.alerts.message import gap_maker
 from edge.alerts.outbox import Outbox
 from edge.alerts.publisher import Publisher
@@ -32,6 +34,7 @@ from edge.slots.watch import SlotWatch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from edge.adaptation.follower import Follower
     from edge.bundle import Bundle, CalibrationScores
     from edge.camera import Observer, OnVerdict
     from edge.evidence.keeper import EvidenceKeeper
@@ -64,6 +67,7 @@ class BoxContents:
         publisher: empties it.
         reporter: where cameras hand in what they found.
         memory: the one that may change, if any.
+        adaptation: followers of what cameras show.
         inspection: the stations of triggered cameras.
     """
 
@@ -81,6 +85,7 @@ class BoxContents:
         self.publisher: Publisher | None = None
         self.reporter: Reporter | None = None
         self.memory: BoxMemory | None = None
+        self.adaptation: Adaptation | None = None
         self.inspection: Inspection | None = None
         self._on_verdict, self._link = on_verdict, link
         self._identity = Identity(site=settings.site, box=settings.box, prefix=settings.broker.prefix)
@@ -157,10 +162,20 @@ class BoxContents:
             found |= {camera.name: judge for camera, judge in zip(cameras, judges, strict=True)}
         return found
 
-    def worker(self, camera: CameraSettings, detectors: Detectors, judge: Judge) -> CameraWorker:
-        """Make the worker of one camera."""
+    def worker(
+        self, camera: CameraSettings, detectors: Detectors, judge: Judge, settings: BoxSettings | None = None
+    ) -> CameraWorker:
+        """Make the worker of one camera, and its follower.
+
+        Args:
+            camera: its settings.
+            detectors: that judge.
+            judge: of this camera.
+            settings: of the box; those in force where None.
+        """
         assert self.reporter is not None
         assert self.inspection is not None
+        follower = self.follower(camera, detectors, settings or self.settings)
         return CameraWorker(
             settings=camera,
             detector=detectors.of(camera.name),
@@ -175,7 +190,20 @@ class BoxContents:
             station=self.inspection.station_of(camera.name),
             health=None if self._watches is None else self._watches.watch(camera),
             number_threshold=self._thresholds.number,
+            follower=follower,
         )
+
+    def follower(self, camera: CameraSettings, detectors: Detectors, settings: BoxSettings) -> Follower | None:
+        """Make the follower of one camera under the bundle that judges it from now on; None where it shall not follow.
+
+        Args:
+            camera: its settings.
+            detectors: that judge.
+            settings: of the box.
+        """
+        assert self.adaptation is not None
+        followed = self.adaptation.follow(camera.name, settings.adaptation_of(camera), detectors.of(camera.name))
+        return None if followed is None else followed.follower
 
     def _open_bundles(self) -> tuple[Detectors, dict[str, Judge]]:
         """Open what judges; a bundle on trial that cannot be opened makes way for the one before."""
@@ -238,6 +266,13 @@ class BoxContents:
         thresholds = ThresholdCommands(self._given, cameras=self.cameras, notify=self.reporter.notice)
         thresholds.attach(self.publisher)
         self.parts.append(thresholds)
+        self.adaptation = Adaptation(
+            AdaptationStore(self.settings.state_dir / ADAPTATION_FILE),
+            versions=self._thresholds,
+            notify=self.reporter.notice,
+        )
+        self.adaptation.attach(self.publisher)
+        self.parts.append(self.adaptation)
         health = self.settings.state_dir / HEALTH_FOLDER
         self._watches = CameraWatches(health, cameras=self.cameras, notify=self.reporter.notice)
         self.parts.append(self._watches)
@@ -261,6 +296,7 @@ class BoxContents:
                 reporter=self.reporter,
                 publisher=self.publisher,
                 metrics=self.metrics,
+                drift=self.adaptation.owner,
             )
 
     def _observers(self, camera: CameraSettings, detectors: Detectors) -> list[Observer]:
@@ -269,6 +305,9 @@ class BoxContents:
             found.append(self._slot_watch.observe)
         if self.memory is not None and detectors.shares_memory(camera.name):
             found.append(self.memory.offer)
+        if self.adaptation is not None:
+            # Last: what others make of a frame they make of it as it was seen.
+            found.append(self.adaptation.observe)
         return found
 
     def _keep_evidence(self) -> EvidenceKeeper | None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 # What a running box can take over. Everything else belongs to files, sockets or threads that live as long as it does.
 RELOADABLE = frozenset(
-    {"cameras", "stations", "bundle", "engine", "precision", "provider", "threads", "status_every_s"}
+    {"adaptation", "cameras", "stations", "bundle", "engine", "precision", "provider", "threads", "status_every_s"}
 )
 
 
@@ -66,8 +66,8 @@ def plan_reload(old: BoxSettings, new: BoxSettings, switched: Callable[[str], bo
         new: that shall be.
         switched: whether an unchanged camera is judged by another detector from now on.
     """
-    before = {camera.name: (camera, _station(camera.name, old)) for camera in old.cameras if camera.enabled}
-    after = {camera.name: (camera, _station(camera.name, new)) for camera in new.cameras if camera.enabled}
+    before = {camera.name: (camera, *_beside(camera, old)) for camera in old.cameras if camera.enabled}
+    after = {camera.name: (camera, *_beside(camera, new)) for camera in new.cameras if camera.enabled}
     same = [name for name, one in after.items() if before.get(name) == one]
     return ReloadPlan(
         ended=tuple(name for name in before if name not in same),
@@ -134,6 +134,8 @@ class Reloads:
         return [f"the new settings are not in force: {refusal}"] if refusal else []
 
 
-def _station(camera: str, settings: BoxSettings) -> object:
+def _beside(camera: CameraSettings, settings: BoxSettings) -> tuple[object, object]:
+    """Return what else makes a camera: its station, and how it follows its line."""
     # Not the settings alone: a station is another one, too, when one of its cameras is triggered otherwise.
-    return next((plan for plan in plan_stations(settings) if camera in plan.cameras), None)
+    station = next((plan for plan in plan_stations(settings) if camera.name in plan.cameras), None)
+    return station, settings.adaptation_of(camera)

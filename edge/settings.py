@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from edge.adaptation.settings import AdaptationSettings  # noqa: TC001 (pydantic needs it at run time)
 from edge.alerts.settings import BrokerSettings
 from edge.alerts.topics import check_camera, check_segment
 from edge.bundle import Engine, Precision  # noqa: TC001 (pydantic needs them at run time)
@@ -93,6 +94,9 @@ class CameraSettings(BaseModel):
     threshold: ExternalThreshold | None = Field(
         None, title="Threshold from outside", description="Used in place of the budget where it names this bundle."
     )
+    adaptation: AdaptationSettings | None = Field(
+        None, title="Adaptation", description="Of this camera alone, in place of the box's section."
+    )
     health: CameraHealthSettings | None = Field(
         None, title="Camera health", description="Watches for frozen, dark, blurred or moved cameras; else off."
     )
@@ -158,6 +162,12 @@ class BoxSettings(BaseModel):
     memory: MemorySettings | None = Field(
         None, title="Memory", description="Lets the memory of a bundle that has one follow the line; off where absent."
     )
+    adaptation: AdaptationSettings | None = Field(
+        None,
+        title="Adaptation",
+        description="Lets cameras follow slow changes of light and optics, with bundles that carry moments; off where "
+        "absent.",
+    )
     federation: FederationSettings | None = Field(
         None, title="Federation", description="Shares the memory with a fleet; off where absent, needs memory."
     )
@@ -219,6 +229,10 @@ class BoxSettings(BaseModel):
             if camera.name in triggered:
                 check_alone(camera)
         return self
+
+    def adaptation_of(self, camera: CameraSettings) -> AdaptationSettings | None:
+        """Return how a camera follows its line; None where it does not."""
+        return camera.adaptation or self.adaptation
 
     def _why_no_view(self, name: str) -> str:
         """Why a station cannot have this camera, and the cure."""

@@ -13,6 +13,7 @@ class AdaptationSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    enabled: bool = Field(default=True, title="Enabled", description="Off leaves every frame as it is.")
     half_life: float = Field(
         50.0,
         ge=1,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from edge.adaptation.look import PLAIN
 from edge.alerts.message import NoticeKind, Severity
 from edge.alerts.topics import ACCEPT_VERB, SHIP_VERB
 from edge.errors import LinewardError
@@ -24,6 +25,7 @@ from edge.settings import Mode
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from edge.adaptation.owner import DriftOwner
     from edge.alerts.publisher import Publisher
     from edge.bundle import CalibrationScores
     from edge.camera import CameraWorker
@@ -60,6 +62,7 @@ class BoxMemory:
         self._opened = open_memory(settings.memory, detector, settings.state_dir / MEMORY_FOLDER)
         self._link = link
         self._keeper: MemoryKeeper | None = None
+        self._drift: DriftOwner | None = None
 
     def restore(self, make: Callable[[CalibrationScores, int], list[Judge]]) -> list[Judge] | None:
         """Put the memory that judged last in force again.
@@ -82,7 +85,13 @@ class BoxMemory:
         return judges
 
     def attach(
-        self, *, cameras: Sequence[CameraWorker], reporter: Reporter, publisher: Publisher, metrics: Metrics
+        self,
+        *,
+        cameras: Sequence[CameraWorker],
+        reporter: Reporter,
+        publisher: Publisher,
+        metrics: Metrics,
+        drift: DriftOwner | None = None,
     ) -> None:
         """Make the keeper and the link, neither of them started yet.
 
@@ -91,12 +100,13 @@ class BoxMemory:
             reporter: stores notices, and learns of memories before they judge.
             publisher: brings commands.
             metrics: of the box.
+            drift: says which frames may teach the memory, and when it may be switched; without one all and always.
 
         Raises:
             SettingsError: a key file cannot be read, or the secret one is open to others.
             StoreError: the updates that wait cannot be opened.
         """
-        opened = self._opened
+        opened, self._drift = self._opened, drift
         for text in opened.damage:
             reporter.notice(NoticeKind.MEMORY_DAMAGED, Severity.ALARM, text)
         if opened.in_force is not None:
@@ -129,6 +139,7 @@ class BoxMemory:
             metrics=metrics,
             # Where one frame is one part, any of them may be declared good later.
             remember=frozenset(camera.name for camera in self._box.cameras if camera.mode is Mode.TRIGGERED),
+            drift=drift,
         )
         for verb in (ACCEPT_VERB, SHIP_VERB):
             publisher.on_command(verb, self._keeper.command)
@@ -156,8 +167,11 @@ class BoxMemory:
 
     def offer(self, judged: JudgedFrame) -> None:
         """Take a judged frame, or leave it; never waits. See :meth:`MemoryKeeper.offer`."""
-        if self._keeper is not None and judged.verdict.decision is not Decision.NOT_JUDGED:
-            self._keeper.offer(judged.frame, judged.verdict, judged.alarmed)
+        if self._keeper is None or judged.verdict.decision is Decision.NOT_JUDGED:
+            return
+        look = PLAIN if self._drift is None else self._drift.look_at(judged)
+        if look is not None:
+            self._keeper.offer(judged.frame, judged.verdict, judged.alarmed, look)
 
     def ref(self) -> dict[str, int]:
         """Version of the memory in force, and of the fleet's memory inside it."""

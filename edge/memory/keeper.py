@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edge.adaptation.look import PLAIN
 from edge.alerts.message import AcceptCommand, NoticeKind, Severity, ShipCommand
 from edge.alerts.topics import ACCEPT_VERB, SHIP_VERB
 from edge.capture.sources import read_image
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from edge.adaptation.look import Look
+    from edge.adaptation.owner import DriftOwner
     from edge.alerts.message import Message
     from edge.federation.link import FleetLink
     from edge.federation.update import FleetBank
@@ -74,6 +77,7 @@ class MemoryKeeper:
         answer: answers a command: verb and the fields of a result.
         metrics: counts ``memory_dropped`` and ``memory_failed``.
         remember: names of the cameras whose every frame can be declared good later (one part each).
+        drift: says when the memory must not be switched, nor taught by a camera; without one nothing is held back.
         clock: monotonic seconds.
     """
 
@@ -93,6 +97,7 @@ class MemoryKeeper:
         answer: Answer,
         metrics: Metrics,
         remember: frozenset[str] = frozenset(),
+        drift: DriftOwner | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._settings, self._detector, self._cameras = settings, detector, cameras
@@ -102,6 +107,7 @@ class MemoryKeeper:
         self._notify, self._answer, self._metrics, self._clock = notify, answer, metrics, clock
         self._sampler = Sampler(every_s=settings.every_s, remember=remember, metrics=metrics, clock=clock)
         self._commands: queue.Queue[Message] = queue.Queue(MAX_COMMANDS)
+        self._drift, self._recalibrate = drift, False
         self._recent = RecentFrames()
         self._gates = CameraGates(cameras, settings)
         self._stop = threading.Event()
@@ -133,15 +139,16 @@ class MemoryKeeper:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    def offer(self, frame: Frame, verdict: Verdict, alarmed: bool) -> None:  # noqa: FBT001 (a fact of the frame)
+    def offer(self, frame: Frame, verdict: Verdict, alarmed: bool, look: Look = PLAIN) -> None:  # noqa: FBT001 (a fact)
         """Take a judged frame, or leave it; never waits. Called in the thread of its camera.
 
         Args:
             frame: as captured.
             verdict: on it.
             alarmed: NOK, or part of an anomaly event.
+            look: how it was seen when it was judged.
         """
-        self._sampler.offer(frame, verdict, alarmed)
+        self._sampler.offer(frame, verdict, alarmed, look)
 
     def command(self, command: Message) -> dict[str, Any] | None:
         """Take a command; never waits. None: its answer comes through ``answer``."""
@@ -164,6 +171,7 @@ class MemoryKeeper:
         if not self._commissioned:
             self._commissioned = True
             self._isolated("commissioning", self._commission)
+        self._isolated("commissioning", self._recalibrate_first)
         sample = self._sampler.take(wait_s)
         if sample is not None:
             self._isolated("frame", lambda: self._take(sample))
@@ -182,6 +190,7 @@ class MemoryKeeper:
     def status(self) -> dict[str, Any]:
         """Say how the memory is, as JSON values for the box's status."""
         return self._changeover.status() | {
+            "held": self._held(),
             "learn": self._settings.learn.value,
             "frames_fed": self._learner.feeds,
             "fed_since_start": self._learner.fed,
@@ -254,17 +263,27 @@ class MemoryKeeper:
             raise DataError(f"{folder}: fewer than 10 images of good parts that can be used; add some")
         self._changeover.commissioning = found
         _LOG.info("memory: %d commissioning images, %d left out", len(found), found.left_out)
-        if self._changeover.version == 0:
-            self._changeover.recalibrate(self._stop.is_set)
+        self._recalibrate = self._changeover.version == 0
+        return True
+
+    def _held(self) -> str:
+        return "" if self._drift is None else self._drift.hold_switch()
+
+    def _recalibrate_first(self) -> bool:
+        if not self._recalibrate or self._held():
+            return False
+        self._recalibrate = False
+        self._changeover.recalibrate(self._stop.is_set)
         return True
 
     def _take(self, sample: Sample) -> bool:
         frame, verdict = sample.frame, sample.verdict
         canvas = to_canvas(frame.image, self._detector.bundle.manifest.preprocessing)
-        self._recent.add(frame.camera, frame.camera_seq, RecentFrame(canvas, verdict.score, frame.part_id))
+        recent = RecentFrame(canvas, verdict.score, frame.part_id, look=sample.look)
+        self._recent.add(frame.camera, frame.camera_seq, recent)
         if not sample.embedded:
             return False
-        embedding = self._detector.embeddings_of_canvas(canvas)
+        embedding = self._detector.embeddings_of_canvas(canvas, sample.look)
         self._changeover.observe(frame, verdict, embedding, alarmed=sample.alarmed)
         version = self._changeover.version
         gate = self._gates.by_score(frame.camera, memory_version=version)
@@ -303,8 +322,11 @@ class MemoryKeeper:
             raise DataError("that frame is not kept here any more, or was not sampled; declare a part good soon after")
         if found.accepted:
             raise DataError("that frame was declared good before; it counts once")
+        hold = "" if self._drift is None else self._drift.hold(command.camera)
+        if hold:
+            raise DataError(f"camera {command.camera} teaches nothing now: {hold}; see to that first")
         gate = self._gates.declared(command.camera)
-        embedding = self._detector.embeddings_of_canvas(found.canvas)
+        embedding = self._detector.embeddings_of_canvas(found.canvas, found.look)
         inside = self._inside(command.camera)
         if not self._learner.take(embedding, found.score, gate, inside=inside, alarmed=True, declared=True):
             raise DataError("memory.learn is off; set it to score or declared")
@@ -381,7 +403,8 @@ class MemoryKeeper:
         return len(update.rows)
 
     def _step(self) -> bool:
-        return self._changeover.step() and self._save()
+        # Thresholds were tried on frames of moments that stood still.
+        return not self._held() and self._changeover.step() and self._save()
 
     def _save_when_due(self) -> bool:
         due = self._clock() >= self._save_at and self._learner.feeds != self._saved_feeds

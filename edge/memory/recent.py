@@ -10,9 +10,13 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edge.adaptation.look import PLAIN
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from edge.adaptation.look import Look
 
 MAX_BYTES = 64 * 2**20
 
@@ -25,12 +29,14 @@ class RecentFrame:
         canvas: uint8 [canvas_height, canvas_width, 3] RGB.
         score: raw, of the memory that was in force.
         accepted: it was declared good already; it counts once.
+        look: how it was seen.
     """
 
     canvas: npt.NDArray[np.uint8]
     score: float
     part_id: str | None
     accepted: bool = False
+    look: Look = PLAIN
 
 
 class RecentFrames:

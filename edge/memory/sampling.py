@@ -6,9 +6,12 @@ import queue
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edge.adaptation.look import PLAIN
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from edge.adaptation.look import Look
     from edge.frames import Frame, Verdict
     from edge.health.metrics import Metrics
 
@@ -25,12 +28,14 @@ class Sample:
         verdict: on it.
         alarmed: NOK, or part of an anomaly event.
         embedded: to be learned and tried; else it is only kept in case somebody declares it good.
+        look: how it was seen when it was judged.
     """
 
     frame: Frame
     verdict: Verdict
     alarmed: bool
     embedded: bool
+    look: Look = PLAIN
 
 
 class Sampler:
@@ -50,7 +55,7 @@ class Sampler:
         self._samples: queue.Queue[Sample] = queue.Queue(QUEUE_FRAMES)
         self._due: dict[tuple[str, bool], float] = {}
 
-    def offer(self, frame: Frame, verdict: Verdict, alarmed: bool) -> None:  # noqa: FBT001 (the cameras' callback)
+    def offer(self, frame: Frame, verdict: Verdict, alarmed: bool, look: Look = PLAIN) -> None:  # noqa: FBT001 (a fact)
         """Take a frame or leave it; never waits. Called in the thread of its camera."""
         # Alarmed frames have an interval of their own: they are what an operator may want to declare good.
         now, lane = self._clock(), (frame.camera, alarmed)
@@ -58,7 +63,7 @@ class Sampler:
         if not embedded and frame.camera not in self._remember:
             return
         try:
-            self._samples.put_nowait(Sample(frame, verdict, alarmed, embedded))
+            self._samples.put_nowait(Sample(frame, verdict, alarmed, embedded, look))
         except queue.Full:
             self._metrics.count("memory_dropped")
             return

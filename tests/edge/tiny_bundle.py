@@ -16,6 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from safetensors.numpy import save_file
 
+from edge.adaptation.measure import joined, measure_canvas, measure_taps
+from edge.adaptation.moments import Moments, Reference
+from edge.adaptation.reference import tensors_of
+from edge.adaptation.shift import shift_of
 from edge.bundle import (
     MANIFEST,
     Bundle,
@@ -51,6 +55,7 @@ BANK_ROWS = 32
 MAP_STRIDE = 8
 POOLING = Pooling(cells=3)
 CALIBRATION_FRAMES = 40
+MOMENTS = "moments.safetensors"
 
 
 def good_frame(seed: int, *, height: int = 96, width: int = 96) -> npt.NDArray[np.uint8]:
@@ -70,7 +75,13 @@ def defective_frame(seed: int, *, height: int = 96, width: int = 96) -> npt.NDAr
 
 
 def make_tiny_bundle(
-    path: Path, *, product: str = "tiny", size: int = 64, tiles: Tiles | None = None, state: bool = True
+    path: Path,
+    *,
+    product: str = "tiny",
+    size: int = 64,
+    tiles: Tiles | None = None,
+    state: bool = True,
+    moments: bool = False,
 ) -> Bundle:
     """Write a bundle and open it.
 
@@ -80,6 +91,7 @@ def make_tiny_bundle(
         size: side of a tile in pixels, a multiple of 32.
         tiles: how the canvas is cut; one tile where None.
         state: whether the bank is a state tensor named ``bank`` (the graphs then hold zeros) or fixed in the graphs.
+        moments: whether it carries the moments of good frames, so that a box can follow the light.
     """
     path.mkdir(parents=True)
     preprocessing = Preprocessing(height=size, width=size, tiles=tiles or Tiles())
@@ -103,6 +115,8 @@ def make_tiny_bundle(
 
     calibration = _calibrate(path, preprocessing, canvases[:CALIBRATION_FRAMES], tensors)
     golden = _golden(path, preprocessing, tensors)
+    if moments:
+        write_moments(path, preprocessing, canvases)
     return _pack(
         path,
         product=product,
@@ -110,7 +124,27 @@ def make_tiny_bundle(
         calibration=calibration,
         golden=golden,
         bank_shape=bank.shape if state else None,
+        moments_file=MOMENTS if moments else None,
     )
+
+
+def write_moments(path: Path, preprocessing: Preprocessing, canvases: list[npt.NDArray[np.uint8]]) -> None:
+    """Write what good canvases show to each precision's trunk, as a bundle carries it."""
+    tensors: dict[str, npt.NDArray[np.float32]] = {}
+    for precision in (Precision.FLOAT32, Precision.INT8):
+        suffix = ".int8.onnx" if precision is Precision.INT8 else ".onnx"
+        trunk = open_graph(path / f"trunk{suffix}", engine=Engine.ONNXRUNTIME, precision=precision, threads=1)
+        seen = []
+        for canvas in canvases:
+            tiles = cut_tiles(canvas, preprocessing)
+            seen.append(joined([measure_canvas(tiles), measure_taps(trunk.run({"image": tiles}))]))
+        reference = Moments(
+            {name: np.mean([one.mean[name] for one in seen], axis=0, dtype=np.float32) for name in seen[0].mean},
+            {name: np.mean([one.std[name] for one in seen], axis=0, dtype=np.float32) for name in seen[0].mean},
+        )
+        usual = float(np.quantile([shift_of(one, reference) for one in seen], 0.99))
+        tensors |= tensors_of(Reference((reference,), (usual,), ("",)), precision)
+    save_file(tensors, path / MOMENTS)
 
 
 def maps_of(
@@ -308,6 +342,7 @@ def _pack(
     calibration: tuple[Calibration, ...],
     golden: Golden,
     bank_shape: tuple[int, ...] | None,
+    moments_file: str | None,
 ) -> Bundle:
     trunk_id, head_id = sha256_file(path / "trunk.onnx"), sha256_file(path / "head.onnx")
     digest = hashlib.sha256(b"tiny").hexdigest()
@@ -321,6 +356,7 @@ def _pack(
         map_stride=MAP_STRIDE,
         state=() if bank_shape is None else (StateTensor(name="bank", shape=bank_shape),),
         state_file=None if bank_shape is None else "state.safetensors",
+        moments_file=moments_file,
         pooling=POOLING,
         embedding_id={
             precision: hashlib.sha256(f"{trunk_id} {precision.value}".encode()).hexdigest()
