@@ -70,6 +70,7 @@ SYNC = f"1 fdatasync({WAL}) = 0"
         ([SYNC, *frame(A), send(A)], {A}),
         ([*frame(A), f"1 fdatasync({WAL}) = -1 EIO (Input/output error)", send(A)], {A}),
         ([*frame(A), "1 fdatasync(4</x/o.db>) = 0", send(A)], {A}),
+        ([*frame(A), "1 fdatasync(4</x/o-ledger.db-wal>) = 0", send(A)], {A}),
         ([*frame(A), f"1 fdatasync({WAL} <unfinished ...>", send(A), "1 <... fdatasync resumed>) = 0"], {A}),
         ([*frame(A), f"1 fdatasync({WAL} <unfinished ...>", "1 <... fdatasync resumed>) = 0", send(A)], set()),
         (

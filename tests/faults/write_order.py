@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,18 +36,18 @@ class Order:
         sent: event ids that went to a socket.
         early: of them, those whose row was not on disk then.
         syncs: of the write-ahead log, that came back without an error.
-        written: ids in pages of the log that no commit frame has followed.
-        committed: ids that a commit frame has followed.
+        written: by log, ids in its pages that no commit frame has followed.
+        committed: by log, ids that a commit frame has followed.
         durable: ids whose commit frame was written before a sync began that has come back.
     """
 
     sent: set[str] = field(default_factory=set)
     early: set[str] = field(default_factory=set)
     syncs: int = 0
-    written: set[str] = field(default_factory=set)
-    committed: set[str] = field(default_factory=set)
+    written: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    committed: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     durable: set[str] = field(default_factory=set)
-    _commits_next: bool = False
+    _commits_next: dict[str, bool] = field(default_factory=dict)
     _syncing: dict[str, set[str]] = field(default_factory=dict)
 
     def begin(self, pid: str, call: str, file: str, content: bytes) -> None:
@@ -54,7 +55,7 @@ class Order:
         names = {name.decode() for name in _NAME.findall(content)}
         if call in _SYNCS:
             if file.endswith("-wal"):
-                self._syncing[pid] = set(self.committed)
+                self._syncing[pid] = set(self.committed[file])
         elif not file.startswith("/"):
             self.sent |= names
             self.early |= names - self.durable
@@ -68,12 +69,11 @@ class Order:
                 self.durable |= found
         elif call == "pwrite64" and file.endswith("-wal") and ok:
             if len(content) == _FRAME_HEADER:
-                self._commits_next = content[4:8] != bytes(4)
+                self._commits_next[file] = content[4:8] != bytes(4)
                 return
-            self.written |= {name.decode() for name in _NAME.findall(content)}
-            if self._commits_next:
-                self.committed |= self.written
-                self.written.clear()
+            self.written[file] |= {name.decode() for name in _NAME.findall(content)}
+            if self._commits_next.get(file, False):
+                self.committed[file] |= self.written.pop(file)
 
 
 def read_order(lines: Iterable[str]) -> Order:
