@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 
 def verify(bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")]) -> None:
-    """Check every file's hash, then run the golden frames on each calibrated engine that is installed here."""
+    """Check hashes and moments, then run the golden frames on each calibrated engine that is installed here."""
     from rich.console import Console
     from rich.table import Table
 
+    from edge.adaptation.reference import described, read_reference
     from edge.bundle import Bundle
     from edge.errors import GateError
     from edge.inference.engines import supports
@@ -25,6 +26,8 @@ def verify(bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")]) -
     table = Table(title=f"{opened.path}  {manifest.method} / {manifest.product}  {opened.id[:12]}")
     for column in ("engine", "precision", "golden frames", "largest error", "tolerance", "result"):
         table.add_column(column)
+    for precision in dict.fromkeys(precision for _, precision in opened.calibrated()):
+        read_reference(opened, precision)
     missed: list[str] = []
     ran = 0
     for engine, precision in opened.calibrated():
@@ -39,6 +42,7 @@ def verify(bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")]) -
             missed.append(problem)
         shown = "" if error is None else f"{error:.3g}"
         table.add_row(*names, shown, f"{tolerance:.3g}", "[red]missed[/red]" if problem else "[green]ok[/green]")
+    table.caption = described(manifest)
     Console().print(table)
     if missed:
         raise GateError(f"{bundle}: golden frames missed: {'; '.join(missed)}; export the bundle again")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from edge.bundle import Bundle, Precision
+    from edge.bundle import Bundle, Manifest, Precision
 
     Tensors = Mapping[str, npt.NDArray[Any]]
 
@@ -65,6 +65,19 @@ def read_reference(bundle: Bundle, precision: Precision) -> Reference | None:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(f"{path}: not a readable safetensors file ({error}); fetch the bundle again") from error
     return _Reading(path, tensors, precision.value).reference(manifest.taps, manifest.subclasses or ("",))
+
+
+def described(manifest: Manifest) -> str:
+    """Say in a few words what a bundle lets cameras follow."""
+    if manifest.moments_file is None:
+        return "no moments: cameras cannot follow their light"
+    names = [name for name in manifest.subclasses if name]
+    of = f"{len(names)} sub-classes ({', '.join(names)})" if names else "one product"
+    provenance = manifest.provenance
+    if provenance.moments_from is None:
+        return f"moments of {of}"
+    seen = {"training": "training", "holdout": "held-out"}[provenance.moments_from]
+    return f"moments of {of}, from {provenance.moments_images} {seen} images"
 
 
 class _Reading:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edge.adaptation.reference import described, read_reference
 from edge.cameras import make_judge
 from edge.doctor.findings import Finding, doubt, fine, isolated, of_error, wrong
 from edge.doctor.sight import sight
@@ -57,6 +58,7 @@ def look_at_bundles(settings: BoxSettings, seen: Sequence[Seen], *, scale: float
         return
     for detector in detectors:
         yield from _proof(detector)
+        yield from isolated("moments", "", lambda detector=detector: _moments(detector))  # type: ignore[misc]  # as below
     usable = [one for one in seen if one.camera.enabled]
     for one in usable:
         detector, name = detectors.of(one.camera.name), one.camera.name
@@ -90,6 +92,17 @@ def _proof(detector: Detector) -> Iterator[Finding]:
         yield doubt("bundle", subject, f"{text}; falls back: {status.fallback_reason}", cure, **figures)
     else:
         yield fine("bundle", subject, text, **figures)
+
+
+def _moments(detector: Detector) -> Iterator[Finding]:
+    bundle = detector.bundle
+    try:
+        reference = read_reference(bundle, detector.status.precision)
+    except LinewardError as error:
+        yield of_error("moments", bundle.manifest.product, error)
+        return
+    experts = 0 if reference is None else len(reference.moments)
+    yield fine("moments", bundle.manifest.product, described(bundle.manifest), experts=experts)
 
 
 def _threshold(seen: Seen, detector: Detector) -> Iterator[Finding]:

@@ -59,6 +59,7 @@ def install(
 @app.command(name="list")
 def list_bundles(config: ConfigOption) -> None:
     """Show both slots, the trial, and what was taken back."""
+    from edge.adaptation.reference import described
     from edge.bundle import Bundle
 
     _, slots = _open(config)
@@ -67,7 +68,8 @@ def list_bundles(config: ConfigOption) -> None:
         text = "damaged"
         if found:
             manifest = Bundle.open(slots.root / name).manifest
-            text = f"{found[:12]} {manifest.product} {manifest.method} {manifest.created:%Y-%m-%d %H:%M}"
+            text = f"{found[:12]} {manifest.product} {manifest.method} {manifest.created:%Y-%m-%d %H:%M}, "
+            text += described(manifest)
         trial = " on trial" if state.trial is not None and state.trial.slot == name else ""
         typer.echo(f"{'*' if name == state.serving else ' '} {name}  {text}{trial}")
     for bad in state.bad:

@@ -263,6 +263,7 @@ def _verify(path: Path) -> tuple[BaseException | None, str]:
 
 def test_verify_accepts_a_packed_bundle(bundle: Bundle) -> None:
     error, output = _verify(bundle.path)
+    assert "moments of one product, from 20 training images" in " ".join(output.split())
     assert error is None
     assert output.count("ok") == 4
 

@@ -105,8 +105,8 @@ def test_box_that_is_ready_has_no_failure(configure: Configure, mosquitto: Mosqu
 
     assert [one.line for one in findings if one.level is Level.FAIL] == []
     assert {one.check for one in findings} >= {
-        "settings", "engine", "clock", "memory", "disk", "port", "broker", "camera", "exposure", "bundle", "threshold",
-        "defect", "latency", "load",
+        "settings", "engine", "clock", "memory", "disk", "port", "broker", "camera", "exposure", "bundle", "moments",
+        "threshold", "defect", "latency", "load",
     }  # fmt: skip
     assert not (config.parent / "state").exists()
 
@@ -161,6 +161,17 @@ def test_damaged_bundle_is_named(configure: Configure, tmp_path: Path) -> None:
 
     assert "trunk.onnx" in finding.text
     assert "fetch" in finding.cure
+
+
+def test_moments_are_shown_and_named_where_they_do_not_fit(configure: Configure, tmp_path: Path) -> None:
+    assert "cannot follow" in the(found(configure(), "moments"), "ok").text
+    bundle = make_tiny_bundle(tmp_path / "bundle", moments=True)
+    finding = the(found(configure(bundle=str(bundle.path)), "moments"), "ok")
+    assert (finding.subject, finding.figures) == ("tiny", {"experts": 1})
+    other = repack(bundle, subclasses=("day", "night"))
+    finding = the(found(configure(bundle=str(other.path)), "moments"), "fail")
+    assert "not float32 [2, channels]" in finding.text
+    assert finding.cure == "export the bundle again"
 
 
 def test_fallback_is_a_warning(configure: Configure, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save
 
 from edge.adaptation.moments import IMAGE, Moments, Reference
-from edge.adaptation.reference import read_reference, tensors_of
+from edge.adaptation.reference import described, read_reference, tensors_of
 from edge.bundle import Bundle, Precision
 from edge.errors import BundleError
 from tests.edge.tiny_bundle import CHANNELS, TAPS, make_tiny_bundle, repack
@@ -134,6 +134,14 @@ def read_or_refuse(bundle: Bundle, content: bytes, folder: pathlib.Path) -> None
         for name, mean in one.mean.items():
             assert mean.shape == one.std[name].shape != (0,)
             assert np.isfinite([mean, one.std[name]]).all()
+
+
+def test_a_bundle_says_what_its_cameras_can_follow(bundle: Bundle, without: Bundle) -> None:
+    assert described(without.manifest) == "no moments: cameras cannot follow their light"
+    assert described(bundle.manifest) == "moments of 3 sub-classes (cloth, metal, wafer)"
+    known = bundle.manifest.provenance.model_copy(update={"moments_from": "holdout", "moments_images": 9})
+    one = bundle.manifest.model_copy(update={"provenance": known, "subclasses": ("",)})
+    assert described(one) == "moments of one product, from 9 held-out images"
 
 
 @QUICK
