@@ -29,7 +29,7 @@ _PATCH = 8
 _GREY = 128.0
 # More positions than of a map of so many rows and columns say nothing more about a mean.
 _GRID = 28
-_LEAST_STD = 1e-6
+_LEAST_VARIANCE = np.float32(1e-12)
 
 
 def measure_canvas(tiles: npt.NDArray[np.uint8]) -> Moments:
@@ -48,8 +48,10 @@ def measure_canvas(tiles: npt.NDArray[np.uint8]) -> Moments:
         half = np.subtract(tile[::2, ::2], np.float32(_GREY), dtype=np.float32)
         size = (max(1, half.shape[1] // _PATCH), max(1, half.shape[0] // _PATCH))
         means.append(cv2.resize(half, size, interpolation=cv2.INTER_AREA).reshape(-1, 3))
-        squares.append(cv2.resize(np.square(half), size, interpolation=cv2.INTER_AREA).reshape(-1, 3))
-    mean, std = _trimmed(np.concatenate(means).T, np.concatenate(squares).T)
+        squares.append(cv2.resize(np.square(half, out=half), size, interpolation=cv2.INTER_AREA).reshape(-1, 3))
+    rows = np.concatenate(means).T
+    middle = rows.mean(axis=1, dtype=np.float32)
+    mean, std = _trimmed(rows, np.concatenate(squares).T, np.square(rows - middle[:, np.newaxis]))
     return Moments({IMAGE: mean + np.float32(_GREY)}, {IMAGE: std})
 
 
@@ -67,10 +69,10 @@ def measure_taps(taps: Taps) -> Moments:
         step = max(1, min(tap.shape[2:]) // _GRID)
         some = tap[:, :, ::step, ::step]
         rows = np.ascontiguousarray(some.swapaxes(0, 1)).reshape(tap.shape[1], -1)
-        # Distances from a value near the mean keep their digits when they are squared.
         near = rows.mean(axis=1, dtype=np.float32)
-        rows = rows - near[:, np.newaxis]
-        mean[name], std[name] = _trimmed(rows, np.square(rows))
+        rows = np.subtract(rows, near[:, np.newaxis])
+        squares = np.square(rows)
+        mean[name], std[name] = _trimmed(rows, squares, squares)
         mean[name] += near
     return Moments(mean, std)
 
@@ -83,27 +85,23 @@ def joined(parts: Sequence[Moments]) -> Moments:
     )
 
 
-def _trimmed(values: npt.NDArray[np.float32], squares: npt.NDArray[np.float32]) -> tuple[Vector, Vector]:
+def _trimmed(
+    values: npt.NDArray[np.float32], squares: npt.NDArray[np.float32], apart: npt.NDArray[np.float32]
+) -> tuple[Vector, Vector]:
     """Mean and deviation of each row, without the columns that lie farthest.
 
     Args:
         values: float32 [C, P], near 0; P patches.
         squares: float32 [C, P], mean square in each patch.
+        apart: float32 [C, P], squared distance of each patch from the middle.
     """
     patches = values.shape[1]
-    # einsum without BLAS: its threads would take cores from the engine for a few microseconds' work.
-    mean = values.mean(axis=1, dtype=np.float32)
     keep = patches - int(patches * TRIM)
-    if keep == patches:
-        return mean, _std(squares.mean(axis=1, dtype=np.float32), mean)
-    centred = values - mean[:, np.newaxis]
-    variance = np.einsum("cp,cp->c", centred, centred) / patches
-    far = np.einsum("c,cp,cp->p", 1 / np.maximum(variance, _LEAST_STD), centred, centred)
-    kept = np.zeros(patches, np.float32)
-    kept[np.argpartition(far, keep - 1)[:keep]] = 1 / keep
-    mean = np.einsum("cp,p->c", values, kept)
-    return mean, _std(np.einsum("cp,p->c", squares, kept), mean)
-
-
-def _std(square: Vector, mean: Vector) -> Vector:
-    return np.sqrt(np.maximum(square - mean * mean, 0, dtype=np.float32))
+    # einsum rather than a matrix product: threads of BLAS would take cores from the engine for a microsecond's work.
+    unit = 1 / np.maximum(apart.mean(axis=1, dtype=np.float32), _LEAST_VARIANCE)
+    far = np.einsum("c,cp->p", unit, apart)
+    weights = np.zeros(patches, np.float32)
+    weights[np.argpartition(far, keep - 1)[:keep]] = 1 / keep
+    mean = np.einsum("cp,p->c", values, weights)
+    variance = np.einsum("cp,p->c", squares, weights) - mean * mean
+    return mean, np.sqrt(np.maximum(variance, np.float32(0)))
