@@ -6,16 +6,21 @@
 #                  CUDA:  make demo TORCH_INDEX=https://download.pytorch.org/whl/cu130
 #   DATA         a folder in MVTec layout for `make demo`           (default: the embedded example)
 #   OUT          where `make demo` writes                           (default demo-out)
+#   PROCESSES    that tests run in; 0 for one, to debug             (default 2)
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 DATA ?=
 OUT ?= demo-out
+PROCESSES ?= 2
 
 VENV := .venv
 FLOWER := .venv-flower
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# Neighbours stay in one process, which makes what they share once. A thread each: more would wait for one another.
+TESTS := -m "not slow" -n $(PROCESSES) --dist worksteal
+ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 # Debian puts mosquitto where only root's path looks.
 export PATH := $(PATH):/usr/sbin:/usr/local/sbin
 
@@ -49,11 +54,11 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/lineward demo --out $(OUT) $(if $(DATA),--data $(DATA))
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(ONE_THREAD) $(BIN)/python -m pytest $(TESTS)
 
 # Nothing of ours needs a network: the suite in a namespace that has loopback only.
 test-offline: $(VENV)/.installed-dev
-	$(BIN)/python tests/offline.py -m "not slow"
+	$(ONE_THREAD) $(BIN)/python tests/offline.py $(TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
