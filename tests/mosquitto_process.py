@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pathlib import Path
 
 HOST = "127.0.0.1"
+FIRST_PORT = 10_000
+OUTGOING_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens on, for a server that starts later or again.
+
+    It lies below those that the system gives to outgoing connections (ip(7), ``ip_local_port_range``): one of these
+    could take it meanwhile, or, from and to the same port, connect to itself.
+    """
+    draw = random.SystemRandom()
+    while True:
+        port = draw.randrange(FIRST_PORT, _first_outgoing())
+        with socket.socket() as probe:
+            # As a server does: connections of one before it that linger are no hindrance.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                probe.bind((HOST, port))
+                return port
+
+
+def _first_outgoing() -> int:
+    try:
+        first = int(OUTGOING_PORTS.read_text(encoding="ascii").split()[0])
+    except OSError:
+        first = 32768
+    # Somebody may have given all of them to outgoing connections.
+    return max(first, FIRST_PORT + 4096)
 
 
 class Mosquitto:
