@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path  # noqa: TC003 (typer reads the annotations at run time)
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from edge.errors import UsageError
+
+if TYPE_CHECKING:
+    from trainer.data.texture_factory import TextureFactory
 
 Choice = TypeVar("Choice", bound=Enum)
 
@@ -192,7 +195,14 @@ def evaluate(
         str | None, typer.Option(help="texture-ad: train on some sub-classes, judge others; generated without --data.")
     ] = None,
     material: Annotated[list[str] | None, typer.Option(help="Protocol: material to take; repeatable.")] = None,
-    methods: Annotated[str, typer.Option(help="Protocol: methods to train, with commas between.")] = "",
+    methods: Annotated[
+        str, typer.Option(help="Protocol: methods to train, with commas between; method:setting=value changes one.")
+    ] = "",
+    compare: Annotated[str, typer.Option(help="Protocol: the same, to compare in pairs.")] = "",
+    images: Annotated[
+        str, typer.Option(help="Protocol: generated images per sub-class, such as 24,16,24: train, good, defective.")
+    ] = "",
+    side: Annotated[int | None, typer.Option(help="Protocol: height and width of generated images in pixels.")] = None,
     rotations: Annotated[int, typer.Option(help="Protocol: trainings, each leaving other sub-classes out.")] = 5,
     by: Annotated[
         str, typer.Option(help="Protocol: what makes sub-classes of an MVTec folder: condition or time.")
@@ -209,8 +219,10 @@ def evaluate(
     if protocol is None:
         from trainer.evaluation.command import evaluate as judge
 
-        if material or methods or picture:
-            raise UsageError("--material, --methods and --picture belong to --protocol texture-ad")
+        if material or methods or compare or images or side or picture:
+            raise UsageError(
+                "--material, --methods, --compare, --images, --side and --picture belong to --protocol texture-ad"
+            )
         if data is None:
             raise UsageError("--data: missing; give a folder of labelled images, or --protocol texture-ad")
         judge(
@@ -231,12 +243,15 @@ def evaluate(
     from trainer.data.texture_ad import By
     from trainer.evaluation.command import evaluate_shift
     from trainer.evaluation.shift import ShiftSettings
+    from trainer.evaluation.shift_variants import COMPARED
     from trainer.fit import preprocessing_for
     from trainer.methods.registry import methods as registered
 
     evaluate_shift(
         settings=ShiftSettings(
             methods=tuple(methods.split(",")) if methods else tuple(registered()),
+            # A run that chooses nothing answers the usual question too.
+            compare=tuple(compare.split(",")) if compare else () if methods else COMPARED,
             preset=preset,
             seed=seed,
             rotations=rotations,
@@ -249,7 +264,25 @@ def evaluate(
         by=_parse_choice("by", by, By) or By.CONDITION,
         json=json,
         picture=picture,
+        factory=_parse_factory(images, side, seed, data),
     )
+
+
+def _parse_factory(images: str, side: int | None, seed: int, data: Path | None) -> TextureFactory | None:
+    from trainer.data.texture_factory import TextureFactory
+
+    if not images and side is None:
+        return None
+    if data is not None:
+        raise UsageError("--images and --side are of generated images; leave them out where --data gives some")
+    counts = images.split(",") if images else []
+    if len(counts) not in {0, 3} or not all(count.isdecimal() for count in counts):
+        raise UsageError(f"--images {images}: give three whole numbers, such as 24,16,24")
+    named = dict(zip(("train", "good", "defective"), map(int, counts), strict=False))
+    try:
+        return TextureFactory(seed=seed, **named, **({} if side is None else {"side": side}))
+    except ValueError as error:
+        raise UsageError(f"--images, --side: {error}") from error
 
 
 def export(

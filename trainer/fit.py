@@ -167,6 +167,7 @@ def make_context(
     device: torch.device,
     progress: Progress,
     subclasses: npt.NDArray[np.str_] | None = None,
+    known: tuple[Features, Features] | None = None,
 ) -> FitContext:
     """Return what methods may see of good images: taps, and a validation set with synthetic defects on the hold-out.
 
@@ -179,6 +180,7 @@ def make_context(
         device: where to compute.
         progress: progress function.
         subclasses: unicode [n], see :class:`FitContext`.
+        known: taps of ``parts.canvases`` and of ``parts.holdout``, where somebody has computed them already.
     """
 
     def features(of: npt.NDArray[np.uint8], groups: npt.NDArray[np.str_], what: str) -> Features:
@@ -196,11 +198,11 @@ def make_context(
     repeats = max(1, round(_VALIDATION_DEFECTS / len(parts.holdout)))
     defective, masks = make_defects(parts.holdout, seed=seed, repeats=repeats)
     return FitContext(
-        features=features(parts.canvases, parts.groups, "features"),
+        features=known[0] if known else features(parts.canvases, parts.groups, "features"),
         images=tiles_of(parts.canvases, preprocessing),
         extract=partial(extract_tiles, trunk=network, tap_names=tap_names, device=device),
         validation=Validation(
-            good=features(parts.holdout, parts.holdout_groups, "features of hold-out"),
+            good=known[1] if known else features(parts.holdout, parts.holdout_groups, "features of hold-out"),
             defective=features(defective, np.tile(parts.holdout_groups, repeats), "features of synthetic defects"),
             masks=masks,
         ),

@@ -19,27 +19,28 @@ from edge.errors import DataError, EngineError, UsageError
 from trainer import fit
 from trainer.data.subclasses import Material, SubclassImage
 from trainer.data.texture_factory import TextureFactory
-from trainer.evaluation import command, shift
-from trainer.evaluation.shift import ShiftSettings, evaluate_material, measure
+from trainer.evaluation import command, shift_stage, shift_variants
+from trainer.evaluation.shift import ShiftSettings, evaluate_material
+from trainer.evaluation.shift_measure import measure
 from trainer.evaluation.shift_report import (
+    MaterialResult,
     RotationResult,
     ShiftReport,
     SubclassFigures,
-    draw,
     summarise,
-    tables,
 )
+from trainer.evaluation.shift_show import draw, legend, tables
 from trainer.methods import registry
 from trainer.methods.base import Features, FitContext, Head, Method, MethodConfig
-from trainer.methods.memory.fit import MemoryConfig
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy.typing as npt
 
-SMALL = TextureFactory(seed=1, side=64, train=18, good=4, defective=6, subclasses={"cloth": 4, "metal": 4})
+SMALL = TextureFactory(seed=1, side=64, train=18, good=3, defective=3, subclasses={"cloth": 4, "metal": 4})
 VIEW = Preprocessing(height=64, width=64)
+UNSEEN_SETTINGS = ("unseen", "unseen, own", "unseen+1", "unseen+5")
 
 
 class MeanHead(Head):
@@ -94,7 +95,7 @@ class Moving(Fixed):
 @pytest.fixture
 def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"fixed": Fixed, "moving": Moving}
-    monkeypatch.setattr(shift, "get", lambda name: known[name] if name in known else registry.get(name))
+    monkeypatch.setattr(shift_variants, "get", lambda name: known[name] if name in known else registry.get(name))
     monkeypatch.setattr(fit, "_VALIDATION_DEFECTS", 8)
     Fixed.contexts.clear()
 
@@ -116,22 +117,24 @@ def run(path: Path, toys: ShiftSettings = TOYS, **options: object) -> tuple[Shif
 def test_report_is_the_same_bit_for_bit_and_says_that_images_are_generated(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report, first = run(tmp_path / "a.json", picture=tmp_path / "a.png")
-    _, second = run(tmp_path / "b.json", picture=tmp_path / "b.png")
+    report, first = run(tmp_path / "a.json", picture=tmp_path / "a.png", materials=["metal"])
+    _, second = run(tmp_path / "b.json", picture=tmp_path / "b.png", materials=["metal"])
     assert first == second
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     read = json.loads(first)
     assert ShiftReport.model_validate(read) == report
-    assert read["schema_version"] == 1
+    assert read["schema_version"] == 2
     assert read["generated"]
     assert read["seed"] == 0
-    assert {one["material"] for one in read["materials"]} == {"cloth", "metal"}
-    assert len({one["data_sha256"] for one in read["materials"]}) == 2
-    ids = {one["embedding_id"] for found in read["materials"] for m in found["methods"] for one in m["rotations"]}
-    assert len(ids) == 8  # two materials, two methods, two rotations: another projection each
-    _, other = run(tmp_path / "c.json", replace(TOYS, seed=1), materials=["metal"])
-    assert [one["material"] for one in json.loads(other)["materials"]] == ["metal"]
-    assert json.loads(other)["materials"][0]["methods"] != read["materials"][1]["methods"]
+    assert {one["name"] for one in read["settings"]} >= set(read["materials"][0]["methods"][1]["settings"])
+    (found,) = read["materials"]
+    ids = {one["embedding_id"] for method in found["methods"] for one in method["rotations"]}
+    assert len(ids) == 4  # two methods, two rotations: another projection each
+    _, other = run(tmp_path / "c.json", replace(TOYS, methods=("fixed",), seed=1))
+    both = json.loads(other)["materials"]
+    assert [one["material"] for one in both] == ["cloth", "metal"]
+    assert len({one["data_sha256"] for one in both}) == 2
+    assert both[1]["methods"] != found["methods"][:1]
     said = capsys.readouterr().out
     assert "generated stand-in, not Texture-AD" in said
     assert "The images are generated, not Texture-AD's" in said
@@ -151,7 +154,7 @@ def test_folder_gives_the_figures_that_memory_does(tmp_path: Path, cloth: Materi
 @pytest.mark.usefixtures("toys")
 def test_methods_see_good_images_of_trained_subclasses_alone_and_their_names(cloth: Material) -> None:
     found = evaluate_material(cloth, TOYS)
-    images = {image.name: image for image in cloth.images}
+    of = {image.load()[..., ::-1].tobytes(): image.subclass for image in cloth.images}
     trained = {one.name: {image.load().tobytes() for image in one.train} for one in cloth.subclasses}
     for index, rotation in enumerate(found.methods[0].rotations):
         context = Fixed.contexts[2 * index]
@@ -161,16 +164,16 @@ def test_methods_see_good_images_of_trained_subclasses_alone_and_their_names(clo
         good = set().union(*(trained[name] for name in rotation.trained))
         seen = {image[..., ::-1].tobytes() for image in context.images}  # 64 pixels in, 64 out: the same
         assert seen <= good
+        assert [of[image.tobytes()] for image in context.images] == context.subclasses.tolist()
         assert rotation.n_calibration + rotation.n_fit == 18 * len(rotation.trained)
-    assert len(images) == len(cloth.images)
 
 
 @pytest.mark.usefixtures("toys")
 def test_threshold_is_frozen_on_calibration_for_every_setting(cloth: Material, monkeypatch: pytest.MonkeyPatch) -> None:
     fits, used = [], []
-    frozen, measured = shift.fit_threshold, shift.measure
-    monkeypatch.setattr(shift, "fit_threshold", lambda *a: fits.append(a) or frozen(*a))
-    monkeypatch.setattr(shift, "measure", lambda *a, **k: used.append(k) or measured(*a, **k))
+    frozen, measured = shift_stage.fit_threshold, shift_stage.measure
+    monkeypatch.setattr(shift_stage, "fit_threshold", lambda *a: fits.append(a) or frozen(*a))
+    monkeypatch.setattr(shift_stage, "measure", lambda *a, **k: used.append(k) or measured(*a, **k))
     found = evaluate_material(cloth, replace(TOYS, methods=("moving",)))
     rotations = found.methods[0].rotations
     assert len(fits) == len(rotations) == 2
@@ -179,20 +182,21 @@ def test_threshold_is_frozen_on_calibration_for_every_setting(cloth: Material, m
         assert {group.partition("/")[0] for group in groups} == set(rotation.trained)
         assert {group.split("/")[1] for group in groups} == {"train"}
         assert frozen(scores, groups, alpha).value == rotation.threshold
-    assert {k["setting"] for k in used} == {"seen", "unseen", "unseen+1", "unseen+5"}
+    assert {k["setting"] for k in used} == {"seen", *UNSEEN_SETTINGS, "unseen+1 rows", "unseen+5 rows"}
     assert {k["threshold"] for k in used} == {rotation.threshold for rotation in rotations}
 
 
 @pytest.mark.usefixtures("toys")
 def test_what_cannot_adapt_or_has_too_few_images_has_no_figures_and_says_why(cloth: Material) -> None:
     fixed, moving = evaluate_material(cloth, TOYS).methods
-    assert set(fixed.settings) == {"seen", "unseen"}
-    assert set(fixed.unavailable) == {"unseen+1", "unseen+5", "unseen+20"}
-    assert set(moving.settings) == {"seen", "unseen", "unseen+1", "unseen+5"}  # 18 good images are no 20
+    assert set(fixed.settings) == {"seen", *UNSEEN_SETTINGS}  # 18 good images are no 20
+    assert set(fixed.unavailable) == {"unseen+1 rows", "unseen+5 rows", "unseen+20 rows"}
+    assert set(moving.settings) == {"seen", *UNSEEN_SETTINGS, "unseen+1 rows", "unseen+5 rows"}
     assert not moving.unavailable
     assert all(any("fewer than 20 good images" in note for note in one.notes) for one in moving.rotations)
-    assert moving.settings["unseen+5"] != moving.settings["unseen+1"] != moving.settings["unseen"]
-    assert moving.settings["seen"] == fixed.settings["seen"]
+    assert moving.settings["unseen+5 rows"] != moving.settings["unseen+1 rows"] != moving.settings["unseen"]
+    for setting in ("seen", *UNSEEN_SETTINGS):  # they differ in what they take in, not in what is corrected for them
+        assert moving.settings[setting] == fixed.settings[setting]
 
 
 @pytest.mark.usefixtures("toys")
@@ -356,7 +360,9 @@ def rotation(number: int, seen: float, unseen: tuple[float, ...], false: tuple[f
 
 
 def test_summary_is_of_means_over_subclasses() -> None:
-    found = summarise("m", {}, [rotation(0, 1.0, (0.9, 0.7), (0, 0.1)), rotation(1, 0.8, (0.4, 0.4), (0, 0.1))], {})
+    found = summarise(
+        "m", "m", {}, [rotation(0, 1.0, (0.9, 0.7), (0, 0.1)), rotation(1, 0.8, (0.4, 0.4), (0, 0.1))], {}
+    )
     unseen = found.settings["unseen"]["image_auroc"]
     assert (unseen.mean, unseen.min, unseen.max, unseen.rotations) == (pytest.approx(0.6), 0.4, pytest.approx(0.8), 2)
     assert unseen.std == pytest.approx(np.std([0.8, 0.4], ddof=1))
@@ -369,36 +375,35 @@ def test_summary_is_of_means_over_subclasses() -> None:
     ("unseen", "false", "real"), [(0.96, 0.1, False), (0.94, 0.1, True), (0.99, 0.25, True), (1.0, 0.0, False)]
 )
 def test_shift_that_costs_nothing_is_said_to_be_too_easy(unseen: float, false: float, real: bool) -> None:  # noqa: FBT001
-    found = summarise("m", {}, [rotation(0, 1.0, (unseen,), (0.0, false))], {})
+    found = summarise("m", "m", {}, [rotation(0, 1.0, (unseen,), (0.0, false))], {})
     assert found.shift_is_real is real
-    material = shift.MaterialResult(material="cloth", data_sha256="", subclasses={}, ordered=False, methods=(found,))
+    material = MaterialResult(material="cloth", data_sha256="", subclasses={}, ordered=False, methods=(found,))
     notes = command._shift_notes([material], generated=False)
     assert any("too easy" in note for note in notes) is not real
 
 
 def test_tables_and_drawing_show_every_setting(tmp_path: Path) -> None:
-    found = summarise("m", {}, [rotation(0, 1.0, (0.9,), (0, 0.1))], {})
+    found = summarise("m", "m", {}, [rotation(0, 1.0, (0.9,), (0, 0.1))], {})
     report = ShiftReport(
         data="there",
         generated=False,
         seed=0,
         rotations=1,
-        shots=(1,),
         alpha=0.01,
         preset="quick",
         trunk="lite0",
         trunk_sha256="",
         preprocessing={},
         versions={},
-        materials=(
-            shift.MaterialResult(material="wood", data_sha256="", subclasses={}, ordered=False, methods=(found,)),
-        ),
+        materials=(MaterialResult(material="wood", data_sha256="", subclasses={}, ordered=False, methods=(found,)),),
     )
     console = Console(width=140, record=True)
     for table in tables(report):
         console.print(table)
     said = console.export_text()
-    for words in ("wood", "there", "seen", "unseen", "0.900", "+10.0%"):
+    assert any(line.startswith("unseen: Test images of sub-classes that were left out") for line in legend(report))
+    assert not any(line.startswith("unseen, own") for line in legend(report))
+    for words in ("wood", "there", "seen", "unseen", "0.900", "+10 %"):
         assert words in said
     draw(report, tmp_path / "a.svg")
     assert "I-AUROC" not in (tmp_path / "a.svg").read_bytes()[:20].decode()
@@ -413,8 +418,7 @@ def test_stand_in_is_a_shift_that_one_pooled_bank_suffers_from() -> None:
     found = evaluate_material(
         factory.material("metal"),
         ShiftSettings(
-            methods=("memory",),
-            configs=(MemoryConfig(rows=200, candidates=6000),),
+            methods=("memory:rows=200:candidates=6000",),
             rotations=1,
             n_test=2,
             preprocessing=Preprocessing(height=128, width=128),
@@ -423,7 +427,8 @@ def test_stand_in_is_a_shift_that_one_pooled_bank_suffers_from() -> None:
     ).methods[0]
     assert found.shift_is_real
     assert (
-        found.settings["unseen+5"]["false_positive_rate"].mean <= found.settings["unseen"]["false_positive_rate"].mean
+        found.settings["unseen+5 rows"]["false_positive_rate"].mean
+        <= found.settings["unseen"]["false_positive_rate"].mean
     )
 
 
@@ -438,6 +443,6 @@ def test_stand_in_is_hard_in_every_material_and_good_images_help(kind: str) -> N
         ),
     ).methods[0]
     assert found.shift_is_real
-    unseen, given = (found.settings[name] for name in ("unseen", "unseen+5"))
+    unseen, given = (found.settings[name] for name in ("unseen", "unseen+5 rows"))
     assert given["image_auroc"].mean >= unseen["image_auroc"].mean
     assert given["false_positive_rate"].mean < unseen["false_positive_rate"].mean

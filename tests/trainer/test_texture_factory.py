@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edge.errors import DataError
-from trainer.data.camera import Optics, through
+from trainer.data.camera import Light, Optics, Pose, through
 from trainer.data.subclasses import digests, material_hash
 from trainer.data.texture_ad import read_materials
 from trainer.data.texture_factory import DEFECTS, SUBCLASSES, TextureFactory, TextureSubclass
@@ -149,3 +149,47 @@ def test_plain_optics_change_nothing_and_each_setting_does_what_it_says() -> Non
 def test_factory_out_of_range_is_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=r"unknown|at least"):
         TextureFactory(**wrong)
+
+
+def test_every_image_has_a_place_a_turn_and_a_light_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Pose, Light]] = []
+    shoot = TextureSubclass._shoot
+
+    def watched(self: TextureSubclass, surface: np.ndarray, pose: Pose, light: Light, rng: object) -> np.ndarray:
+        seen.append((pose, light))
+        return shoot(self, surface, pose, light, rng)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TextureSubclass, "_shoot", watched)
+    one = TextureSubclass("metal", 2, seed=3, side=64)
+    for index in range(12):
+        one.good("train", index)
+        one.good("good", index)
+    goods = seen.copy()
+    seen.clear()
+    for index in range(12):
+        one.defective("spot", index)
+    # With the defect and without: the same place and light, so that the mask is of the defect alone.
+    assert all(seen[i] == seen[i + 1] for i in range(0, len(seen), 2))
+    for part in (goods, seen[::2]):
+        poses, lights = ([one[i] for one in part] for i in (0, 1))
+        assert len(set(poses)) == len(set(lights)) == len(part)
+        for values, least in (
+            ([pose.dx for pose in poses], 0.015),
+            ([pose.dy for pose in poses], 0.015),
+            ([pose.degrees for pose in poses], 2.0),
+            ([light.gain for light in lights], 0.08),
+            ([light.slope_x for light in lights], 0.1),
+            ([light.slope_y for light in lights], 0.1),
+        ):
+            # A dozen uniform draws span well over half of their range, which is twice the limit.
+            assert max(values) - min(values) > least
+            assert max(values) - min(values) <= 2 * least + 1e-9
+
+
+def test_place_and_light_are_in_the_pixels() -> None:
+    one = TextureSubclass("metal", 2, seed=3, side=64)
+    view = one._view("train", 0)
+    plain = one._shoot(view, Pose(), Light(), np.random.default_rng(0))
+    for pose, light in ((Pose(dx=0.01), Light()), (Pose(degrees=1.5), Light()), (Pose(), Light(gain=0.93))):
+        other = one._shoot(view, pose, light, np.random.default_rng(0))
+        assert np.abs(other.astype(int) - plain).mean() > 1.0

@@ -21,7 +21,6 @@ from edge.inference.detector import Detector
 from edge.judgement.threshold import fit_threshold
 from trainer.backbones.registry import build_trunk, trunk_id
 from trainer.data.folder import check, content_hash, read_folder
-from trainer.data.subclass_shift import SHOTS
 from trainer.data.texture_ad import By, read_materials
 from trainer.data.texture_factory import TextureFactory
 from trainer.evaluation.protocol import DEFAULT_ALPHA, LabelledImage
@@ -31,10 +30,8 @@ from trainer.evaluation.shift_report import (
     HARD_AUROC,
     HARD_FALSE_POSITIVES,
     ShiftReport,
-    draw,
-    refuse_picture,
-    tables,
 )
+from trainer.evaluation.shift_show import draw, legend, refuse_picture, tables
 from trainer.fit import choose_device, versions
 from trainer.progress import progress_bars
 from trainer.runs import Run
@@ -153,7 +150,6 @@ def evaluate_shift(
         generated=data is None,
         seed=settings.seed,
         rotations=settings.rotations,
-        shots=SHOTS,
         alpha=settings.alpha,
         preset=settings.preset,
         trunk=settings.trunk,
@@ -169,7 +165,7 @@ def evaluate_shift(
         draw(report, picture)
     for table in tables(report):
         console.print(table)
-    for note in dict.fromkeys((*report.notes, *_details(results))):
+    for note in dict.fromkeys((*legend(report), *report.notes, *_details(results))):
         console.print(note, style="dim", markup=False)
     return report
 
@@ -177,6 +173,8 @@ def evaluate_shift(
 def _check_shift_usage(settings: ShiftSettings, picture: Path | None) -> None:
     if not settings.methods or len(set(settings.methods)) < len(settings.methods):
         raise UsageError("--methods: name at least one method, and each once, with commas between")
+    if len(settings.compare) == 1 or len(set(settings.compare)) < len(settings.compare):
+        raise UsageError("--compare: name at least two methods, and each once, with commas between")
     if not 0.0 < settings.alpha < 1.0:
         raise UsageError(f"--alpha is {settings.alpha:g}; give a probability between 0 and 1, such as 0.01")
     if settings.rotations < 1:
@@ -185,7 +183,7 @@ def _check_shift_usage(settings: ShiftSettings, picture: Path | None) -> None:
         raise UsageError(f"--seed {settings.seed}: give a whole number of at least 0")
     if picture is not None:
         refuse_picture(picture)
-    settings.fitted()
+    settings.variants()
     choose_device(settings.device)
 
 
@@ -213,7 +211,7 @@ def _shift_notes(results: Sequence[MaterialResult], *, generated: bool) -> list[
             "validation and some methods' training draw from too."
         )
     notes += [
-        f"{one.material}: {method.method} loses less than {HARD_AUROC:g} I-AUROC and gains fewer than "
+        f"{one.material}: {method.name} loses less than {HARD_AUROC:g} I-AUROC and gains fewer than "
         f"{HARD_FALSE_POSITIVES:g} false positives from seen to unseen: the shift is too easy to compare it by."
         for one in results
         for method in one.methods
@@ -227,7 +225,7 @@ def _details(results: Sequence[MaterialResult]) -> Iterator[str]:
         yield from (f"{one.material}: {_sentence(note)}" for note in one.notes)
         for method in one.methods:
             for setting, reason in method.unavailable.items():
-                yield f"{one.material}: {method.method} has no {setting}: {reason}."
+                yield f"{one.material}: {method.name} has no {setting}: {reason}."
             for rotation in method.rotations:
                 yield from (f"{one.material}, rotation {rotation.rotation}: {note}." for note in rotation.notes)
 
