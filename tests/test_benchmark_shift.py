@@ -177,9 +177,10 @@ def test_recovery_compares_with_clean_images_that_were_judged_under_the_shift_to
     for each in found.scores["memory"].values():
         each[DIMMED] = ([each[DIMMED][0][i] for i in half[0]], [each[DIMMED][1][i] for i in half[1]])
     found.rows[DIMMED] = half
+    found.scores["memory"][RUNNING][DIMMED] = ([4.0, 9.0], [9.0])
     figures = Figures([found], resamples=20)
-    # Clean on images 0 and 3 is 0.5, shifted 1.0, corrected 1.0 (5.0 and 9.0): nothing is recovered.
-    assert figures.recovery(["memory"], RUNNING, [DIMMED]).value == 0
+    # Clean on images 0 and 3 is 0.5 (on all 0.25), shifted 1.0, corrected 0.5: the whole rise is recovered.
+    assert figures.recovery(["memory"], RUNNING, [DIMMED]).value == 1
     assert figures.rate(FALSE_POSITIVES, ["memory"], NONE, [CLEAN]).value == 0.25
 
 
