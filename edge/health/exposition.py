@@ -16,6 +16,7 @@ from prometheus_client.core import (
     StateSetMetricFamily,
 )
 
+from edge.adaptation.follower import Phase
 from edge.capture.capture import CameraState
 
 if TYPE_CHECKING:
@@ -51,6 +52,18 @@ _LINK_COUNTERS = {
     "connections": ("lineward_broker_connections", "Connections to the broker."),
     "commands": ("lineward_commands", "Commands received."),
 }
+# Of a follower in the status -> name, and what it is.
+_ADAPTATION_GAUGES = {
+    "shift": (
+        "adaptation_shift",
+        "From the training set to what is shown; good images differ by 1.",
+    ),
+    "bound": ("adaptation_shift_bound", "Largest shift that is followed."),
+    "alarm_rate": ("adaptation_alarm_rate", "Share of alarming frames in the window that freezes."),
+    "version": ("moments_version", "Of the newest snapshot of moments, 0 for none."),
+    "drifting": ("adaptation_drifting", "1 while the shift is at the level of the drift notice."),
+    "at_bound": ("adaptation_at_bound", "1 while the bound keeps moments from following."),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +97,7 @@ def families(figures: Figures) -> Iterator[Metric]:
     yield from _box(figures)
     yield _stages(figures)
     yield from _cameras(status.get("cameras", {}))
+    yield from _adaptation(status.get("detail", {}).get("adaptation", {}).get("cameras", {}))
     yield from _outbox(figures)
     counts = CounterMetricFamily("lineward_counts", "Every counter of the box, by its name in the status.",
                                  labels=["what"])  # fmt: skip
@@ -139,6 +153,7 @@ def _cameras(cameras: Mapping[str, Any]) -> Iterator[Metric]:
     state = StateSetMetricFamily("lineward_camera_state", "1 for the state that a camera is in.", labels=["camera"])
     queued = GaugeMetricFamily("lineward_queue_depth", "Frames that wait to be judged.", labels=["camera"])
     threshold = GaugeMetricFamily("lineward_threshold", "Raw score from which a frame is NOK.", labels=["camera"])
+    version = GaugeMetricFamily("lineward_threshold_version", "Changes of the threshold.", labels=["camera"])
     counters = {
         key: CounterMetricFamily(name, text, labels=["camera"]) for key, (name, text) in _CAMERA_COUNTERS.items()
     }
@@ -149,10 +164,32 @@ def _cameras(cameras: Mapping[str, Any]) -> Iterator[Metric]:
             queued.add_metric([name], said["queued"])
         if said.get("threshold"):
             threshold.add_metric([name], said["threshold"]["value"])
+        if said.get("threshold_version") is not None:
+            version.add_metric([name], said["threshold_version"])
         for key, family in counters.items():
             if key in said["counters"]:
                 family.add_metric([name], said["counters"][key])
-    yield from (state, queued, threshold, *counters.values())
+    yield from (state, queued, threshold, version, *counters.values())
+
+
+def _adaptation(cameras: Mapping[str, Any]) -> Iterator[Metric]:
+    if not cameras:
+        return
+    phase = StateSetMetricFamily("lineward_adaptation_phase", "1 for what a follower does.", labels=["camera"])
+    frames = CounterMetricFamily(
+        "lineward_adaptation_frames", "Frames shown to a follower, by what became of them.", labels=["camera", "fate"]
+    )
+    gauges = {
+        key: GaugeMetricFamily(f"lineward_{name}", text, labels=["camera"])
+        for key, (name, text) in _ADAPTATION_GAUGES.items()
+    }
+    for name, said in cameras.items():
+        phase.add_metric([name], {one.value: one.value == said["phase"] for one in Phase})
+        for fate, count in said["frames"].items():
+            frames.add_metric([name, fate], count)
+        for key, family in gauges.items():
+            family.add_metric([name], float(said[key]))
+    yield from (phase, frames, *gauges.values())
 
 
 def _outbox(figures: Figures) -> Iterator[Metric]:

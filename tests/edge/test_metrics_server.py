@@ -34,12 +34,23 @@ STATUS = {
     "cameras": {
         "cam-1": {
             "state": "streaming", "queued": 2, "threshold": {"value": 1.25},
+            "threshold_version": 5,
             "counters": {"captured": 12, "judged": 10, "nok": 1, "not_judged": 0, "dropped": 2, "corrupt": 0,
                          "reconnects": 1, "events": 1},
         },
         "cam-2": {"state": "disabled", "queued": None, "threshold": None, "counters": {}},
     },
     "drops": {"frames_dropped": 2, "messages_lost": 1},
+    "detail": {
+        "adaptation": {
+            "cameras": {
+                "cam-1": {
+                    "phase": "frozen", "version": 14, "shift": 3.25, "bound": 8.0, "alarm_rate": 0.4, "drifting": True,
+                    "at_bound": False, "frames": {"accepted": 120, "frozen": 7, "unknown": 0},
+                },
+            },
+        },
+    },
     "warnings": ("one", "two"),
     "clock_synced": True,
 }  # fmt: skip
@@ -102,6 +113,13 @@ def test_prometheus_reads_what_the_box_says() -> None:
     assert found["lineward_frames_dropped_total", (camera,)] == 2
     assert found["lineward_queue_depth", (camera,)] == 2
     assert found["lineward_threshold", (camera,)] == 1.25
+    assert found["lineward_threshold_version", (camera,)] == 5
+    assert found["lineward_moments_version", (camera,)] == 14
+    assert found["lineward_adaptation_shift", (camera,)] == 3.25
+    assert found["lineward_adaptation_drifting", (camera,)] == 1
+    assert found["lineward_adaptation_frames_total", (camera, ("fate", "accepted"))] == 120
+    assert found["lineward_adaptation_phase", (camera, ("lineward_adaptation_phase", "frozen"))] == 1
+    assert found["lineward_adaptation_phase", (camera, ("lineward_adaptation_phase", "following"))] == 0
     assert found["lineward_camera_state", (camera, ("lineward_camera_state", "streaming"))] == 1
     assert found["lineward_camera_state", (camera, ("lineward_camera_state", "stalled"))] == 0
     assert found["lineward_camera_state", (("camera", "cam-2"), ("lineward_camera_state", "disabled"))] == 1
