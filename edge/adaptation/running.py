@@ -53,9 +53,9 @@ class Layout:
         return self._slices[name]
 
     def fits(self, moments: Moments) -> bool:
-        """Whether moments have the names and channels of the reference."""
+        """Whether moments have at least the names of the reference, with its channels; others are not followed."""
         for part in (moments.mean, moments.std):
-            if part.keys() != self._slices.keys():
+            if not part.keys() >= self._slices.keys():
                 return False
             if any(part[name].shape != (place.stop - place.start,) for name, place in self._slices.items()):
                 return False

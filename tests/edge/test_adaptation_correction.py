@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edge.adaptation.correction import SCALE_LIMIT, MomentCorrection
+from edge.adaptation.follower import Follower, Phase
 from edge.adaptation.measure import joined, measure_canvas, measure_taps
-from edge.adaptation.moments import IMAGE, Moments
+from edge.adaptation.moments import IMAGE, Moments, Reference
+from edge.adaptation.settings import AdaptationSettings
 from edge.adaptation.shift import shift_of
+from tests.edge.adaptation_values import judged
 
 QUICK = settings(max_examples=25, deadline=None)
 
@@ -146,6 +149,24 @@ def test_names_of_one_side_only_are_left_as_they_are() -> None:
     kept = tiles.copy()
     MomentCorrection(measure_taps(taps), measure_taps(some_taps(5)), 1.0).canvas(tiles)
     assert np.array_equal(tiles, kept)
+
+
+def test_a_reference_of_the_image_alone_is_followed_on_frames_that_have_taps() -> None:
+    good = texture(5)
+    dark = relit(good, 0.8, 10)
+    reference = Reference((measure_canvas(good),), (0.1,), ("",))
+    follower = Follower(reference, AdaptationSettings(settle_frames=4, bound=30.0))
+    follower.reset()
+    for _ in range(6):
+        look = follower.look()
+        tiles = dark.copy()
+        assert look.correction is not None
+        look.correction.canvas(tiles)
+        taps = some_taps(5)
+        assert all(found is taps[name] for name, found in look.correction.taps(taps, in_place=True).items())
+        follower.take(judged(seen(dark, taps), version=look.version))
+    assert follower.phase is Phase.FOLLOWING
+    assert shift_of(measure_canvas(tiles), measure_canvas(good)) < 0.05
 
 
 def test_own_share_follows_the_frame_itself() -> None:
