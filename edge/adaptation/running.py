@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge.adaptation.moments import IMAGE, Moments
-from edge.adaptation.shift import shift_of
+from edge.adaptation.shift import Shift, shift_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 LEAST_STD = 1e-3
 """Below it a channel is still; its deviation is no unit to measure with."""
 _HALVINGS = 12
+# What is in force is float32: rounding must not carry it over the bound.
+_INSIDE = 1 - 1e-5
 # The bound counts as reached from the first share of it, and as left below the second.
 _AT, _OFF = 0.98, 0.9
 # So many frames in a row beyond the bound are no stray ones.
@@ -96,7 +98,7 @@ class Running:
 
     def __init__(self, reference: Moments, usual: float, settings: AdaptationSettings) -> None:
         self.layout = Layout(reference)
-        self._reference, self._usual, self._settings = reference, usual, settings
+        self._shift, self._usual, self._settings = Shift(reference), usual, settings
         self._ref_mean, self._ref_std = self.layout.rows(reference)
         self._unit = np.maximum(self._ref_std, LEAST_STD)
         self._least_gain = 1 - 0.5 ** (1 / settings.half_life)
@@ -137,7 +139,7 @@ class Running:
 
     def size_of(self, moments: Moments) -> float:
         """Return the size of the shift from the reference to moments, in units of what is usual."""
-        return shift_of(moments, self._reference) / self._usual
+        return self._size(*self.layout.rows(moments))
 
     def take(self, moments: Moments) -> Taken:
         """Follow one frame's moments; those that fit nowhere, are no numbers or lie beyond the bound change nothing."""
@@ -146,7 +148,7 @@ class Running:
         mean, std = self.layout.rows(moments)
         if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std >= 0).all()):
             return Taken.BROKEN
-        size = self.size_of(moments)
+        size = self._size(mean, std)
         # A NaN is not within.
         if not size <= self._settings.bound:
             self.outside += 1
@@ -163,7 +165,7 @@ class Running:
         return Taken.ACCEPTED
 
     def _set(self, mean: Row, std: Row) -> None:
-        scale, bound = self._settings.scale, self._settings.bound
+        scale, bound = self._settings.scale, self._settings.bound * _INSIDE
         std = np.clip(std, self._ref_std / scale, self._ref_std * scale)
         size = self._size(mean, std)
         if not size <= bound:
@@ -181,5 +183,4 @@ class Running:
         return self._ref_mean + share * (mean - self._ref_mean), self._ref_std + share * (std - self._ref_std)
 
     def _size(self, mean: Row, std: Row) -> float:
-        # Of what would be in force, rounding included.
-        return self.size_of(self.layout.moments(mean, std))
+        return self._shift.of_rows(mean, std) / self._usual
