@@ -184,9 +184,10 @@ class FollowedCamera:
                 f"{figures['shift']:.3g} from the training set. Where the parts are good, reset it"
             )
             return Change(NoticeKind.ADAPTATION_FROZEN, Severity.ALARM, text, figures)
-        text = (
-            f"camera {self.name}: {figures['alarm_rate']:.0%} of its frames alarm; its moments are {figures['phase']}"
-        )
+        if self.follower.phase is Phase.SETTLING:
+            # Somebody has reset it, and that is told.
+            return None
+        text = f"camera {self.name}: {figures['alarm_rate']:.0%} of its frames alarm; its moments follow again"
         return Change(NoticeKind.ADAPTATION_THAWED, Severity.INFO, text, figures)
 
     def _drifted(self) -> Change | None:
