@@ -6,7 +6,6 @@ It proves itself on the bundle's golden frames before it judges anything. It mus
 from __future__ import annotations
 
 import logging
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,14 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge.adaptation.look import PLAIN
-from edge.adaptation.measure import joined, measure_canvas, measure_taps
 from edge.bundle import Bundle, Engine, Precision, load_arrays
 from edge.errors import BundleError, EngineError
-from edge.frames import Frame, Prediction
 from edge.inference.choice import attempts, choose, key, tolerance
 from edge.inference.engines import Accelerator, Provider
-from edge.inference.preprocessing import cut_tiles, join_maps, tiles_of
-from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE, ROUTE, Head, Runtime, Slot, Trunk, shared_trunk
+from edge.inference.preprocessing import cut_tiles, join_maps
+from edge.inference.seeing import InForce, PendingPrediction, Seeing
+from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE, Head, Runtime, shared_trunk
 from edge.inference.state import check_state, stored_state
 from edge.judgement.score import pool_score
 
@@ -31,18 +29,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edge.adaptation.look import Look, Taps
-    from edge.adaptation.moments import Moments
+    from edge.frames import Frame, Prediction
     from edge.inference.sessions import State
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _InForce:
-    """A head and the version of the memory in it: read and replaced together, so that no map gets the other's."""
-
-    head: Head
-    memory_version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,66 +58,6 @@ class DetectorStatus:
     accelerator: str = Provider.CPU.value
 
 
-class _Seeing:
-    """One frame on its way through a slot: canvas, correction, trunk, correction, head. For one thread."""
-
-    def __init__(self, detector: Detector, slot: Slot, in_force: _InForce, frame: Frame, look: Look) -> None:
-        self.frame = frame
-        self._detector, self._slot, self._in_force, self._look = detector, slot, in_force, look
-        self._measured: list[Moments] = []
-        started = time.monotonic_ns()
-        tiles_of(frame.image, detector.bundle.manifest.preprocessing, out=slot.image, scratch=slot.scratch)
-        if look.measure:
-            self._measured.append(measure_canvas(slot.image))
-        if look.correction is not None:
-            look.correction.canvas(slot.image)
-        self._ready_ns = time.monotonic_ns()
-        self._preprocess_ns = self._ready_ns - started
-
-    def judged(self, taps: Taps) -> Prediction:
-        """Return what the head says of the trunk's taps, which are written to where they are corrected."""
-        look = self._look
-        if look.measure:
-            self._measured.append(measure_taps(taps))
-        if look.correction is not None:
-            taps = look.correction.taps(taps, in_place=True)
-        found = self._in_force.head.session(ANOMALY_MAP, self._slot.index).run(taps)
-        return self._detector.prediction(
-            self.frame,
-            found[ANOMALY_MAP],
-            self._in_force.memory_version,
-            self._preprocess_ns,
-            self._ready_ns,
-            look=look,
-            moments=joined(self._measured) if look.measure else None,
-            route=found.get(ROUTE),
-        )
-
-
-class PendingPrediction:
-    """A frame whose trunk runs in the background; made by :meth:`Detector.begin`. For one thread.
-
-    :meth:`result` must be called, once: until then it holds a request that others wait for.
-    """
-
-    def __init__(self, detector: Detector, trunk: Trunk, slot: Slot, seeing: _Seeing) -> None:
-        self.detector = detector
-        self.frame = seeing.frame
-        self._trunk, self._slot, self._seeing = trunk, slot, seeing
-        slot.session.start({IMAGE: slot.image})
-
-    def result(self) -> Prediction:
-        """Wait for the trunk, run the head and return what :meth:`Detector.predict` does.
-
-        Raises:
-            EngineError: the engine gives up.
-        """
-        try:
-            return self._seeing.judged(self._slot.session.finish())
-        finally:
-            self._trunk.give_back(self._slot)
-
-
 class Detector:
     """Frames of one product in, raw anomaly maps out. Safe to call from several threads.
 
@@ -149,7 +79,7 @@ class Detector:
         with self._trunk.borrow() as slot:
             taps = slot.session.run({IMAGE: slot.image})
             self._tap_shapes = {name: tuple(taps[name].shape) for name in bundle.manifest.taps}
-        self._in_force = _InForce(self._build_head(state), 0)
+        self._in_force = InForce(self._build_head(state), 0)
         # One worker: of two switches the one asked for last is in force in the end.
         self._switcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="switch-state")
         self.status = DetectorStatus(
@@ -228,7 +158,7 @@ class Detector:
         # Read once: a switch in the middle of this call must not mix two heads, nor name the wrong one.
         in_force = self._in_force
         with self._trunk.borrow() as slot:
-            seeing = _Seeing(self, slot, in_force, frame, look)
+            seeing = Seeing(self.bundle.manifest, slot, in_force, frame, look)
             return seeing.judged(slot.session.run({IMAGE: slot.image}))
 
     def begin(self, frame: Frame, look: Look = PLAIN) -> PendingPrediction | None:
@@ -249,51 +179,10 @@ class Detector:
         if slot is None:
             return None
         try:
-            return PendingPrediction(self, self._trunk, slot, _Seeing(self, slot, self._in_force, frame, look))
+            return PendingPrediction(self._trunk, slot, Seeing(self.bundle.manifest, slot, self._in_force, frame, look))
         except BaseException:
             self._trunk.give_back(slot)
             raise
-
-    def prediction(
-        self,
-        frame: Frame,
-        maps: npt.NDArray[np.float32],
-        memory_version: int,
-        preprocess_ns: int,
-        ready_ns: int,
-        *,
-        look: Look = PLAIN,
-        moments: Moments | None = None,
-        route: npt.NDArray[np.float32] | None = None,
-    ) -> Prediction:
-        """Make what leaves the detector of a head's output.
-
-        Args:
-            frame: that was judged.
-            maps: float32 [tiles, h, w], copied.
-            memory_version: of the head.
-            preprocess_ns: time that crop, resize and tiles took.
-            ready_ns: monotonic time when they were done.
-            look: that it was seen with.
-            moments: that were measured.
-            route: float32 [tiles, E] of the head, copied.
-        """
-        manifest = self.bundle.manifest
-        # The tiles of a frame show one product.
-        close = None if route is None else np.asarray(route.mean(axis=0), np.float32)
-        # One tile is its own map, and the request's buffer is used again by the next frame.
-        joined = np.array(maps[0]) if len(maps) == 1 else join_maps(maps, manifest.preprocessing, manifest.map_stride)
-        return Prediction(
-            anomaly_map=joined,
-            frame=frame,
-            preprocess_ns=preprocess_ns,
-            inference_ns=time.monotonic_ns() - ready_ns,
-            memory_version=memory_version,
-            moments_version=look.version,
-            moments=moments,
-            route=close,
-            subclass=_subclass(manifest.subclasses, close),
-        )
 
     def map_of_canvas(self, canvas: npt.NDArray[np.uint8], look: Look = PLAIN) -> npt.NDArray[np.float32]:
         """Return the raw anomaly map of a canvas; a NaN in it is left to be seen.
@@ -373,7 +262,7 @@ class Detector:
                 head.session(EMBEDDING, 0)
             if before is not None:
                 before()
-            self._in_force = _InForce(head, memory_version)
+            self._in_force = InForce(head, memory_version)
 
         return self._switcher.submit(build)
 
@@ -418,10 +307,3 @@ class Detector:
                 taps = correction.taps(taps, in_place=True)
             # The sessions' own buffers are used again by the next call.
             return np.array(head.session(output, slot.index).run(taps)[output], dtype=np.float32)
-
-
-def _subclass(names: tuple[str, ...], route: npt.NDArray[np.float32] | None) -> str:
-    """The sub-class whose expert a head chose: it takes the nearest."""
-    if route is None or len(route) != len(names):
-        return names[0] if len(names) == 1 else ""
-    return names[int(np.argmax(route))]
