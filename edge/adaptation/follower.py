@@ -363,6 +363,9 @@ class Follower:
                 return Fate.ALARMED
         taken = expert.running.take(prediction.moments)
         if taken is not Taken.ACCEPTED:
+            if expert.settling and expert.force.own and expert.running.at_bound:
+                # A frame's own moments know no bound: what stays beyond it is not to be made to look good.
+                self._install(expert, own=0.0)
             return Fate(taken.value)
         expert.touched = True
         expert.since += 1

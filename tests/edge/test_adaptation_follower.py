@@ -143,6 +143,18 @@ def test_frames_beyond_the_bound_do_not_settle_it() -> None:
     assert one.status()["frames"]["outside"] == 50
 
 
+def test_what_stays_beyond_the_bound_is_no_longer_corrected_by_its_own_moments() -> None:
+    one = follower()
+    one.reset()
+    show(one, moments(light=500), 9)
+    assert one.snapshot().own == 1
+    show(one, moments(light=500), 20)
+    assert (one.snapshot().own, one.snapshot().shift, one.version) == (0, 0, 2)
+    show(one, moments(light=6))
+    assert one.snapshot().own == pytest.approx(1 / 2)
+    assert light_of(one) == pytest.approx(6)
+
+
 def test_frames_on_their_way_during_a_reset_do_not_count_after_it() -> None:
     one = follower()
     show(one, moments(light=6), 40)
