@@ -50,6 +50,11 @@ def dimmed(images: Images) -> Images:
     return np.clip(np.rint(images * 0.72 + 0.16 * 255), 0, 255).astype(np.uint8)
 
 
+def darkened(images: Images) -> Images:
+    """Half the contrast: gain 0.5, offset 0.25; the experts bear :func:`dimmed` by themselves."""
+    return np.clip(np.rint(images * 0.5 + 0.25 * 255), 0, 255).astype(np.uint8)
+
+
 def toned(images: Images) -> Images:
     """Another tone curve: gamma 1.4."""
     return np.rint(255 * (images / 255) ** 1.4).astype(np.uint8)

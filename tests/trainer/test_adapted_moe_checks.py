@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 ROWS, CELLS = 96, 5
 BANK = AdaptedMoEConfig(rows=ROWS, candidates=2000)
+PLAIN = BANK.model_copy(update={"adaptation": Adaptation.NONE})
 BUDGET = 0.05
 
 
@@ -117,17 +118,21 @@ def test_oracle_routing_gains_next_to_nothing() -> None:
     assert np.mean(oracle) - learned <= 0.01
 
 
-@pytest.mark.parametrize("what", [webs.dimmed, webs.toned, webs.blurred])
+@pytest.mark.parametrize("what", [webs.darkened, webs.toned, webs.blurred])
 def test_adaptation_takes_back_most_of_the_false_alarms_of_another_light(
     what: Callable[[webs.Images], webs.Images],
 ) -> None:
-    without = false_alarms(fitted(BANK.model_copy(update={"adaptation": Adaptation.NONE})), what)
-    assert without > 1.5 * BUDGET, "the shift must do harm for its cure to show"
+    without = false_alarms(fitted(PLAIN), what)
+    assert without > 2 * BUDGET, "the shift must do harm for its cure to show"
     assert (without - false_alarms(fitted(), what)) / (without - BUDGET) >= 0.60
 
 
+def test_adaptation_keeps_false_alarms_within_the_budget_under_a_dimmer_lamp() -> None:
+    assert false_alarms(fitted(), webs.dimmed) <= BUDGET
+
+
 def test_adaptation_does_no_harm_in_the_old_light() -> None:
-    plain = fitted(BANK.model_copy(update={"adaptation": Adaptation.NONE}))
+    plain = fitted(PLAIN)
     change = np.mean([auroc(fitted(), name) - auroc(plain, name) for name in webs.KNOWN])
     assert change >= -0.005
 
@@ -142,7 +147,7 @@ def test_defects_that_cover_half_of_an_image_are_still_found() -> None:
         half[:, :, : webs.SIDE // 2] = np.clip(half[:, :, : webs.SIDE // 2] + noise, 0, 255).astype(np.uint8)
         return half
 
-    plain = fitted(BANK.model_copy(update={"adaptation": Adaptation.NONE}))
+    plain = fitted(PLAIN)
     found = []
     for head in (fitted(), plain):
         pairs = [(judged(head, taps(name))[0], judged(head, taps(name, covered))[0]) for name in webs.KNOWN]

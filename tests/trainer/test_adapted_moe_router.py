@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trainer.methods.adapted_moe.experts import DiscriminatorSchedule, Rows, bank_expert, discriminator_expert
+from trainer.methods.adapted_moe.experts import DiscriminatorSchedule, discriminator_expert
 from trainer.methods.adapted_moe.model import LEAK, closeness
 from trainer.methods.adapted_moe.routing import LAST_RATE, RouterSpace, Schedule, accumulate, learn, scatter
 
@@ -96,37 +96,17 @@ def test_no_steps_keep_the_closed_form() -> None:
         assert torch.equal(one, two)
 
 
-def rows(seed: int = 1) -> Rows:
-    """Return rows of 6 images near a plane of the sphere, not adapted."""
+def rows(seed: int = 1) -> torch.Tensor:
+    """Return rows near a plane of the sphere."""
     generator = torch.Generator().manual_seed(seed)
     flat = torch.randn(600, D, generator=generator) * torch.tensor([1.0] * 4 + [0.05] * (D - 4))
-    of = flat / flat.norm(dim=1, keepdim=True)
-    image = torch.arange(6).repeat_interleave(100)
-    return Rows(of, image, (torch.zeros(6, D), torch.ones(6, D)), lambda r, _now: r)
+    return flat / flat.norm(dim=1, keepdim=True)
 
 
 def away() -> torch.Tensor:
     """Return rows off the plane."""
-    x = rows(2).rows + torch.randn(600, D, generator=torch.Generator().manual_seed(3)) * 0.3
+    x = rows(2) + torch.randn(600, D, generator=torch.Generator().manual_seed(3)) * 0.3
     return x / x.norm(dim=1, keepdim=True)
-
-
-def test_bank_tells_rows_of_its_sub_class_from_others_on_a_scale_of_unseen_images() -> None:
-    found = bank_expert(rows(), size=60, generator=torch.Generator().manual_seed(0))
-
-    def judge(x: torch.Tensor) -> torch.Tensor:
-        return torch.cdist(x, found["bank"]).amin(1) / found["bank_scale"]
-
-    assert found["bank"].shape == (60, D)
-    assert 0.3 < float(judge(rows(2).rows).mean()) < 1.5
-    assert float(judge(away()).mean()) > 1.5 * float(judge(rows(2).rows).mean())
-
-
-def test_bank_of_fewer_patches_than_rows_repeats_them() -> None:
-    few = replace(rows(), rows=rows().rows[::100], image=torch.arange(6))
-    found = bank_expert(few, size=60, generator=torch.Generator().manual_seed(0))
-    assert found["bank"].shape == (60, D)
-    assert len(found["bank"].unique(dim=0)) <= 6
 
 
 def test_discriminator_tells_rows_of_its_sub_class_from_others() -> None:
@@ -137,7 +117,7 @@ def test_discriminator_tells_rows_of_its_sub_class_from_others() -> None:
         hidden = torch.nn.functional.leaky_relu(x @ found["hidden_weight"] + found["hidden_bias"], LEAK)
         return -(hidden @ found["logit_weight"])
 
-    scores = torch.cat([judge(rows(2).rows), judge(away())])
+    scores = torch.cat([judge(rows(2)), judge(away())])
     ranks = scores.argsort().argsort().double()
     auroc = (ranks[600:].sum() - 600 * 599 / 2) / 600**2
     assert float(auroc) > 0.9

@@ -1,6 +1,6 @@
-"""Learning one expert from the adapted rows of its sub-class: a reduced bank, or a discriminator against noise.
+"""Learning one expert from the adapted taps of its sub-class: the memory method's banks, or a discriminator.
 
-It must not know routing. Sources: PatchCore and FedDyMem for banks, SimpleNet (Liu et al., CVPR 2023) for noise.
+It must not know routing. Source of the discriminator: SimpleNet (Liu et al., CVPR 2023), good rows against noise.
 """
 
 from __future__ import annotations
@@ -16,63 +16,45 @@ from trainer.methods.adapted_moe.adapt import unit
 from trainer.methods.adapted_moe.model import LEAK
 from trainer.methods.adapted_moe.routing import LAST_RATE
 from trainer.methods.feddymem.model import repeated
-from trainer.methods.memory.reduce import greedy_coreset, nearest, weighted_average_reduce
+from trainer.methods.memory.fit import MemoryMethod
+from trainer.methods.memory.model import LEVELS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from trainer.methods.base import FitContext
+    from trainer.methods.memory.fit import MemoryConfig
 
 _DECAY = 1e-5
-_FOLD_SHARE = 4  # rows of a fold's bank: a quarter, of half as many images, and it is made twice
-_TINY = 1e-6
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Patches of one sub-class.
-
-    Attributes:
-        rows: float32 [n, D], before adaptation.
-        image: int64 [n], which image each is of.
-        now: mean and deviation [m, D] each of the m images.
-        adapt: from rows [n, D] and the moments [n, D] of their images to adapted rows [n, D].
-    """
-
-    rows: torch.Tensor
-    image: torch.Tensor
-    now: tuple[torch.Tensor, torch.Tensor]
-    adapt: Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]
-
-    def adapted(self, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Return rows [k, D] adapted as those of index int64 [k] are."""
-        image = self.image[index]
-        return self.adapt(rows, (self.now[0][image], self.now[1][image]))
+def level_rows(rows: int) -> tuple[int, ...]:
+    """Return how many rows each level's bank has: the finest half as many, as in the memory method."""
+    return tuple(max(1, rows // 2) if name == LEVELS[0] else rows for name in LEVELS)
 
 
-def bank_expert(of: Rows, *, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Return ``bank`` float32 [size, D] and ``bank_scale`` [].
-
-    The scale is the mean distance of good patches to a smaller bank that has not seen their image (two folds): it
-    brings experts to one threshold.
+def bank_expert(context: FitContext, config: MemoryConfig) -> dict[str, torch.Tensor]:
+    """Fit a memory and return its tensors under the names of ``BANK``.
 
     Args:
-        of: patches of at least two images.
-        size: R; where there are fewer patches, rows are repeated.
-        generator: draws the first row and the folds.
+        context: its features are those of the expert alone, adapted.
+        config: of the memory; where there are fewer patches than rows, rows are repeated.
+
+    Raises:
+        DataError: fewer than two images, or features that are not finite.
     """
-    rows = of.adapted(of.rows, torch.arange(len(of.rows)))
-    bank = _reduced(rows, size, generator)
-    images = torch.randperm(int(of.image.max()) + 1, generator=generator)
-    first = torch.isin(of.image, images[: len(images) // 2])
-    total = count = 0.0
-    for seen, unseen in ((rows[first], rows[~first]), (rows[~first], rows[first])):
-        squared, _ = nearest(unseen, _reduced(seen, max(1, size // _FOLD_SHARE), generator))
-        total, count = total + float(squared.sqrt().sum()), count + len(squared)
-    return {"bank": repeated(bank, size), "bank_scale": torch.tensor(max(total / count, _TINY))}
-
-
-def _reduced(rows: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
-    anchors = rows[greedy_coreset(rows, size, generator).to(rows.device)]
-    return weighted_average_reduce([rows], anchors)[0]
+    memory = MemoryMethod.fit(context, config)
+    found = {"level_scale": memory.get_buffer("scales")}
+    for name, size in zip(LEVELS, level_rows(config.rows), strict=True):
+        layer = memory.get_submodule(f"whiten_{name}")
+        found[f"whiten_{name}"] = layer.get_parameter("weight")[:, :, 0, 0].T
+        found[f"offset_{name}"] = layer.get_parameter("bias")
+        found[f"bank_{name}"] = repeated(memory.get_buffer(f"bank_{name}"), size)
+    if memory.sites is not None:
+        layers = [memory.sites.get_submodule(f"project_{name}") for name in LEVELS]
+        found["site_project"] = torch.cat([layer.get_parameter("weight")[:, :, 0, 0] for layer in layers], 1)
+        found["site_offset"] = layers[0].get_parameter("bias")
+        found["site_mean"] = memory.sites.means[0]
+        found["site_scale"] = memory.sites.scale
+    return found
 
 
 @dataclass(frozen=True)
@@ -97,17 +79,21 @@ class DiscriminatorSchedule:
 
 
 def discriminator_expert(
-    of: Rows, *, schedule: DiscriminatorSchedule, generator: torch.Generator
+    of: torch.Tensor, *, schedule: DiscriminatorSchedule, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
     """Return ``hidden_weight`` float32 [D, H], ``hidden_bias`` [H] and ``logit_weight`` [H].
 
-    Bad rows are good ones with isotropic Gaussian noise, added before normalisation and adapted with the moments of
-    the good image; truncated hinge losses on both.
+    Bad rows are good ones with isotropic Gaussian noise, brought to unit length again; truncated hinge losses on both.
+
+    Args:
+        of: adapted rows float32 [n, D] of unit length.
+        schedule: how.
+        generator: draws weights, batches and noise.
 
     Raises:
         UsageError: training diverged.
     """
-    width, device = of.rows.shape[1], of.rows.device
+    width, device = of.shape[1], of.device
     weight = _xavier(width, schedule.hidden, generator).to(device).requires_grad_()
     bias = torch.zeros(schedule.hidden, device=device, requires_grad=True)
     out = _xavier(schedule.hidden, 1, generator)[:, 0].to(device).requires_grad_()
@@ -116,10 +102,10 @@ def discriminator_expert(
         optimiser, max(1, schedule.steps - 1), eta_min=LAST_RATE * schedule.rate
     )
     for step in range(schedule.steps):
-        index = torch.randint(len(of.rows), (min(schedule.batch, len(of.rows)),), generator=generator).to(device)
-        good = of.rows[index]
+        index = torch.randint(len(of), (min(schedule.batch, len(of)),), generator=generator).to(device)
+        good = of[index]
         noise = torch.randn(good.shape, generator=generator).to(device) * (schedule.noise / width**0.5)
-        both = torch.cat([of.adapted(good, index), of.adapted(unit(good + noise), index)])
+        both = torch.cat([good, unit(good + noise)])
         # A common factor of unit rows: entries about 1, where Xavier's weights and the rate are meant for.
         opinion = functional.leaky_relu(both @ weight * width**0.5 + bias, LEAK) @ out
         loss = sum(

@@ -5,6 +5,7 @@ Sub-classes come with the training images; nothing is chosen on defects, synthet
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,12 +14,23 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from deploy.progress import no_progress
 from edge.errors import DataError, UsageError
-from trainer.methods.adapted_moe.adapt import TRIM
-from trainer.methods.adapted_moe.experts import DiscriminatorSchedule, Rows, bank_expert, discriminator_expert
-from trainer.methods.adapted_moe.model import TAP_NAMES, AdaptedMoEHead, Router, closeness, patches
+from trainer.methods.adapted_moe.adapt import TRIM, squared_shift, unit
+from trainer.methods.adapted_moe.experts import DiscriminatorSchedule, bank_expert, discriminator_expert, level_rows
+from trainer.methods.adapted_moe.model import (
+    BANK,
+    DISCRIMINATOR,
+    TAP_NAMES,
+    AdaptedMoEHead,
+    Router,
+    closeness,
+    patches,
+)
 from trainer.methods.adapted_moe.routing import RouterSpace, Schedule, floors, learn
-from trainer.methods.base import FitContext, Method, MethodConfig
+from trainer.methods.base import Features, FitContext, Method, MethodConfig
+from trainer.methods.memory.fit import MemoryConfig
+from trainer.methods.memory.model import LEVELS, level_patches
 from trainer.methods.memory.reduce import whitening
 
 if TYPE_CHECKING:
@@ -26,20 +38,18 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from trainer.methods.base import Features
-
 _BATCH = 16
 _LEAST_IMAGES = 2
 _WINDOWS = 4  # per tile; the router sees parts of images, so that few images do not look alike
 _EXTRACTED = 32
+_ROUTER_WHITENING = 1.0  # of the mean eigenvalue: few images measure few directions
 _LEAST_BLUR = 0.05  # pixels; less changes no grey level
 
 
 class ExpertKind(str, Enum):
     """What an expert is.
 
-    ``bank``: the distance to the nearest of its rows. ``discriminator``: a small network that tells its rows from
-    noisy ones.
+    ``bank``: a memory of its sub-class. ``discriminator``: a small network that tells its rows from noisy ones.
     """
 
     BANK = "bank"
@@ -49,7 +59,8 @@ class ExpertKind(str, Enum):
 class Adaptation(str, Enum):
     """What a fitted head adapts to; a box may give other moments later.
 
-    ``image``: mean and deviation of each image. ``mean``: its mean alone. ``none``: nothing.
+    ``image``: mean and deviation of each image. ``mean``: its mean alone, but both where the general expert judges.
+    ``none``: nothing.
     """
 
     IMAGE = "image"
@@ -65,10 +76,16 @@ class AdaptedMoEConfig(MethodConfig):
 
     experts: ExpertKind = Field(ExpertKind.BANK, description="What an expert is.")
     adaptation: Adaptation = Field(Adaptation.MEAN, description="What the head adapts to until a box says otherwise.")
-    trim: float = Field(TRIM, ge=0, le=0.5, description="Share of an image's patches that its moments leave out.")
-    whitening: float = Field(1.0, gt=0, description="Added to every eigenvalue, as a share of their mean.")
-    rows: int = Field(392, ge=2, le=2000, description="Rows of each expert's bank.")
+    trim: float = Field(TRIM, ge=0, le=0.5, description="Share of an image's sites that its moments leave out.")
+    usual: float = Field(
+        1.0, ge=0, description="Shift, in units of what training images show, up to which an image's moments are noise."
+    )
+    rows: int = Field(500, ge=2, le=2000, description="Rows of each bank of an expert; its finest level has half.")
     candidates: int = Field(20_000, ge=2, description="Patches of each sub-class, drawn at random, to learn from.")
+    whitening: float = Field(0.3, gt=0, description="Added to every eigenvalue, as a share of their mean.")
+    background: float = Field(0.5, ge=0, le=1, description="Share of its own mean that is taken off a bank's map.")
+    site_weight: float = Field(1.0, ge=0, description="Weight of the distance to each site's own mean; 0 is none.")
+    site_components: int = Field(96, ge=1, description="Principal directions that the sites are compared in.")
     hidden: int = Field(128, ge=1, le=1024, description="Hidden units of a discriminator.")
     expert_steps: int = Field(300, ge=1, description="Optimiser steps of each discriminator.")
     expert_rate: float = Field(2e-3, gt=0, description="Learning rate of discriminators (Adam).")
@@ -125,8 +142,14 @@ class AdaptedMoEMethod(Method):
         own = _own(config)
         try:
             names = tuple(bytes(tensors["names"].tolist()).decode().split("\n"))
-            channels = tuple(int(tensors[f"project.from_{tap}.weight"].shape[1]) for tap in TAP_NAMES)
-            head = _empty((channels[0], channels[1]), names, own)
+            channels = tuple(int(tensors[f"project.{tap}.weight"].shape[1]) for tap in TAP_NAMES)
+            wanted = BANK if own.experts is ExpertKind.BANK else DISCRIMINATOR
+            shapes = {
+                name: tuple(tensors[name].shape[1:])
+                for name in wanted
+                if own.site_weight or not name.startswith("site_")
+            }
+            head = _empty(channels, names, own, shapes)
             head.load_state_dict(tensors)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"these tensors are no Adapted-MoE head ({error}); train again") from error
@@ -139,17 +162,37 @@ def _own(config: MethodConfig) -> AdaptedMoEConfig:
     return config
 
 
-def _empty(channels: tuple[int, int], names: tuple[str, ...], config: AdaptedMoEConfig) -> AdaptedMoEHead:
-    width = sum(channels)
-    shapes: dict[ExpertKind, dict[str, tuple[int, ...]]] = {
-        ExpertKind.BANK: {"bank": (config.rows, width), "bank_scale": ()},
-        ExpertKind.DISCRIMINATOR: {
-            "hidden_weight": (width, config.hidden),
-            "hidden_bias": (config.hidden,),
-            "logit_weight": (config.hidden,),
-        },
+def _empty(
+    channels: tuple[int, ...], names: tuple[str, ...], config: AdaptedMoEConfig, shapes: dict[str, tuple[int, ...]]
+) -> AdaptedMoEHead:
+    return AdaptedMoEHead(
+        channels=channels,
+        experts=shapes,
+        subclasses=names,
+        trim=config.trim,
+        background=config.background,
+        site_weight=config.site_weight,
+    )
+
+
+def _shapes(taps: dict[str, torch.Tensor], config: AdaptedMoEConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of an expert's tensors, by name."""
+    channels = [int(taps[name].shape[1]) for name in LEVELS]
+    if config.experts is ExpertKind.DISCRIMINATOR:
+        sizes = ((sum(channels), config.hidden), (config.hidden,), (config.hidden,))
+        return dict(zip(DISCRIMINATOR, sizes, strict=True))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, width, rows in zip(LEVELS, channels, level_rows(config.rows), strict=True):
+        shapes |= {f"whiten_{name}": (width, width), f"offset_{name}": (width,), f"bank_{name}": (rows, width)}
+    kept, (fine, grid) = min(config.site_components, sum(channels)), (taps[name].shape[2:] for name in LEVELS[:2])
+    return {
+        **shapes,
+        "level_scale": (len(LEVELS),),
+        "site_project": (kept, sum(channels)),
+        "site_offset": (kept,),
+        "site_mean": (kept, *grid),
+        "site_scale": (fine[0], fine[1]),
     }
-    return AdaptedMoEHead(channels=channels, experts=shapes[config.experts], subclasses=names, trim=config.trim)
 
 
 def subclass_labels(context: FitContext) -> tuple[tuple[str, ...], torch.Tensor]:
@@ -201,41 +244,43 @@ class _Fit:
             raise DataError("adapted_moe got no training features; add good parts to train/good")
         self.names, labels = subclass_labels(context)
         self.labels = labels.repeat_interleave(self.features.tiles_per_image)
-        channels = [int(self.features.taps[name].shape[1]) for name in TAP_NAMES]
-        self.built = _empty((channels[0], channels[1]), self.names, config).to(self.device)
+        channels = tuple(int(self.features.taps[name].shape[1]) for name in TAP_NAMES)
+        self.built = _empty(channels, self.names, config, _shapes(self.features.taps, config)).to(self.device)
 
     def head(self) -> AdaptedMoEHead:
         head = self.built
-        with torch.no_grad():
-            head.project.set(*self._whitening())
+        for name in LEVELS:
+            head.project.set(name, *self._whitening(name))
         self._route()
-        found = [self._expert(index) for index in range(len(self.names))]
-        with torch.no_grad():
-            for index, tensors in enumerate(found):
-                for name, value in tensors.items():
-                    head.get_buffer(name)[index] = value.to(self.device)
+        for index in range(head.experts):
+            found = self._expert(index)
+            self.context.progress("experts", index + 1, head.experts)
+            with torch.no_grad():
+                for name in head.expert_state:
+                    head.get_buffer(name)[index] = found[name].to(self.device)
         return head.to("cpu").eval().requires_grad_(requires_grad=False)
 
     def _batches(self, of: Features, tiles: torch.Tensor | None = None) -> Iterator[tuple[torch.Tensor, ...]]:
         return of.batches(TAP_NAMES, _BATCH, device=self.device, order=tiles)
 
-    def _whitening(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mean of the sub-classes' means and what whitens patches within them, [D] and [D, D]."""
+    def _whitening(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean of the sub-classes' means of a level, and what whitens patches within them."""
         means = []
-        for index in range(len(self.names)):
+
+        def level(index: int) -> Iterator[torch.Tensor]:
             tiles = (self.labels == index).nonzero()[:, 0]
-            means.append(sum(patches(*t).mean((2, 3)).sum(0) for t in self._batches(self.features, tiles)) / len(tiles))
+            for (tap,) in self.features.batches((name,), _BATCH, device=self.device, order=tiles):
+                yield level_patches(name, tap).permute(0, 2, 3, 1).flatten(0, 2)
 
-        def centred() -> Iterator[torch.Tensor]:
-            for index, mean in enumerate(means):
-                tiles = (self.labels == index).nonzero()[:, 0]
-                for taps in self._batches(self.features, tiles):
-                    yield (patches(*taps) - mean[:, None, None]).permute(0, 2, 3, 1).flatten(0, 2)
-
+        for index in range(len(self.names)):
+            sums = [(rows.sum(0), len(rows)) for rows in level(index)]
+            means.append(torch.stack([total for total, _ in sums]).sum(0) / sum(count for _, count in sums))
         middle = torch.stack(means).mean(0)
-        _, matrix = whitening(centred(), self.config.whitening)
+        _, matrix = whitening(
+            (rows - mean for index, mean in enumerate(means) for rows in level(index)), self.config.whitening
+        )
         if not (torch.isfinite(matrix).all() and torch.isfinite(middle).all()):
-            raise DataError("features of the training images are not finite; check the images")
+            raise DataError(f"features of tap {name} are not finite; check the training images")
         return middle, matrix.to(self.device)
 
     def _route(self) -> None:
@@ -246,7 +291,7 @@ class _Fit:
         # Every second one is kept for the floors: what was learnt from would call any other light unknown.
         points = torch.cat([whole, self._windows(), jittered[::2]])
         labels = torch.cat([self.labels, self.labels.repeat_interleave(_WINDOWS), self.labels[drawn[::2]]])
-        space = RouterSpace.closed_form(points, labels, count, config.whitening)
+        space = RouterSpace.closed_form(points, labels, count, _ROUTER_WHITENING)
         schedule = Schedule(
             steps=config.steps if count > 1 else 0,
             rate=config.router_rate,
@@ -273,19 +318,14 @@ class _Fit:
 
     def _pooled(self, of: Features) -> torch.Tensor:
         """Return the mean patch feature of every tile, float32 [n, D], on the CPU."""
-        found = [Router.pooled(*taps).cpu() for taps in self._batches(of)]
-        return torch.cat(found) if found else torch.zeros(0, sum(self.channels))
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Of the taps."""
-        return tuple(int(self.features.taps[name].shape[1]) for name in TAP_NAMES)
+        found = [Router.pooled(*taps[1:]).cpu() for taps in self._batches(of)]
+        return torch.cat(found) if found else torch.zeros(0, self.built.route_centre.shape[1])
 
     def _windows(self) -> torch.Tensor:
         """Return the mean patch feature of windows of half the height and width, float32 [n * windows, D]."""
         found = []
         for taps in self._batches(self.features):
-            grid = patches(*taps)
+            grid = patches(*taps[1:])
             height, width = (max(1, side // 2) for side in grid.shape[2:])
             for one in grid:
                 for _ in range(_WINDOWS):
@@ -305,51 +345,75 @@ class _Fit:
             turned = [in_another_light(one, self.config.jitter, rng) for one in images[part.numpy()]]
             found.append(self._pooled(self.context.extract(np.ascontiguousarray(turned))))
             self.context.progress("light", int(sum(map(len, found))), count)
-        return torch.cat(found) if found else torch.zeros(0, sum(self.channels)), drawn
+        return torch.cat(found) if found else torch.zeros(0, self.built.route_centre.shape[1]), drawn
 
     def _expert(self, index: int) -> dict[str, torch.Tensor]:
-        """Return all that belongs to one sub-class: its moments and its expert."""
-        of = self._rows(index)
-        self.context.progress("experts", index + 1, len(self.names))
-        if self.config.experts is ExpertKind.BANK:
-            return bank_expert(of, size=self.config.rows, generator=self.generator)
+        """Set the moments of one expert, and return its other tensors."""
+        config = self.config
+        of = self._shown(index, self._subset(index))
+        if config.experts is ExpertKind.BANK:
+            memory = MemoryConfig(
+                rows=config.rows,
+                candidates=config.candidates,
+                whitening=config.whitening,
+                site_weight=config.site_weight,
+                site_components=config.site_components,
+            )
+            return bank_expert(replace(self.context, features=of, progress=no_progress), memory)
         schedule = DiscriminatorSchedule(
-            hidden=self.config.hidden,
-            steps=self.config.expert_steps,
-            rate=self.config.expert_rate,
-            batch=self.config.expert_rows,
-            noise=self.config.noise,
-            margin=self.config.margin,
+            hidden=config.hidden,
+            steps=config.expert_steps,
+            rate=config.expert_rate,
+            batch=config.expert_rows,
+            noise=config.noise,
+            margin=config.margin,
         )
-        return discriminator_expert(of, schedule=schedule, generator=self.generator)
+        return discriminator_expert(self._rows(of), schedule=schedule, generator=self.generator)
 
-    def _rows(self, index: int) -> Rows:
-        """Measure the moments of one sub-class, set them, and draw its rows."""
-        head, tiles = self.built, (self.labels == index).nonzero()[:, 0]
-        drawn, images, means, stds = [], [], [], []
-        share = self.config.candidates / len(tiles)
-        with torch.no_grad():
-            for taps in self._batches(self.features, tiles):
-                rows = head.project(*taps)
-                mean, std = head.moments(rows)
-                means.append(mean)
-                stds.append(std)
-                for one in rows:
-                    kept = torch.randperm(len(one), generator=self.generator)[: max(1, round(share))]
-                    images.append(torch.full((len(kept),), len(images)))
-                    drawn.append(one[kept.to(one.device)])
-            mean, std = torch.cat(means), torch.cat(stds)
-            # An image's own deviation, not that of all patches: between images the mean wanders, and adaptation
-            # takes that away. So what was seen in training is adapted to itself.
-            head.expert_mean[index] = head.tta_mean[index] = mean.mean(0)
-            head.expert_std[index] = head.tta_std[index] = std.square().mean(0).sqrt()
-            own, scale = _MODES[self.config.adaptation]
-            head.set_adaptation(own=own, scale=scale)
-            chosen = torch.full((len(mean),), index, device=self.device)
-            given = head.blended(mean, std, chosen)
+    def _subset(self, index: int) -> Features:
+        """Return the features of one sub-class, or all of them for the general expert."""
+        if index == len(self.names):
+            return self.features
+        tiles = (self.labels == index).nonzero()[:, 0]
+        images = tiles[:: self.features.tiles_per_image] // self.features.tiles_per_image
+        return Features(
+            {name: self.features.taps[name][tiles] for name in TAP_NAMES},
+            self.features.tiles_per_image,
+            self.features.groups[images.numpy()],
+        )
 
-        def adapt(rows: torch.Tensor, now: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-            whose = torch.full((len(rows),), index, device=rows.device)
-            return head.shown(rows[:, None], whose, now)[:, 0]
+    @torch.no_grad()
+    def _shown(self, index: int, of: Features) -> Features:
+        """Measure the moments of an expert's images, set them, and return the images' taps as it will see them."""
+        head, general = self.built, index == len(self.names)
+        own, scale = _MODES[self.config.adaptation]
+        moments = [head.measured(taps) for taps in self._batches(of)]
+        mean, std = (torch.cat(part) for part in zip(*moments, strict=True))
+        # An image's own deviation, not that of all sites: between images the mean wanders, and adaptation takes that
+        # away. So what was seen in training is adapted to itself.
+        head.expert_mean[index] = head.tta_mean[index] = mean.mean(0)
+        head.expert_std[index] = head.tta_std[index] = std.square().mean(0).sqrt()
+        # What the general expert judges is of no known light and make: there is no usual shift, nor a deviation.
+        head.tta_mode[index] = torch.tensor([own, own if general else scale])
+        if not general:
+            shift = squared_shift(mean, head.expert_mean[index], head.expert_std[index]).mean().sqrt()
+            # The mean has seen each of these images: without it, it lies n / (n - 1) times as far from it.
+            head.tta_usual[index] = self.config.usual * shift * len(of) / (len(of) - 1)
+        found: dict[str, torch.Tensor] = {
+            name: torch.empty(len(of), *of.taps[name].shape[1:], dtype=torch.float16) for name in TAP_NAMES
+        }
+        for start, taps in zip(range(0, len(of), _BATCH), self._batches(of), strict=True):
+            chosen = torch.full((len(taps[0]),), index, device=self.device)
+            for name, tap in zip(TAP_NAMES, head.shown(taps, chosen, head.present(taps, chosen)), strict=True):
+                found[name][start : start + len(tap)] = tap.cpu()
+        return Features(found, of.tiles_per_image, of.groups)
 
-        return Rows(torch.cat(drawn), torch.cat(images).to(self.device), given, adapt)
+    @torch.no_grad()
+    def _rows(self, of: Features) -> torch.Tensor:
+        """Return rows of unit length drawn from adapted taps, float32 [n, D]."""
+        drawn, share = [], self.config.candidates / len(of)
+        for taps in self._batches(of):
+            for rows in unit(self.built.project(*taps)):
+                kept = torch.randperm(len(rows), generator=self.generator)[: max(1, round(share))]
+                drawn.append(rows[kept.to(rows.device)])
+        return torch.cat(drawn)
