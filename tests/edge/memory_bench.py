@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edge.adaptation.look import PLAIN
 from edge.federation.connection import LinkKind, LinkState
 from edge.federation.update import FleetBank, MemoryUpdate
 from edge.frames import Decision, Frame, Verdict
@@ -26,6 +27,7 @@ from tests.edge.tiny_memory import ENGINE, PRECISION, embedding_of
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from edge.adaptation.look import Look
     from edge.alerts.message import Message
     from edge.bundle import Bundle, Engine
     from edge.judgement.region_of_interest import RegionOfInterest
@@ -90,6 +92,7 @@ class Bench:
         link: Fleet | None = None,
         region: RegionOfInterest | None = None,
         engine: Engine = ENGINE,
+        drift: Any = None,
         **settings: Any,
     ) -> None:
         self.bundle, self.link, self.region = bundle, link, region
@@ -115,7 +118,7 @@ class Bench:
             learner=self.opened.learner, store=self.opened.store, progress=self.opened.progress,
             sender=Sender("fleet", "plant/box1", bundle.manifest.product, "", embedding), link=link,
             notify=self._notify, answer=lambda verb, **values: self.answers.append({"verb": verb, **values}),
-            metrics=self.metrics, clock=lambda: self.now,
+            metrics=self.metrics, clock=lambda: self.now, drift=drift,
         )  # fmt: skip
 
     @property
@@ -134,11 +137,11 @@ class Bench:
         self.camera.judge = self.camera.judges[prediction.memory_version]
         return frame, self.camera.judge.judge(prediction)
 
-    def show(self, image: np.ndarray, *, alarmed: bool = False, **changes: Any) -> Verdict:
+    def show(self, image: np.ndarray, *, alarmed: bool = False, look: Look = PLAIN, **changes: Any) -> Verdict:
         """Capture, judge and offer an image a sampling interval after the last one, and let the keeper work."""
         self.now += self.settings.every_s
         frame, verdict = self.capture(image, **changes)
-        self.keeper.offer(frame, verdict, alarmed or verdict.decision is Decision.NOK)
+        self.keeper.offer(frame, verdict, alarmed or verdict.decision is Decision.NOK, look)
         self.keeper.turn(0)
         return verdict
 
