@@ -77,19 +77,30 @@ class Scores:
         return cls(plain["folder"], (good, bad), plain["thresholds"], plain["scores"], plain["rows"], plain["followed"])
 
     def joined(self, other: Scores) -> Scores:
-        """Return both, of other conditions of the same folder and detectors.
+        """Return both, of other conditions or other detectors of the same folder.
 
         Raises:
             ValueError: they are not of the same images or thresholds.
         """
-        if (self.folder, self.groups, self.thresholds) != (other.folder, other.groups, other.thresholds):
+        alike = all(self.thresholds[name] == other.thresholds[name] for name in self.scores.keys() & other.scores)
+        same = all(self.rows[condition] == other.rows[condition] for condition in self.rows.keys() & other.rows)
+        if not (alike and same and (self.folder, self.groups) == (other.folder, other.groups)):
             raise ValueError(f"{self.folder} and {other.folder} were not judged with the same images and thresholds")
         scores = {
-            name: {how: {**found, **other.scores[name][how]} for how, found in each.items()}
-            for name, each in self.scores.items()
+            name: {
+                how: {**self.scores.get(name, {}).get(how, {}), **other.scores.get(name, {}).get(how, {})}
+                for how in CORRECTIONS
+            }
+            for name in {**self.scores, **other.scores}
         }
-        rows, followed = {**self.rows, **other.rows}, {**self.followed, **other.followed}
-        return Scores(self.folder, self.groups, self.thresholds, scores, rows, followed)
+        return Scores(
+            self.folder,
+            self.groups,
+            {**self.thresholds, **other.thresholds},
+            scores,
+            {**self.rows, **other.rows},
+            {**self.followed, **other.followed},
+        )
 
 
 @dataclass(frozen=True)

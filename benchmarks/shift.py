@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Goal]:
 
 
 def read(paths: Sequence[Path]) -> list[Scores]:
-    """Read scores; those of one folder in several files are put together.
+    """Read scores; those of one folder in several files, of other shifts or detectors, are put together.
 
     Raises:
         ValueError: what is put together is not of the same images and thresholds.
@@ -230,9 +230,13 @@ def read(paths: Sequence[Path]) -> list[Scores]:
         for plain in json.loads(path.read_text(encoding="utf-8")):
             one = Scores.read(plain)
             found[one.folder] = found[one.folder].joined(one) if one.folder in found else one
-    common = set.intersection(*(set(one.rows) for one in found.values()))
-    if any(set(one.rows) != common for one in found.values()):
-        raise ValueError("folders were judged under different shifts; read files of the same ones")
+    first = next(iter(found.values()))
+    for one in found.values():
+        judged = {tuple(sorted(each)) for by in one.scores.values() for each in by.values()}
+        if judged != {tuple(sorted(first.rows))} or one.scores.keys() != first.scores.keys():
+            raise ValueError(
+                f"{one.folder}: not all detectors and shifts of {first.folder} were judged; read all files"
+            )
     return list(found.values())
 
 

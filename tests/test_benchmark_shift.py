@@ -192,6 +192,11 @@ def test_a_rise_too_small_to_share_is_not_a_figure() -> None:
     assert str(estimate) == "-"
 
 
+def _written(path: Path, one: Scores) -> list[Path]:
+    path.write_text(json.dumps([one.plain()]), encoding="utf-8")
+    return [path]
+
+
 def test_folders_weigh_the_same_and_files_of_one_folder_are_put_together(tmp_path: Path) -> None:
     whole = folder_by_hand()
 
@@ -211,6 +216,12 @@ def test_folders_weigh_the_same_and_files_of_one_folder_are_put_together(tmp_pat
         ours_found, theirs_found = (f.recovery(["memory"], how, [DIMMED]) for f in (ours, theirs))
         assert ours_found.value == theirs_found.value
         assert ours_found.interval == theirs_found.interval
+    with pytest.raises(ValueError, match="not all detectors and shifts"):
+        shift.read([paths[0], *_written(tmp_path / "b.json", folder_by_hand("b"))])
+    pbas = folder_by_hand().plain()
+    pbas |= {"scores": {"pbas": pbas["scores"]["memory"]}, "thresholds": {"pbas": 3.0}}
+    (both,) = shift.read([*paths, *_written(tmp_path / "pbas.json", Scores.read(pbas))])
+    assert Figures([both], resamples=5).rate(FALSE_POSITIVES, ["pbas"], NONE, [CLEAN]).value == 0.5
     other = folder_by_hand("b")
     other.scores["memory"][NONE][CLEAN] = ([6.0] * 4, [7.0, 7.0])
     assert Figures([whole, other], resamples=5).rate(FALSE_POSITIVES, ["memory"], NONE, [CLEAN]).value == 0.625
