@@ -19,6 +19,9 @@ from edge.adaptation.shift import shift_of
 from tests.edge.adaptation_values import TAP, moments
 
 USUAL = 0.25
+REFERENCE_ROW = [
+    float(value) for part in (moments().mean, moments().std) for name in (IMAGE, TAP) for value in part[name]
+]
 FAR = AdaptationSettings(bound=1e6, clip=1e3, scale=100.0)
 
 
@@ -32,8 +35,15 @@ def rows_of(values: list[float]) -> Moments:
     return Moments({IMAGE: means[:3], TAP: means[3:]}, {IMAGE: stds[:3], TAP: stds[3:]})
 
 
-any_moments = st.lists(
-    st.one_of(st.floats(-500, 500), st.floats(width=32), st.just(math.nan)), min_size=16, max_size=16
+def eights(values: st.SearchStrategy[float]) -> st.SearchStrategy[list[float]]:
+    return st.lists(values, min_size=16, max_size=16)
+
+
+# Mostly such that are taken, some near the reference, some that no camera gives.
+any_moments = st.one_of(
+    eights(st.floats(-500, 500)),
+    eights(st.floats(-2, 2)).map(lambda add: [r + a for r, a in zip(REFERENCE_ROW, add, strict=True)]),
+    eights(st.one_of(st.floats(-500, 500), st.floats(width=32), st.just(math.nan))),
 ).map(rows_of)
 
 
@@ -95,6 +105,17 @@ def test_the_bound_is_said_to_act_until_the_stream_is_well_inside_again() -> Non
     assert estimate.at_bound
     estimate.take(moments())
     assert not estimate.at_bound
+
+
+def test_an_estimate_near_the_bound_does_not_go_on_and_off() -> None:
+    estimate = running(AdaptationSettings(bound=4, half_life=2))
+    edge = 30 * 3.96 / estimate.size_of(moments(light=30))
+    said = []
+    for light, times in ((0.95, 20), (1, 40), (0.95, 20), (0.85, 20)):
+        for _ in range(times):
+            estimate.take(moments(light=light * edge))
+        said.append(estimate.at_bound)
+    assert said == [False, True, True, False]
 
 
 @settings(max_examples=60, deadline=None)
