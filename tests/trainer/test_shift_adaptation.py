@@ -315,3 +315,12 @@ def test_pooled_variant_is_not_told_subclasses(cloth: Material) -> None:
     told = [context.subclasses is None for context in LightMethod.seen]
     assert told == [False, True, False, True]
     assert shift_moments.ALL == ""
+
+
+def test_figures_of_a_method_do_not_depend_on_what_else_is_judged(cloth: Material) -> None:
+    together = evaluate_material(cloth, settings("light", "routed")).methods
+    for one in together:
+        (alone,) = evaluate_material(cloth, settings(one.name)).methods
+        assert alone == one
+    given = [method.settings["unseen+5"]["image_auroc"] for method in together]
+    assert given[0] != given[1]  # they are brought to different moments, so that a mix-up would show

@@ -17,7 +17,8 @@ from deploy.metrics import image_auroc
 from edge.bundle import Pooling, Preprocessing
 from edge.errors import DataError, EngineError, UsageError
 from trainer import fit
-from trainer.data.subclasses import Material, SubclassImage
+from trainer.data.subclass_shift import subclass_shift_splits
+from trainer.data.subclasses import Material, SubclassImage, digests
 from trainer.data.texture_factory import TextureFactory
 from trainer.evaluation import command, shift_stage, shift_variants
 from trainer.evaluation.shift import ShiftSettings, evaluate_material
@@ -173,14 +174,19 @@ def test_threshold_is_frozen_on_calibration_for_every_setting(cloth: Material, m
     fits, used = [], []
     frozen, measured = shift_stage.fit_threshold, shift_stage.measure
     monkeypatch.setattr(shift_stage, "fit_threshold", lambda *a: fits.append(a) or frozen(*a))
+    scored: list[Features] = []
+    scores_of = shift_stage.Stage.scores
+    monkeypatch.setattr(shift_stage.Stage, "scores", lambda *a: scored.append(a[2]) or scores_of(*a))
     monkeypatch.setattr(shift_stage, "measure", lambda *a, **k: used.append(k) or measured(*a, **k))
     found = evaluate_material(cloth, replace(TOYS, methods=("moving",)))
     rotations = found.methods[0].rotations
-    assert len(fits) == len(rotations) == 2
-    for (scores, groups, alpha), rotation in zip(fits, rotations, strict=True):
+    splits = subclass_shift_splits(cloth, digests(cloth), rotations=2)
+    assert len(fits) == len(rotations) == len(splits) == 2
+    assert all(one is context.validation.good for one, context in zip(scored, Fixed.contexts, strict=True))
+    for (scores, groups, alpha), rotation, split in zip(fits, rotations, splits, strict=True):
         assert len(scores) == rotation.n_calibration
-        assert {group.partition("/")[0] for group in groups} == set(rotation.trained)
-        assert {group.split("/")[1] for group in groups} == {"train"}
+        assert groups.tolist() == [image.group for image in split.calibration]
+        assert not {image.name for image in split.calibration} & {image.name for image in split.fit}
         assert frozen(scores, groups, alpha).value == rotation.threshold
     assert {k["setting"] for k in used} == {"seen", *UNSEEN_SETTINGS, "unseen+1 rows", "unseen+5 rows"}
     assert {k["threshold"] for k in used} == {rotation.threshold for rotation in rotations}

@@ -98,6 +98,7 @@ def test_nothing_that_is_tested_on_is_learned_from(
             assert of_test.isdisjoint(pixels[one.name] for one in given_shots)
             assert all(one.subclass == name and not one.anomalous for one in given_shots)
             assert len(given_shots) <= max(SHOTS)
+            assert not made.subclass(name).train or all(one.split == "train" for one in given_shots)
         if not any("one group each" in note for note in split.notes):
             assert {one.group for one in split.fit}.isdisjoint(one.group for one in split.calibration)
     shuffled = list(made.subclasses)

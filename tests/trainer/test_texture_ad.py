@@ -72,17 +72,17 @@ def test_masks_are_paired_by_stem_in_any_order_of_files(tmp_path: Path) -> None:
     folder = tmp_path / "1"
     for i in range(4):
         write(folder / f"train/good/{i}.png", picture(i))
-    stems = ["b's cut", "A 2", "z", "10", "9"]
-    # Sorted as files, masks come in another order than images: 9.png beside a-9_mask.png would not.
+    stems = ["b's cut", "A 2", "z", "10", "9", "x", "xA"]
+    # Sorted as files, masks come in another order than images: x.PNG before xA.PNG, but xA.png before x_mask.png.
     for i, stem in enumerate(stems):
         write(folder / f"test/hole/{stem}.PNG", picture(50 + i))
-        write(folder / f"ground_truth/hole/{stem}{'_mask' if i % 2 else ''}.png", spot(4 * i))
+        write(folder / f"ground_truth/hole/{stem}{'_mask' if i % 2 else ''}.png", spot(3 * i))
     found = read_material(tmp_path)
     shown = {image.name: image for image in found.subclasses[0].test}
     for i, stem in enumerate(stems):
         image = shown[f"1/test/hole/{stem}.PNG"]
         assert image.load_mask is not None
-        np.testing.assert_array_equal(image.load_mask((SIDE, SIDE)), spot(4 * i) > 0)
+        np.testing.assert_array_equal(image.load_mask((SIDE, SIDE)), spot(3 * i) > 0)
 
 
 @pytest.mark.parametrize("kind", ["16 bit", "palette", "three channels", "one"])
