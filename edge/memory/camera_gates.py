@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from edge.errors import DataError
+from edge.inference.preprocessing import cut_map
 from edge.memory.gate import FrameGate, GateSettings, Learn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import numpy as np
     import numpy.typing as npt
 
+    from edge.bundle import Manifest
     from edge.memory.changeover import JudgedCamera
 
 
@@ -51,6 +54,14 @@ class CameraGates:
             self.trouble = str(error)
         self._gates[camera] = (scores, gate)
         return gate
+
+    def inside(self, camera: str, manifest: Manifest) -> npt.NDArray[np.bool_] | None:
+        """Return which patches of a camera's frames count, bool [tiles, L]; None where all do."""
+        mask = self._cameras[camera].judge.mask
+        if mask is None:
+            return None
+        tiles = cut_map(mask, manifest.preprocessing, manifest.map_stride)
+        return np.asarray(tiles.reshape(len(tiles), -1), dtype=np.bool_)
 
     def declared(self, camera: str) -> FrameGate:
         """Return a gate for a frame that somebody declared good: it needs no calibration."""

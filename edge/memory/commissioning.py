@@ -5,13 +5,16 @@ Thresholds of a new memory are made from it alone; it must not know live frames,
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edge.bundle import CalibrationScores, load_arrays
+from edge.capture.sources import read_image
 from edge.errors import BundleError, CaptureError, DataError
+from edge.inference.preprocessing import to_canvas
 from edge.judgement.score import pool_score
 from edge.memory.search import anomaly_map
 
@@ -22,10 +25,12 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edge.bundle import Bundle, Manifest, Precision
+    from edge.inference.detector import Detector
 
     Rows = npt.NDArray[np.float32]
     Embed = Callable[[npt.NDArray[np.uint8]], Rows]
 
+_LOG = logging.getLogger(__name__)
 MIN_IMAGES = 10
 """Fewer say nothing of a tail, nor of a quantile to learn below."""
 MAX_BYTES = 256 * 2**20
@@ -76,6 +81,37 @@ class Commissioning:
         if not np.isfinite(scores).all():
             raise DataError("images of the commissioning set have no finite score; make the set again")
         return CalibrationScores(scores=scores, maps=np.stack(maps).astype(np.float16), groups=self.groups)
+
+
+def commissioning_of(
+    detector: Detector, folder: Path | None, *, stop: Callable[[], bool] = lambda: False
+) -> Commissioning | None:
+    """Return what a box commissions its memory with: the images of a folder, or what its bundle carries.
+
+    Args:
+        detector: embeds the images.
+        folder: of images of good parts; None for those of the bundle.
+        stop: the box is stopping.
+
+    Returns:
+        None where the bundle carries none.
+
+    Raises:
+        DataError: too few images of the folder can be used.
+        BundleError: the bundle's file is damaged.
+        EngineError: the engine gives up.
+    """
+    bundle = detector.bundle
+    if folder is None:
+        return packed_commissioning(bundle, detector.status.precision)
+    preprocessing = bundle.manifest.preprocessing
+    found = commissioning_of_folder(
+        folder, lambda image: detector.embeddings_of_canvas(to_canvas(image, preprocessing)), read_image, stop=stop
+    )
+    if found is None:
+        raise DataError(f"{folder}: fewer than {MIN_IMAGES} images of good parts that can be used; add some")
+    _LOG.info("memory: %d commissioning images, %d left out", len(found), found.left_out)
+    return found
 
 
 def packed_commissioning(bundle: Bundle, precision: Precision) -> Commissioning | None:

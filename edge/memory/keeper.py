@@ -13,26 +13,21 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from edge.adaptation.look import PLAIN
 from edge.alerts.message import AcceptCommand, NoticeKind, Severity, ShipCommand
 from edge.alerts.topics import ACCEPT_VERB, SHIP_VERB
-from edge.capture.sources import read_image
 from edge.errors import DataError, LinewardError
-from edge.inference.preprocessing import cut_map, to_canvas
+from edge.inference.preprocessing import to_canvas
 from edge.memory.banks import Banks
 from edge.memory.camera_gates import CameraGates
 from edge.memory.changeover import NO_COMMISSIONING
-from edge.memory.commissioning import commissioning_of_folder, packed_commissioning
+from edge.memory.commissioning import commissioning_of
 from edge.memory.link_watch import LinkWatch
 from edge.memory.recent import RecentFrame, RecentFrames
 from edge.memory.sampling import Sampler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    import numpy.typing as npt
 
     from edge.adaptation.look import Look
     from edge.adaptation.owner import DriftOwner
@@ -247,23 +242,9 @@ class MemoryKeeper:
             self._notify(NoticeKind.MEMORY_FAILED, Severity.WARNING, f"{name}: {reason}", step=name)
 
     def _commission(self) -> bool:
-        bundle, status = self._detector.bundle, self._detector.status
         folder = self._settings.commissioning
-        if folder is None:
-            self._changeover.commissioning = packed_commissioning(bundle, status.precision)
-            return True
-        preprocessing = bundle.manifest.preprocessing
-        found = commissioning_of_folder(
-            folder,
-            lambda image: self._detector.embeddings_of_canvas(to_canvas(image, preprocessing)),
-            read_image,
-            stop=self._stop.is_set,
-        )
-        if found is None:
-            raise DataError(f"{folder}: fewer than 10 images of good parts that can be used; add some")
-        self._changeover.commissioning = found
-        _LOG.info("memory: %d commissioning images, %d left out", len(found), found.left_out)
-        self._recalibrate = self._changeover.version == 0
+        self._changeover.commissioning = commissioning_of(self._detector, folder, stop=self._stop.is_set)
+        self._recalibrate = folder is not None and self._changeover.version == 0
         return True
 
     def _held(self) -> str:
@@ -288,16 +269,9 @@ class MemoryKeeper:
         version = self._changeover.version
         gate = self._gates.by_score(frame.camera, memory_version=version)
         if gate is not None and verdict.memory_version == version:
-            inside = self._inside(frame.camera)
+            inside = self._gates.inside(frame.camera, self._detector.bundle.manifest)
             self._learner.take(embedding, verdict.score, gate, inside=inside, alarmed=sample.alarmed)
         return True
-
-    def _inside(self, camera: str) -> npt.NDArray[np.bool_] | None:
-        mask, manifest = self._cameras[camera].judge.mask, self._detector.bundle.manifest
-        if mask is None:
-            return None
-        tiles = cut_map(mask, manifest.preprocessing, manifest.map_stride)
-        return np.asarray(tiles.reshape(len(tiles), -1), dtype=np.bool_)
 
     def _obey(self, command: Message) -> None:
         verb = ACCEPT_VERB if isinstance(command, AcceptCommand) else SHIP_VERB
@@ -327,7 +301,7 @@ class MemoryKeeper:
             raise DataError(f"camera {command.camera} teaches nothing now: {hold}; see to that first")
         gate = self._gates.declared(command.camera)
         embedding = self._detector.embeddings_of_canvas(found.canvas, found.look)
-        inside = self._inside(command.camera)
+        inside = self._gates.inside(command.camera, self._detector.bundle.manifest)
         if not self._learner.take(embedding, found.score, gate, inside=inside, alarmed=True, declared=True):
             raise DataError("memory.learn is off; set it to score or declared")
         found.accepted = True
