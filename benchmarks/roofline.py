@@ -23,6 +23,7 @@ from benchmarks._setting import Goal, add_bundle_option, bundle_for, frames_1080
 from edge.bundle import Engine, Precision
 from edge.inference.engines import supports
 from edge.inference.onnx_file import with_initialisers
+from edge.inference.openvino_session import core
 from edge.inference.preprocessing import cut_tiles, to_canvas
 from edge.inference.search_blocks import block_searches
 from edge.inference.sessions import ANOMALY_MAP, IMAGE, graph_file
@@ -73,7 +74,7 @@ class Compiled:
             "INFERENCE_PRECISION_HINT": "bf16" if precision is Precision.BFLOAT16 else "f32",
             "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERF_COUNT": True,
         }  # fmt: skip
-        self.compiled = openvino.Core().compile_model(model, "CPU", config)
+        self.compiled = core().compile_model(model, "CPU", config)
         self._request = self.compiled.create_infer_request()
         # A shared tensor does not hold its array: what takes that memory next would be computed with.
         self._feeds = feeds
@@ -205,7 +206,7 @@ def graphs(bundle: Bundle, precision: Precision, threads: int) -> dict[str, Comp
 
 
 def _read(path: Path, state: Arrays, outputs: Sequence[str], feeds: Arrays) -> openvino.Model:
-    model = openvino.Core().read_model(with_initialisers(path.read_bytes(), state))
+    model = core().read_model(with_initialisers(path.read_bytes(), state))
     for port, result in list(zip(model.outputs, model.get_results(), strict=True)):
         if not port.get_names() & set(outputs):
             model.remove_result(result)

@@ -82,6 +82,18 @@ def test_nothing_unsafe_is_loaded() -> None:
     assert wrong == {}
 
 
+def test_a_process_has_one_openvino_core() -> None:
+    """A signal would end a process that had two, see :func:`edge.inference.openvino_session.core`."""
+    calls = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in (*SOURCES, *sorted((ROOT / "tests").rglob("*.py")))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "Core"
+    ]
+
+    assert [call.split(":")[0] for call in calls] == ["edge/inference/openvino_session.py"]
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -146,7 +146,10 @@ class OpenVinoSession(GraphSession):
 
 @functools.cache
 def core() -> Any:  # noqa: ANN401 openvino has no type information
-    """Return the process's one OpenVINO core.
+    """Return the process's one OpenVINO core, which must stay the only one.
+
+    Its CPU plug-in gives the calling thread a stack for signals (sigaltstack(2)). Of two cores the one that goes last
+    puts back the stack of the other, which is gone by then: the next signal, such as SIGTERM, would be a SIGSEGV.
 
     Importing OpenVINO reports the import to its maker over the internet where its telemetry package is installed, which
     pip does on its own; without that package it has a stub of its own. A box reports to nobody.

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import onnxruntime
-import openvino
 import pytest
 import torch
 from conftest import SIZE, textures
@@ -19,6 +18,7 @@ from deploy.rounding import round_rows
 from edge.bundle import Engine, Precision
 from edge.errors import DataError
 from edge.inference.engines import open_graph
+from edge.inference.openvino_session import core
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 
 def _executed(path: Path, kinds: tuple[str, ...], shapes: dict[str, list[int]]) -> list[tuple[str, str]]:
     """Read from OpenVINO's executed graph: (kind, precision) of each layer of the kinds named."""
-    core = openvino.Core()
-    model = core.read_model(path)
+    model = core().read_model(path)
     model.reshape(shapes)
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
+    compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
     found = []
     for op in compiled.get_runtime_model().get_ops():
         info = {key: str(getattr(value, "value", value)) for key, value in op.get_rt_info().items()}

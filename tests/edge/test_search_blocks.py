@@ -15,6 +15,7 @@ from openvino import opset13
 
 from edge.bundle import Engine, Precision
 from edge.inference.engines import open_graph
+from edge.inference.openvino_session import core
 from edge.inference.search_blocks import block_searches
 
 if TYPE_CHECKING:
@@ -51,9 +52,7 @@ def search(
 
 
 def result(model: openvino.Model) -> list[np.ndarray]:
-    compiled = openvino.Core().compile_model(
-        model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    )
+    compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
     values = np.random.default_rng(1).normal(size=model.input(0).shape).astype(np.float32)
     found = compiled.create_infer_request().infer({"x": values})
     return [np.array(found[port]) for port in compiled.outputs]

@@ -11,6 +11,7 @@ from scipy.ndimage import gaussian_filter
 from torch.nn import functional
 
 from edge.errors import DataError
+from edge.inference.openvino_session import core
 from trainer.methods.patches import enlarge, patch_mean
 from trainer.methods.pbas.fit import PbasConfig, PbasMethod
 from trainer.methods.pbas.model import PbasHead, PbasNetwork, embed
@@ -132,7 +133,8 @@ def test_head_holds_no_centres_and_no_state() -> None:
 
 
 def test_exported_head_agrees_in_both_engines_at_any_batch(tmp_path: Path) -> None:
-    onnxruntime, openvino = pytest.importorskip("onnxruntime"), pytest.importorskip("openvino")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
     head = PbasHead.fold(trained_network(), 0.5)
     example = taps(2, 16, 16)
     batch = torch.export.Dim("batch", min=1, max=64)
@@ -145,7 +147,7 @@ def test_exported_head_agrees_in_both_engines_at_any_batch(tmp_path: Path) -> No
     kinds = {node.op_type for node in program.model.graph}
     assert kinds <= {"AveragePool", "Conv", "Resize", "Add", "LeakyRelu", "Pad", "Squeeze", "Gather"}, kinds
     ort = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for n in (1, 5):
         inputs = taps(n, 16, 16, seed=n)
         with torch.inference_mode():
