@@ -125,9 +125,10 @@ def test_interval_moves_with_the_differences_and_lies_within_them(
 
 
 def test_variants_are_read_with_their_settings() -> None:
-    one = Variant.parse("memory:rows=30/subclass:site_weight=0", "quick")
+    one = Variant.parse("memory:rows=30/expert:site_weight=0", "quick")
     assert (one.method.name, one.config.rows, one.config.site_weight, one.pooled) == ("memory", 30, 0.0, False)  # type: ignore[attr-defined]
-    assert one.config_for(7).rows == 210  # type: ignore[attr-defined]
+    assert one.config_for(7).rows == 240  # type: ignore[attr-defined]
+    assert one.config_for(1).rows == 30  # type: ignore[attr-defined]
     assert one.config_for(7).site_weight == 0.0  # type: ignore[attr-defined]
     assert Variant.parse("memory:pooled", "quick").pooled
     assert [found.name for found in parse_variants(("pbas", "memory", "pbas"), "quick")] == ["pbas", "memory"]
@@ -140,7 +141,7 @@ def test_variants_are_read_with_their_settings() -> None:
         ("memory:rows", "'rows' is neither pooled nor setting=value"),
         ("memory:wheels=3", "--methods memory:wheels=3: wheels"),
         ("memory:rows=x", "--methods memory:rows=x: rows"),
-        ("memory:rows=2.5/subclass", "whole number before /subclass"),
+        ("memory:rows=2.5/expert", "whole number before /expert"),
     ],
 )
 def test_variants_that_cannot_be_are_named(text: str, words: str) -> None:
@@ -149,8 +150,8 @@ def test_variants_that_cannot_be_are_named(text: str, words: str) -> None:
 
 
 def test_multiplied_setting_out_of_range_says_with_how_many_subclasses() -> None:
-    with pytest.raises(UsageError, match="times 50 trained sub-classes: rows"):
-        Variant.parse("memory:rows=200/subclass", "quick").config_for(50)
+    with pytest.raises(UsageError, match="times 51 experts: rows"):
+        Variant.parse("memory:rows=200/expert", "quick").config_for(50)
 
 
 @pytest.mark.parametrize("subclasses", [7, 10])
@@ -158,6 +159,6 @@ def test_what_is_compared_without_a_choice_has_equal_rows_in_total(subclasses: i
     rows = []
     for one in parse_variants(COMPARED, "quick"):
         config = one.config_for(subclasses)
-        experts = subclasses if one.method.name == "adapted_moe" and not one.pooled else 1
+        experts = subclasses + 1 if one.method.name == "adapted_moe" and not one.pooled else 1
         rows.append(config.rows * experts)  # type: ignore[attr-defined]
-    assert set(rows) == {200 * subclasses}
+    assert set(rows) == {180 * (subclasses + 1)}

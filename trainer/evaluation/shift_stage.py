@@ -222,11 +222,14 @@ class Unseen:
         return self.stage.judge(one, head, features, self.images, setting)
 
     def _experts(self, head: Head, features: Features) -> list[str]:
-        """Return for each image the trained sub-class whose expert the head chooses, or ``ALL`` where it has one."""
+        """Return for each image the trained sub-class that the head takes it for.
+
+        ``ALL`` where it has one expert, and where it takes it for none of them, so that what judges it knows them all.
+        """
         names: tuple[str, ...] = getattr(head, "subclasses", ())
         if len(names) < 2:  # noqa: PLR2004 (one expert was trained on all)
             return [ALL] * (len(features) // features.tiles_per_image)
         with torch.inference_mode():
             outputs = [head(*taps) for taps in features.batches(head.tap_names, 32, device=torch.device("cpu"))]
-        route = torch.cat([output[2] for output in outputs])
-        return [names[int(row)] for row in route.unflatten(0, (-1, features.tiles_per_image)).mean(1).argmax(1)]
+        route = torch.cat([output[2] for output in outputs]).unflatten(0, (-1, features.tiles_per_image)).mean(1)
+        return [names[int(one.argmax())] if one.max() >= 0 else ALL for one in route]

@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 POOLED = "pooled"
 """Word of a variant that is not told the sub-classes of its training images: all are one."""
 
-PER_SUBCLASS = "/subclass"
-"""Ending of a whole number that is taken once for every trained sub-class."""
+PER_EXPERT = "/expert"
+"""Ending of a whole number that is taken once for every expert that ``adapted_moe`` has of the same images: one per
+trained sub-class, and with two or more of them a general one."""
 
 COMPARED = (
-    "adapted_moe:rows=200",
-    "adapted_moe:rows=200:adaptation=none",
-    f"adapted_moe:{POOLED}:rows=200{PER_SUBCLASS}:adaptation=none",
-    f"memory:rows=200{PER_SUBCLASS}",
+    "adapted_moe:rows=180",
+    "adapted_moe:rows=180:adaptation=none",
+    f"adapted_moe:{POOLED}:rows=180{PER_EXPERT}:adaptation=none",
+    f"memory:rows=180{PER_EXPERT}",
 )
 """What a run without a choice of methods compares in pairs: experts that adapt, experts that do not, and one model for
 all, of the same make and the usual one. All have the same number of rows in total: banks end at 2,000."""
@@ -40,8 +41,8 @@ class Variant:
     Attributes:
         name: as it was written; no other of the run has it.
         method: from the registry.
-        config: of one trained sub-class.
-        multiplied: settings that are taken once for every trained sub-class.
+        config: of one expert.
+        multiplied: settings that are taken once for every expert.
         pooled: whether the names of sub-classes are kept from it.
     """
 
@@ -53,7 +54,7 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str, preset: str) -> Variant:
-        """Read ``method[:pooled][:setting=value ...]``; ``value/subclass`` is taken for every trained sub-class.
+        """Read ``method[:pooled][:setting=value ...]``; ``value/expert`` is taken for every expert.
 
         Raises:
             UsageError: a method, preset, setting or value is unknown.
@@ -68,10 +69,10 @@ class Variant:
             key, given, value = word.partition("=")
             if not given:
                 raise UsageError(f"--methods {text}: {word!r} is neither {POOLED} nor setting=value")
-            if value.endswith(PER_SUBCLASS):
-                value = value.removesuffix(PER_SUBCLASS)
+            if value.endswith(PER_EXPERT):
+                value = value.removesuffix(PER_EXPERT)
                 if not value.isdecimal():
-                    raise UsageError(f"--methods {text}: give a whole number before {PER_SUBCLASS}")
+                    raise UsageError(f"--methods {text}: give a whole number before {PER_EXPERT}")
                 multiplied.append(key)
             changed[key] = value
         try:
@@ -88,12 +89,13 @@ class Variant:
         """
         if not self.multiplied:
             return self.config
-        changed = {key: getattr(self.config, key) * subclasses for key in self.multiplied}
+        experts = subclasses + (subclasses > 1)
+        changed = {key: getattr(self.config, key) * experts for key in self.multiplied}
         try:
             return configured(self.config, self.method.name, changed)
         except UsageError as error:
             raise UsageError(
-                f"--methods {self.name}: times {subclasses} trained sub-classes: {str(error).removeprefix('--set ')}"
+                f"--methods {self.name}: times {experts} experts: {str(error).removeprefix('--set ')}"
             ) from error
 
 
