@@ -454,8 +454,8 @@ def test_fit_adapts_what_it_was_trained_on_to_itself() -> None:
 
 
 @pytest.mark.parametrize("adaptation", [Adaptation.NONE, Adaptation.MEAN])
-def test_experts_are_memories_of_their_sub_class_as_they_see_it(adaptation: Adaptation) -> None:
-    """The same map as the memory method's, fitted on the images that the expert is shown."""
+def test_experts_are_memories_of_their_sub_class_and_the_general_one_of_all_adapted(adaptation: Adaptation) -> None:
+    """The same map as the memory method's of what the expert is shown."""
     config = SMALL.model_copy(update={"adaptation": adaptation})
     head = AdaptedMoEMethod.fit(context(), config)
     taps = tuple(features().taps.values())
@@ -465,12 +465,15 @@ def test_experts_are_memories_of_their_sub_class_as_they_see_it(adaptation: Adap
         seen = head.shown(mine, chosen, head.present(mine, chosen))
         if adaptation is Adaptation.NONE:
             assert all(torch.allclose(one, two, atol=1e-5) for one, two in zip(seen, mine, strict=True))
+        learned = seen if expert == GENERAL else mine
         shown = Features(
-            {name: tap.half() for name, tap in zip(TAP_NAMES, seen, strict=True)}, 1, np.arange(24).astype(np.str_)
+            {name: tap.half() for name, tap in zip(TAP_NAMES, learned, strict=True)}, 1, np.arange(24).astype(np.str_)
         )
         memory = MemoryMethod.fit(
             replace(context(), features=shown),
-            MemoryConfig(rows=config.rows, candidates=config.candidates, site_components=KEPT),
+            MemoryConfig(
+                rows=config.rows, candidates=config.candidates, site_components=KEPT, background=config.background
+            ),
         )
         assert (head.judge(mine, chosen) - run_memory(memory, seen)).abs().max() < 1e-2
 

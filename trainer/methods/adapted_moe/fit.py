@@ -384,13 +384,17 @@ class _Fit:
 
     @torch.no_grad()
     def _shown(self, index: int, of: Features) -> Features:
-        """Measure the moments of an expert's images, set them, and return the images' taps as it will see them."""
+        """Measure the moments of an expert's images, set them, and return the images' taps as it learns from them.
+
+        Images of training lie within what is usual, so an expert of a sub-class learns from them as they are; the
+        general one sees every image adapted.
+        """
         head, general = self.built, index == len(self.names)
         own, scale = _MODES[self.config.adaptation]
         moments = [head.measured(taps) for taps in self._batches(of)]
         mean, std = (torch.cat(part) for part in zip(*moments, strict=True))
         # An image's own deviation, not that of all sites: between images the mean wanders, and adaptation takes that
-        # away. So what was seen in training is adapted to itself.
+        # away.
         head.expert_mean[index] = head.tta_mean[index] = mean.mean(0)
         head.expert_std[index] = head.tta_std[index] = std.square().mean(0).sqrt()
         # What the general expert judges is of no known light and make: there is no usual shift, nor a deviation.
@@ -399,6 +403,7 @@ class _Fit:
             shift = squared_shift(mean, head.expert_mean[index], head.expert_std[index]).mean().sqrt()
             # The mean has seen each of these images: without it, it lies n / (n - 1) times as far from it.
             head.tta_usual[index] = self.config.usual * shift * len(of) / (len(of) - 1)
+            return of
         found: dict[str, torch.Tensor] = {
             name: torch.empty(len(of), *of.taps[name].shape[1:], dtype=torch.float16) for name in TAP_NAMES
         }
