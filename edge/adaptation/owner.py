@@ -207,10 +207,10 @@ class FollowedCamera:
             return None
         figures = self._figures() | {"lasting": at_bound}
         text = (
-            f"camera {self.name}: its moments have reached their bound of {figures['bound']:.3g}; what goes on "
-            "changing is not followed and will alarm"
+            f"camera {self.name}: what it shows is at the bound of {figures['bound']:.3g} that is followed, or beyond; "
+            "it is not followed farther and will alarm"
             if at_bound
-            else f"camera {self.name}: its moments are within their bound again"
+            else f"camera {self.name}: what it shows is within the bound again"
         )
         return Change(NoticeKind.ADAPTATION_BOUND, Severity.ALARM if at_bound else Severity.INFO, text, figures)
 
