@@ -157,14 +157,16 @@ def draw(report: ShiftReport, path: Path) -> None:
 
 
 def _draw_panel(axes: Axes, material: MaterialResult, name: str) -> None:
-    known = {setting for one in material.methods for setting in one.settings}
+    # Variants are drawn where they are compared; here they would hide the methods.
+    methods = [one for one in material.methods if one.name == one.method] or list(material.methods)
+    known = {setting for one in methods for setting in one.settings}
     settings = [setting.name for setting in SETTINGS if setting.name in known]
-    width = 0.6 / max(1, len(material.methods))
-    for index, one in enumerate(material.methods):
+    width = 0.6 / max(1, len(methods))
+    for index, one in enumerate(methods):
         points = [(settings.index(setting), found[name]) for setting, found in one.settings.items() if name in found]
         if not points:
             continue
-        at = np.array([x for x, _ in points]) + (index - (len(material.methods) - 1) / 2) * width
+        at = np.array([x for x, _ in points]) + (index - (len(methods) - 1) / 2) * width
         middle = np.array([spread.mean for _, spread in points])
         below = np.array([spread.mean - spread.min for _, spread in points])
         above = np.array([spread.max - spread.mean for _, spread in points])
