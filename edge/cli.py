@@ -265,7 +265,7 @@ def key(
 
 @app.command()
 def command(
-    verb: Annotated[str, typer.Argument(help="accept, replay, ship, threshold, evidence, dead_letters ...")],
+    verb: Annotated[str, typer.Argument(help="accept, replay, ship, threshold, recipe, reset, evidence ...")],
     site: Annotated[str, typer.Option(help="Site of the box.", show_default=False)],
     box: Annotated[str, typer.Option(help="Name of the box.", show_default=False)],
     fields: Annotated[

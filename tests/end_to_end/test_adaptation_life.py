@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import pytest
 
+from edge.alerts.commander import Commander
+from edge.alerts.settings import BrokerSettings
 from edge.inference.preprocessing import to_canvas
 from tests.edge.tiny_bundle import MOMENTS, defective_frame, good_frame, make_tiny_bundle, repack, write_moments
 from tests.edge.tiny_memory import PREPROCESSING, make_memory_bundle
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from edge.alerts.message import CommandResult
     from edge.box import Box
     from edge.bundle import Bundle
     from edge.settings import BoxSettings
@@ -118,6 +121,34 @@ def test_other_bundle_begins_at_its_moments_and_the_one_before_goes_on(
         switch_to(bundle)
         third = wait_until(box, lambda one: one["frames"]["accepted"] > first["frames"]["accepted"])
         assert third["version"] > second["version"]
+
+
+def test_reset_is_done_once_for_its_key_and_not_after_its_expiry(
+    tmp_path: Path, mosquitto: Mosquitto, bundle: Bundle, good: Path
+) -> None:
+    wanted = settings(tmp_path, bundle.path, mosquitto.url, [camera("cam", good)], adaptation=EAGER)
+
+    def ask(verb: str, **how: Any) -> CommandResult:
+        broker = BrokerSettings(url=mosquitto.url, backoff_max_s=0.5)
+        with Commander(broker, site="plant", box="box1") as commander:
+            return commander.ask(verb, {"camera": "cam"} | how.pop("fields", {}), timeout=SOON, **how)
+
+    def done() -> int:
+        return int(box.status()["detail"]["adaptation"]["counters"]["commands"])
+
+    with started(wanted) as (box, _):
+        wait_until(box, lambda one: one["version"] > 3)
+        first = ask("reset", key="k1")
+        assert first.ok, first.reason
+        again = ask("reset", key="k1")
+        assert (again.ok, again.detail) == (True, first.detail)
+        assert done() == 1
+        refused = ask("recipe", fields={"recipe": "blue", "expires_at": "2020-01-01T00:00:00Z"})
+        assert not refused.ok
+        assert refused.reason.startswith(("expired", "clock"))
+        assert done() == 1
+        assert ask("recipe", fields={"recipe": "blue"}).ok
+        wait_until(box, lambda one: one["recipe"] == "blue" and one["phase"] == "following")
 
 
 def test_memory_learns_while_moments_follow_and_not_while_they_are_frozen(
