@@ -321,8 +321,14 @@ def test_a_damaged_state_is_refused(data: st.DataObject) -> None:
 def test_the_state_of_another_bundle_is_refused() -> None:
     kept = follower().state()
     first = reference()
-    with pytest.raises(AdaptationError, match="another bundle"):
-        Follower(Reference(first.moments, (0.3,), first.subclasses), QUICK, kept)
+    others = (
+        Reference(first.moments, (0.3,), first.subclasses),
+        Reference((moments(tap=0.01),), first.usual, first.subclasses),
+        Reference((moments(gain=1.01),), first.usual, first.subclasses),
+    )
+    for other in others:
+        with pytest.raises(AdaptationError, match="another bundle"):
+            Follower(other, QUICK, kept)
 
 
 def test_a_restart_with_a_lower_bound_keeps_to_it() -> None:
