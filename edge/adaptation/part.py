@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from edge.adaptation.follower import Follower
 from edge.adaptation.owner import DriftOwner, FollowedCamera
 from edge.adaptation.reference import read_reference
-from edge.alerts.message import NoticeKind, RecipeCommand, ResetCommand, Severity
+from edge.alerts.command_messages import RecipeCommand, ResetCommand
+from edge.alerts.message import NoticeKind, Severity
 from edge.alerts.topics import RECIPE_VERB, RESET_VERB
 from edge.errors import AdaptationError, BundleError, LinewardError, StoreError
 

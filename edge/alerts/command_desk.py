@@ -6,8 +6,9 @@ import logging
 from collections import deque
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from edge.alerts.command_messages import CommandMessage, CommandResult
 from edge.alerts.commands import id_of
-from edge.alerts.message import CommandMessage, CommandResult, build, parse
+from edge.alerts.message import build, parse
 from edge.alerts.topics import check_segment, parse_topic
 from edge.errors import LinewardError, MessageError
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from edge.alerts.command_messages import COMMANDS, CommandResult
 from edge.alerts.commands import CLOCK
-from edge.alerts.message import COMMANDS, CommandResult, format_utc
 from edge.alerts.subscriber import Subscriber
 from edge.alerts.topics import Identity, Kind
+from edge.alerts.wire import format_utc
 from edge.errors import BrokerError, CommandError, UsageError
 from edge.settings import explain
 

@@ -16,15 +16,16 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
-from edge.alerts.message import MAX_ID, MAX_PAYLOAD_BYTES, format_utc
+from edge.alerts.message import MAX_PAYLOAD_BYTES
+from edge.alerts.wire import MAX_ID, format_utc
 from edge.errors import StoreError
 from edge.health.watchdog import clock_synchronised
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from edge.alerts.command_messages import CommandMessage
     from edge.alerts.ledger import Ledger
-    from edge.alerts.message import CommandMessage
 
 LOG = logging.getLogger("lineward.commands")
 # First words of the refusals, for programs that ask.
@@ -101,7 +102,7 @@ class Commands:
         """Note an answer; what to publish, for everybody who asked with its key.
 
         Args:
-            values: fields of :class:`~edge.alerts.message.CommandResult`; ``id`` as the handler got it.
+            values: fields of :class:`~edge.alerts.command_messages.CommandResult`; ``id`` as the handler got it.
         """
         with self._lock:
             running = self._running.pop(str(values.get("id")), None)

@@ -1,6 +1,6 @@
 """The published messages: their models, how they are made from the box's values, and how a payload is read.
 
-The models are the source of docs/schemas. This module must not know how messages are stored or sent.
+With the models of commands these are the source of docs/schemas. It must not know how messages are stored or sent.
 """
 
 from __future__ import annotations
@@ -11,35 +11,13 @@ import sys
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import (
-    AwareDatetime,
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    PlainSerializer,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from edge.alerts.topics import (
-    ACCEPT_VERB,
-    DEAD_LETTERS_VERB,
-    EVIDENCE_VERB,
-    RECIPE_VERB,
-    REPLAY_VERB,
-    RESET_VERB,
-    SHIP_VERB,
-    THRESHOLD_VERB,
-    TRIGGER_VERB,
-    Address,
-    Identity,
-    Kind,
-    parse_topic,
-)
+from edge.alerts.command_messages import COMMANDS, Command, CommandResult
+from edge.alerts.topics import Address, Identity, Kind, parse_topic
+from edge.alerts.wire import Count, Epoch, Message, Milliseconds, Probability, Seq, Utc
 from edge.errors import MessageError
 from edge.frames import Decision, EventPhase  # noqa: TC001 (pydantic needs them at run time)
 
@@ -51,39 +29,9 @@ if TYPE_CHECKING:
 # An alert is about 1 kB. The limit bounds what a reader has to hold, whatever a broker passes on.
 MAX_PAYLOAD_BYTES = 262_144
 MAX_REGIONS = 64
-MAX_ID = 128
 # Every durable message ends so: flagging one late is a change of its last bytes, without parsing it.
 _ON_TIME = b'"late":false}'
 _LATE = b'"late":true}'
-
-
-def format_utc(moment: datetime) -> str:
-    """RFC 3339 in UTC with microseconds and ``Z``.
-
-    Raises:
-        MessageError: the moment has no time zone.
-    """
-    if moment.tzinfo is None:
-        raise MessageError("ts: a moment without a time zone cannot be published; pass an aware datetime")
-    return moment.astimezone(timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-
-
-Utc = Annotated[
-    AwareDatetime,
-    PlainSerializer(format_utc, return_type=str, when_used="json"),
-    WithJsonSchema({"type": "string", "format": "date-time", "pattern": "Z$"}, mode="serialization"),
-]
-Epoch = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$", description="16 hex digits, drawn when an outbox is made.")]
-Seq = Annotated[int, Field(ge=1, le=2**63 - 1)]
-Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Milliseconds = dict[str, float]
-
-
-class Message(BaseModel):
-    """Base of all JSON payloads: immutable, closed, and free of NaN and infinity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
 
 
 class BundleRef(Message):
@@ -313,133 +261,8 @@ class Availability(Message):
     value: Literal["online", "stopped", "offline"]
 
 
-class CommandMessage(Message):
-    """What every command may carry; the publisher looks after all three, handlers see only the ``id``."""
-
-    id: str | None = Field(None, max_length=MAX_ID, description="Comes back in the result.")
-    key: str | None = Field(
-        None,
-        min_length=1,
-        max_length=MAX_ID,
-        description="Draw one per command: a box does the same key once and gives its first answer again, ever after.",
-    )
-    expires_at: Utc | None = Field(None, description="Not done after this moment; refused where the box has no time.")
-
-
-class ReplayCommand(CommandMessage):
-    """Asks a box to send the kept messages ``from`` .. ``to`` of an epoch again; published to ``cmd/replay``."""
-
-    epoch: Epoch
-    first: Seq = Field(alias="from")
-    last: Seq = Field(alias="to")
-
-
-class AcceptCommand(CommandMessage):
-    """Declares a part good: its frame feeds the memory whatever its score; published to ``cmd/accept``."""
-
-    camera: str
-    camera_seq: Count | None = None
-    part_id: str | None = Field(None, max_length=1024)
-
-    @model_validator(mode="after")
-    def _names_one_frame(self) -> AcceptCommand:
-        if (self.camera_seq is None) == (self.part_id is None):
-            raise ValueError("give either camera_seq or part_id")
-        return self
-
-
-class TriggerCommand(CommandMessage):
-    """Says that a part is in front of a station that is triggered over MQTT; published to ``cmd/trigger``."""
-
-    part_id: str = Field(min_length=1, max_length=256, description="Comes back with the verdict.")
-    station: str | None = Field(None, description="Needed where a box has several stations that are triggered so.")
-
-
-class ShipCommand(CommandMessage):
-    """Asks a box to send what its memory has learnt to the fleet now; published to ``cmd/ship``."""
-
-
-class DeadLettersCommand(CommandMessage):
-    """Asks what the broker refused for good, the oldest first, or to try all of it again: ``cmd/dead_letters``."""
-
-    action: Literal["list", "requeue"] = "list"
-    limit: int = Field(50, ge=1, le=200, description="Most that are listed.")
-
-
-class EvidenceCommand(CommandMessage):
-    """Asks a box for the pictures that it keeps: which there are, the files of one, or a part of a file."""
-
-    reference: str | None = Field(
-        None,
-        min_length=1,
-        max_length=256,
-        description="The evidence of an alert; what there is is listed where absent.",
-    )
-    file: str | None = Field(
-        None, min_length=1, max_length=64, description="One of its files; all are named where absent."
-    )
-    offset: Count = Field(0, description="First byte of the file that is wanted; up to 131,072 are answered.")
-    camera: str | None = Field(None, max_length=200, description="Lists only this camera's.")
-    day: str | None = Field(None, pattern=r"^[0-9]{8}$", description="Lists only this day's, yyyymmdd in UTC.")
-    limit: int | None = Field(None, ge=1, le=500, description="Most that are listed, the newest; 50 where absent.")
-
-    @model_validator(mode="after")
-    def _file_is_of_one(self) -> EvidenceCommand:
-        if self.reference is None and (self.file is not None or self.offset):
-            raise ValueError("file and offset need a reference")
-        return self
-
-
-class ThresholdCommand(CommandMessage):
-    """Sets the threshold of a camera from the next frame on; published to ``cmd/threshold``."""
-
-    camera: str
-    value: float | None = Field(description="Raw score at and above which a frame is NOK; null for the budget's.")
-    bundle_id: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of the bundle that the value was chosen for.")
-    memory_version: Count = Field(description="Of the memory that the value was chosen for; 0 is the packed one.")
-
-
-class RecipeCommand(CommandMessage):
-    """Says which product runs from now on, and settles the camera's moments anew; published to ``cmd/recipe``."""
-
-    camera: str | None = Field(None, description="Every camera that follows its line where absent.")
-    recipe: str | None = Field(
-        max_length=200, description="Name of a sub-class of the bundle; null leaves it to the router again."
-    )
-
-
-class ResetCommand(CommandMessage):
-    """Has a camera's moments settle anew on the parts that come now, which must be good; published to ``cmd/reset``."""
-
-    camera: str | None = Field(None, description="Every camera that follows its line where absent.")
-
-
-class CommandResult(Message):
-    """The answer to a command. ``count``: messages that will be sent again, frames that fed, or rows that go out."""
-
-    schema_: Literal["lineward.result/1"] = Field("lineward.result/1", alias="schema")
-    site: str
-    box: str
-    verb: str
-    ok: bool
-    id: str | None = None
-    count: Count = 0
-    reason: str = ""
-    detail: dict[str, JsonValue] = Field(default_factory=dict, description="Whatever else the answer holds.")
-
-
 _M = TypeVar("_M", bound=Message)
 Numbered: TypeAlias = Alert | VerdictMessage | Gap | Notice
-Command: TypeAlias = (
-    ReplayCommand
-    | AcceptCommand
-    | ShipCommand
-    | EvidenceCommand
-    | ThresholdCommand
-    | RecipeCommand
-    | ResetCommand
-    | DeadLettersCommand
-)
 AnyMessage: TypeAlias = Numbered | Status | CameraState | Availability | Command | CommandResult
 
 _MODELS: dict[Kind, type[Message]] = {
@@ -451,17 +274,6 @@ _MODELS: dict[Kind, type[Message]] = {
     Kind.STATE: CameraState,
     Kind.AVAILABLE: Availability,
     Kind.RESULT: CommandResult,
-}
-COMMANDS: dict[str, type[CommandMessage]] = {
-    REPLAY_VERB: ReplayCommand,
-    ACCEPT_VERB: AcceptCommand,
-    SHIP_VERB: ShipCommand,
-    DEAD_LETTERS_VERB: DeadLettersCommand,
-    THRESHOLD_VERB: ThresholdCommand,
-    RECIPE_VERB: RecipeCommand,
-    RESET_VERB: ResetCommand,
-    EVIDENCE_VERB: EvidenceCommand,
-    TRIGGER_VERB: TriggerCommand,
 }
 
 

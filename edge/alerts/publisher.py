@@ -13,18 +13,11 @@ from queue import Empty
 from typing import TYPE_CHECKING, Any
 
 from edge.alerts.command_desk import CommandDesk
+from edge.alerts.command_messages import DeadLettersCommand, ReplayCommand
 from edge.alerts.commands import Commands
 from edge.alerts.home_assistant import BIRTH, HomeAssistant
 from edge.alerts.ledger import Ledger
-from edge.alerts.message import (
-    Availability,
-    CameraState,
-    DeadLettersCommand,
-    ReplayCommand,
-    Status,
-    build,
-    encode,
-)
+from edge.alerts.message import Availability, CameraState, Status, build, encode
 from edge.alerts.mqtt import (
     Acked,
     Connected,
@@ -156,12 +149,16 @@ class Publisher:
         """Have commands of a verb answered by ``handler`` from now on.
 
         It is called in the publisher's thread with the parsed command and must return at once: either the fields of
-        :class:`~edge.alerts.message.CommandResult`, or None where :meth:`answer` will be called later.
+        :class:`~edge.alerts.command_messages.CommandResult`, or None where :meth:`answer` will be called later.
         """
         self._desk.on_command(verb, handler)
 
     def answer(self, verb: str, **values: Any) -> None:  # noqa: ANN401 (checked by the model)
-        """Publish the result of a command: fields of :class:`~edge.alerts.message.CommandResult`. Any thread may.
+        """Publish the result of a command. Any thread may.
+
+        Args:
+            verb: of the command.
+            values: fields of :class:`~edge.alerts.command_messages.CommandResult`.
 
         Raises:
             MessageError: a field is unknown or has a wrong value.

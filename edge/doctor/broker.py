@@ -9,7 +9,8 @@ from datetime import datetime, timezone
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
-from edge.alerts.message import CommandResult, build, encode
+from edge.alerts.command_messages import CommandResult
+from edge.alerts.message import build, encode
 from edge.alerts.mqtt import Acked, Connected, Link, Lost, Subscribed
 from edge.alerts.settings import Protocol
 from edge.alerts.tls import tls_context, tls_trouble

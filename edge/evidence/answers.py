@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from edge.errors import EvidenceError
 
 if TYPE_CHECKING:
-    from edge.alerts.message import EvidenceCommand
+    from edge.alerts.command_messages import EvidenceCommand
     from edge.evidence.store import EvidenceStore
 
 DEFAULT_LISTED = 50
 
 
 def answer(store: EvidenceStore, command: EvidenceCommand) -> dict[str, Any]:
-    """Fields of :class:`edge.alerts.message.CommandResult`.
+    """Fields of :class:`edge.alerts.command_messages.CommandResult`.
 
     Without a reference: ``detail.evidence`` lists what is kept, newest first, and ``count`` is how much there is. With
     one: ``detail.files`` has size and sha256 of each file. With a file: ``detail.data`` is a chunk in base64 that

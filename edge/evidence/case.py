@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from edge.alerts.message import format_utc
+from edge.alerts.wire import format_utc
 from edge.evidence.names import RECORD
 from edge.evidence.pictures import draw_overlay, encode_jpeg, encode_map
 from edge.judgement.region_of_interest import covered_box

@@ -15,7 +15,7 @@ import time
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from edge.alerts.message import EvidenceCommand
+from edge.alerts.command_messages import EvidenceCommand
 from edge.alerts.topics import EVIDENCE_VERB
 from edge.errors import EvidenceError, MessageError
 from edge.evidence.answers import answer

@@ -14,7 +14,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from edge.alerts.message import PartView, TriggerCommand
+from edge.alerts.command_messages import TriggerCommand
+from edge.alerts.message import PartView
 from edge.alerts.topics import TRIGGER_VERB
 from edge.errors import MissingExtraError
 from edge.frames import Decision, Verdict

@@ -11,8 +11,10 @@ import threading
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, Protocol
 
-from edge.alerts.message import NoticeKind, Severity, ThresholdCommand, format_utc
+from edge.alerts.command_messages import ThresholdCommand
+from edge.alerts.message import NoticeKind, Severity
 from edge.alerts.topics import THRESHOLD_VERB
+from edge.alerts.wire import format_utc
 from edge.errors import LinewardError
 from edge.judgement.threshold import RunTimeThreshold
 

@@ -14,7 +14,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from edge.adaptation.look import PLAIN
-from edge.alerts.message import AcceptCommand, NoticeKind, Severity, ShipCommand
+from edge.alerts.command_messages import AcceptCommand, ShipCommand
+from edge.alerts.message import NoticeKind, Severity
 from edge.alerts.topics import ACCEPT_VERB, SHIP_VERB
 from edge.errors import DataError, LinewardError
 from edge.inference.preprocessing import to_canvas
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from edge.adaptation.look import Look
     from edge.adaptation.owner import DriftOwner
-    from edge.alerts.message import Message
+    from edge.alerts.wire import Message
     from edge.federation.link import FleetLink
     from edge.federation.update import FleetBank
     from edge.frames import Frame, Verdict

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edge.adaptation.look import Look
-    from edge.alerts.message import Message
+    from edge.alerts.wire import Message
     from edge.bundle import Bundle, Engine
     from edge.judgement.region_of_interest import RegionOfInterest
 

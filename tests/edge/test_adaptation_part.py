@@ -15,7 +15,8 @@ from edge.adaptation.owner import UNKNOWN_WINDOW, DriftOwner, FollowedCamera
 from edge.adaptation.part import LOOK_S, SAVE_EVERY_S, Adaptation
 from edge.adaptation.settings import AdaptationSettings
 from edge.adaptation.store import AdaptationStore
-from edge.alerts.message import NoticeKind, RecipeCommand, ResetCommand, Severity
+from edge.alerts.command_messages import RecipeCommand, ResetCommand
+from edge.alerts.message import NoticeKind, Severity
 from edge.bundle import Precision
 from edge.frames import Decision, Frame, JudgedFrame, Prediction, Verdict
 from edge.inference.detector import Detector

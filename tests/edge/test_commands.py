@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge.alerts import commands as commands_module
+from edge.alerts.command_messages import COMMANDS, CommandMessage, ReplayCommand, ShipCommand
 from edge.alerts.commands import Clock, Commands
 from edge.alerts.ledger import Ledger
-from edge.alerts.message import COMMANDS, CommandMessage, ReplayCommand, ShipCommand, build
+from edge.alerts.message import build
 from edge.errors import StoreError
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from edge.alerts.message import CommandResult, EvidenceCommand, build
+from edge.alerts.command_messages import CommandResult, EvidenceCommand
+from edge.alerts.message import build
 from edge.errors import BrokerError, EvidenceError
 from edge.evidence.answers import answer
 from edge.evidence.fetch import ATTEMPTS, MAX_FILE_BYTES, EvidenceClient

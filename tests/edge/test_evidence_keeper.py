@@ -12,7 +12,8 @@ import cv2
 import numpy as np
 import pytest
 
-from edge.alerts.message import EvidenceCommand, build
+from edge.alerts.command_messages import EvidenceCommand
+from edge.alerts.message import build
 from edge.evidence import collector as collecting
 from edge.evidence.answers import answer
 from edge.evidence.keeper import EvidenceKeeper, EvidenceState

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from edge.alerts.message import EvidenceCommand, alert_from_event, build, encode, parse, verdict_message
+from edge.alerts.command_messages import EvidenceCommand
+from edge.alerts.message import alert_from_event, build, encode, parse, verdict_message
 from edge.cli import _line
 from edge.errors import MessageError
 from tests.alert_values import IDENTITY, JUDGE, event, verdict

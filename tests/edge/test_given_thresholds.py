@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge.alerts.message import NoticeKind, ThresholdCommand, build
+from edge.alerts.command_messages import ThresholdCommand
+from edge.alerts.message import NoticeKind, build
 from edge.bundle import CalibrationScores
 from edge.errors import StoreError
 from edge.judgement.given_thresholds import GivenThresholds

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 import edge.inspection.inspection
-from edge.alerts.message import TriggerCommand
+from edge.alerts.command_messages import TriggerCommand
 from edge.errors import MissingExtraError
 from edge.frames import Decision
 from edge.health.metrics import Metrics

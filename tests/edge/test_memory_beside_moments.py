@@ -12,7 +12,8 @@ import pytest
 from edge.adaptation.correction import MomentCorrection
 from edge.adaptation.look import Look
 from edge.adaptation.measure import measure_canvas
-from edge.alerts.message import AcceptCommand, build
+from edge.alerts.command_messages import AcceptCommand
+from edge.alerts.message import build
 from edge.inference.preprocessing import to_canvas
 from tests.edge.memory_bench import Bench, Fleet
 from tests.edge.tiny_bundle import good_frame

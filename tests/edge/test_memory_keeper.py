@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from edge.alerts.message import AcceptCommand, ShipCommand, build
+from edge.alerts.command_messages import AcceptCommand, ShipCommand
+from edge.alerts.message import build
 from edge.bundle import CalibrationScores, Engine
 from edge.errors import SettingsError
 from edge.federation.connection import LinkKind, LinkState

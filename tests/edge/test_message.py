@@ -11,21 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge.alerts.command_messages import AcceptCommand, RecipeCommand, ReplayCommand, ResetCommand, ShipCommand
 from edge.alerts.message import (
-    AcceptCommand,
     Alert,
     CameraState,
     Gap,
-    RecipeCommand,
-    ReplayCommand,
-    ResetCommand,
     Severity,
-    ShipCommand,
     VerdictMessage,
     alert_from_event,
     build,
     encode,
-    format_utc,
     gap_maker,
     json_schemas,
     mark_late,
@@ -34,6 +29,7 @@ from edge.alerts.message import (
     verdict_message,
 )
 from edge.alerts.topics import Identity, Kind, parse_topic, subscriptions
+from edge.alerts.wire import format_utc
 from edge.errors import MessageError
 from edge.frames import Decision, EventPhase, Region
 from tests.alert_values import IDENTITY, JUDGE, event, verdict

@@ -16,14 +16,8 @@ import pytest
 
 from edge.alerts import refused as refused_module
 from edge.alerts import session as session_module
-from edge.alerts.message import (
-    Alert,
-    Availability,
-    CameraState,
-    CommandResult,
-    Status,
-    gap_maker,
-)
+from edge.alerts.command_messages import CommandResult
+from edge.alerts.message import Alert, Availability, CameraState, Status, gap_maker
 from edge.alerts.mqtt import LinkKind
 from edge.alerts.outbox import Outbox
 from edge.alerts.publisher import Publisher

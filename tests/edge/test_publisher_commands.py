@@ -16,9 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edge.alerts.command_messages import COMMANDS, CommandResult, ShipCommand
 from edge.alerts.commander import Commander
 from edge.alerts.commands import Clock
-from edge.alerts.message import COMMANDS, CommandResult, ShipCommand, gap_maker, parse
+from edge.alerts.message import gap_maker, parse
 from edge.alerts.mqtt import LinkKind
 from edge.alerts.outbox import Outbox
 from edge.alerts.publisher import Publisher

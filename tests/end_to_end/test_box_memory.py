@@ -20,7 +20,8 @@ import yaml
 from deploy.aggregator.identity import enrol
 from deploy.aggregator.service import Service
 from deploy.aggregator.settings import load_settings as load_aggregator_settings
-from edge.alerts.message import Availability, CameraState, CommandResult, Notice, Status, VerdictMessage
+from edge.alerts.command_messages import CommandResult
+from edge.alerts.message import Availability, CameraState, Notice, Status, VerdictMessage
 from edge.alerts.settings import BrokerSettings
 from edge.alerts.subscriber import EVERYTHING, Subscriber
 from edge.box import Box

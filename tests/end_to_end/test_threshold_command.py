@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from edge.alerts.message import CommandResult
+    from edge.alerts.command_messages import CommandResult
     from edge.bundle import Bundle
     from tests.mosquitto_process import Mosquitto
 
@@ -125,6 +125,11 @@ def judged_by(threshold: float) -> Callable[[Any], bool]:
     return lambda message: isinstance(message, VerdictMessage) and message.threshold == threshold
 
 
+def judged_now_by(threshold: float) -> Callable[[Any], bool]:
+    # After a restart earlier verdicts come once more.
+    return lambda message: judged_by(threshold)(message) and not message.late
+
+
 def test_threshold_holds_at_once_survives_a_restart_and_goes_back_to_the_budget(plant: Plant) -> None:
     with plant.running(), plant.listening() as heard:
         first = wait_for(heard, lambda message: isinstance(message, VerdictMessage))
@@ -134,6 +139,7 @@ def test_threshold_holds_at_once_survives_a_restart_and_goes_back_to_the_budget(
         assert result.detail["source"] == "run time"
         verdict = wait_for(heard, judged_by(1e6))
         assert verdict.decision.value == "OK"
+        assert (first.adaptation.threshold, verdict.adaptation.threshold) == (0, 1)
         # A status reads the cameras first, the parts after them: what a camera shows, its part has.
         status = wait_for(
             heard, lambda m: isinstance(m, Status) and m.cameras["cam"].get("threshold", {}).get("method") == "external"
@@ -144,12 +150,12 @@ def test_threshold_holds_at_once_survives_a_restart_and_goes_back_to_the_budget(
     assert not any("ignored" in text for text in status.warnings)
 
     with plant.running(), plant.listening() as heard:
-        wait_for(heard, judged_by(1e6))
+        assert wait_for(heard, judged_now_by(1e6)).adaptation.threshold == 1
         assert plant.ask(None).ok
         heard.forget()
-        wait_for(heard, judged_by(first.threshold))
+        assert wait_for(heard, judged_now_by(first.threshold)).adaptation.threshold == 2
     with plant.running(), plant.listening() as heard:
-        wait_for(heard, judged_by(first.threshold))
+        assert wait_for(heard, judged_now_by(first.threshold)).adaptation.threshold == 2
 
 
 def test_box_connects_when_all_its_commands_are_known(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:

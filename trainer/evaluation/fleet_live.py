@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from deploy.aggregator.identity import enrol
-from edge.alerts.message import AcceptCommand, CommandResult, Notice, ShipCommand, Status, VerdictMessage, encode
+from edge.alerts.command_messages import AcceptCommand, CommandResult, ShipCommand
+from edge.alerts.message import Notice, Status, VerdictMessage, encode
 from edge.alerts.settings import parse_broker_url
 from edge.alerts.subscriber import Subscriber
 from edge.alerts.topics import ACCEPT_VERB, SHIP_VERB, Identity, Kind
