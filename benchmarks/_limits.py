@@ -179,6 +179,7 @@ class Line:
         *,
         seed: int,
         faster: float = 1.0,
+        reset_at: int | None = None,
     ) -> Course:
         """Let a stream pass under a follower; each frame is learned from as a box would.
 
@@ -189,13 +190,16 @@ class Line:
             changes: one per frame: what happened to its part.
             seed: of the order of the parts.
             faster: see :meth:`Guard.settings`.
+            reset_at: frame before which somebody says that the next parts are good; None for nobody.
         """
         if guard is None:
             shown = [change(part) for part, change in zip(self.order(seed, len(changes)), changes, strict=True)]
             return Course(self.scores(shown, [head], None)[:, 0] >= threshold, np.zeros(len(changes)), "")
         follower, alarms, shifts = Follower(self.reference, guard.settings(faster)), [], []
         with trimming(on=guard.trimmed):
-            for part, change in zip(self.order(seed, len(changes)), changes, strict=True):
+            for index, (part, change) in enumerate(zip(self.order(seed, len(changes)), changes, strict=True)):
+                if index == reset_at:
+                    follower.reset()
                 image, look = change(part), follower.look()
                 moments, taps = self._look(image, look.correction)
                 alarms.append(bool(head.score(taps) >= threshold))

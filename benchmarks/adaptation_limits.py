@@ -43,6 +43,12 @@ NONE, OWN, UNTRIMMED, RUNNING = "not corrected", "per image", "per image, not tr
 WAYS = (NONE, OWN, UNTRIMMED, RUNNING)
 NO_GUARD = "no guard"
 ALPHA = 0.05
+SLOW, SUDDEN, RESET = "slow", "sudden", "reset"
+LINES = {
+    SLOW: "The defect grows slowly",
+    SUDDEN: "The defect comes at once and stays",
+    RESET: "The defect comes at once, and somebody resets the camera as if the parts were good",
+}
 SMALL, SMALL_COST, LASTING_KEPT = 0.25, 0.02, 0.95
 """What running correction may cost of the detection of new defects up to a quarter of the image; and the share of the
 alarms of a sudden lasting defect that must stay."""
@@ -87,7 +93,7 @@ class Turn:
         head: name of the method.
         guard: name of the guard; that of no correction where there was none.
         defect: what fills the image.
-        slow: whether it came slowly.
+        how: it came, a key of ``LINES``.
         noticed: its strength when half of 20 frames alarm; None for never.
         end: share of the last 40 frames that alarm.
         shift: of the follower at the end, in units of what is usual.
@@ -99,7 +105,7 @@ class Turn:
     head: str
     guard: str
     defect: str
-    slow: bool
+    how: str
     noticed: float | None
     end: float
     shift: float
@@ -147,20 +153,29 @@ class Slow:
     faster: float
 
 
-def turns(line: Line, judge: tuple[Detector, float], kind: str, guards: Sequence[str], slowness: Slow) -> list[Turn]:
-    """Let lines turn bad, slowly and at once, under some guards."""
+def turns(
+    line: Line, judge: tuple[Detector, float], kind: str, guards: Sequence[str], slowness: Slow, *, lines: Sequence[str]
+) -> list[Turn]:
+    """Let lines turn bad under some guards."""
     head, limit = judge
     slowly = np.concatenate([np.zeros(_CALM), np.linspace(0, 1, slowness.frames), np.ones(_LAST)])
     at_once = np.concatenate([np.zeros(_CALM), np.ones(_SUDDEN)])
     found = []
+    shown = {SLOW: (NONE, *guards), SUDDEN: (NONE, GUARDED, NO_GUARD), RESET: (NONE, GUARDED)}
     for defect, change in DEFECTS.items():
-        for slow, strengths in ((True, slowly), (False, at_once)):
+        for how in lines:
+            strengths = slowly if how == SLOW else at_once
             changes = [partial(change, strength=float(strength)) for strength in strengths]
-            for guard in (NONE, *guards):
-                if not slow and guard not in {NONE, GUARDED, NO_GUARD}:
-                    continue
-                faster = slowness.faster if slow else 1.0
-                course = line.run(head, limit, GUARDS.get(guard), changes, seed=2, faster=faster)
+            for guard in shown[how]:
+                course = line.run(
+                    head,
+                    limit,
+                    GUARDS.get(guard),
+                    changes,
+                    seed=2,
+                    faster=slowness.faster if how == SLOW else 1.0,
+                    reset_at=_CALM if how == RESET else None,
+                )
                 noticed = course.noticed(strengths, _WINDOW)
                 found.append(
                     Turn(
@@ -168,7 +183,7 @@ def turns(line: Line, judge: tuple[Detector, float], kind: str, guards: Sequence
                         head=head.name,
                         guard=guard,
                         defect=defect,
-                        slow=slow,
+                        how=how,
                         noticed=None if np.isnan(noticed) else noticed,
                         end=float(course.alarms[-_LAST:].mean()),
                         shift=float(course.shifts[-1]),
@@ -204,7 +219,7 @@ def measure(kind: str, options: argparse.Namespace, folder: Path) -> tuple[list[
         # What each part of the guard does is seen on one method and surface.
         whole = (kind, judge[0].name) == (options.kinds[0], HEADS[0])
         guards = tuple(GUARDS) if whole else (GUARDED, NO_GUARD)
-        turned += turns(line, judge, kind, guards, Slow(options.frames, options.faster))
+        turned += turns(line, judge, kind, guards, Slow(options.frames, options.faster), lines=options.lines)
         report(f"lines of {judge[0].name}")
     return new, turned
 
@@ -232,13 +247,15 @@ def rate(found: Sequence[Still], way: str, defect: str, share: float, head: str 
 
 def print_turns(found: Sequence[Turn]) -> None:
     """Print what becomes of lines that turn bad."""
-    for slow, title in ((True, "The defect grows slowly"), (False, "The defect comes at once and stays")):
+    for how, title in LINES.items():
+        chosen = [one for one in found if one.how == how]
+        if not chosen:
+            continue
         print(
             f"\n{title}. Each cell: strength at which half of {_WINDOW} frames alarm, share of the last "
             f"{_LAST} that do, size of the shift that was followed; one surface after the other.\n"
         )
         print(f"| method | guard | {' | '.join(DEFECTS)} |\n" + "|---" * (2 + len(DEFECTS)) + "|")
-        chosen = [one for one in found if one.slow is slow]
         for head, guard in dict.fromkeys((one.head, one.guard) for one in chosen):
             cells = []
             for defect in DEFECTS:
@@ -267,26 +284,32 @@ def goals(new: Sequence[Still], turned: Sequence[Turn]) -> list[Goal]:
         spread = f"worst {worst[0]} {worst[1]:.0%}: {lost[worst]:+.2f}"
         said.append(Goal(title, float(np.mean(list(lost.values()))), limit, False, spread))
     for guard, limit in ((GUARDED, LASTING_KEPT), (NO_GUARD, float("nan"))):
-        for slow in (False, True):
-            kept, cases = _kept(turned, guard, slow=slow)
-            name = "slow" if slow else "sudden"
-            spread = f"{cases} lines that alarm uncorrected; least {min(kept, default=float('nan')):.2f}"
-            bounded = limit if not slow else float("nan")
+        for how in LINES:
+            kept = _kept(turned, guard, how)
+            if kept is None:
+                continue
+            spread = f"{len(kept)} lines that alarm uncorrected; least {min(kept, default=float('nan')):.2f}"
+            bounded = limit if how == SUDDEN else float("nan")
             said.append(
-                Goal(f"alarms left, {name} defect, {guard}", float(np.mean(kept or [np.nan])), bounded, True, spread)
+                Goal(f"alarms left, {how} defect, {guard}", float(np.mean(kept or [np.nan])), bounded, True, spread)
             )
     return said
 
 
-def _kept(turned: Sequence[Turn], guard: str, *, slow: bool) -> tuple[list[float], int]:
-    """Return, of the lines that alarm at the end without correction, the share of those alarms that are left."""
-    known = {(one.kind, one.head, one.defect): one.end for one in turned if one.guard == NONE and one.slow is slow}
-    kept = [
+def _kept(turned: Sequence[Turn], guard: str, how: str) -> list[float] | None:
+    """Return, of the lines that alarm at the end without correction, the share of those alarms that are left.
+
+    None where there are no such lines under that guard.
+    """
+    own = [one for one in turned if one.guard == guard and one.how == how]
+    if not own:
+        return None
+    known = {(one.kind, one.head, one.defect): one.end for one in turned if one.guard == NONE and one.how == how}
+    return [
         min(1.0, one.end / known[one.kind, one.head, one.defect])
-        for one in turned
-        if one.guard == guard and one.slow is slow and known[one.kind, one.head, one.defect] >= 0.5
+        for one in own
+        if known[one.kind, one.head, one.defect] >= 0.5
     ]
-    return kept, len(kept)
 
 
 def draw(new: Sequence[Still], turned: Sequence[Turn], path: Path) -> None:
@@ -302,7 +325,7 @@ def draw(new: Sequence[Still], turned: Sequence[Turn], path: Path) -> None:
         _finish(panel)
     for panel, defect in zip(axes[1], DEFECTS, strict=True):
         for guard in (NONE, GUARDED, NO_GUARD):
-            rows = [one.rates for one in turned if (one.guard, one.defect, one.slow) == (guard, defect, True)]
+            rows = [one.rates for one in turned if (one.guard, one.defect, one.how) == (guard, defect, SLOW)]
             style = {key: value for key, value in _STYLES[guard].items() if key != "marker"}
             panel.plot(np.arange(len(rows[0])) + _WINDOW, np.mean(rows, axis=0), label=guard, clip_on=False, **style)
         panel.axvspan(_CALM, len(rows[0]) + _WINDOW - _LAST, color="#000000", alpha=0.06, linewidth=0)
@@ -332,6 +355,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--line", type=int, default=20, help="further good parts that come on the line")
     parser.add_argument("--frames", type=int, default=240, help="over which a slow defect grows")
     parser.add_argument("--faster", type=float, default=4.0, help="how many times sooner moments follow meanwhile")
+    parser.add_argument("--lines", nargs="+", choices=list(LINES), default=list(LINES), help="how lines turn bad")
     parser.add_argument("--json", type=Path, help="all figures")
     parser.add_argument("--picture", type=Path, help="PNG to draw")
     return parser.parse_args(arguments)
@@ -356,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Goal]:
     print_turns(turned)
     found = goals(new, turned)
     print_goals(found)
-    if options.picture:
+    if options.picture and SLOW in options.lines:
         draw(new, turned, options.picture)
     return found
 

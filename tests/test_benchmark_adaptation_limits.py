@@ -10,7 +10,20 @@ import pytest
 
 import edge.adaptation.measure as measuring
 from benchmarks._limits import DEFECTS, GUARDED, GUARDS, Course, covering, trimming
-from benchmarks.adaptation_limits import HEADS, KINDS, NO_GUARD, NONE, SHARES, WAYS, Still, Turn, draw, goals
+from benchmarks.adaptation_limits import (
+    HEADS,
+    KINDS,
+    NO_GUARD,
+    NONE,
+    SHARES,
+    SLOW,
+    SUDDEN,
+    WAYS,
+    Still,
+    Turn,
+    draw,
+    goals,
+)
 from edge.adaptation.settings import AdaptationSettings
 
 if TYPE_CHECKING:
@@ -76,11 +89,11 @@ def figures(*, running: float, guarded: float) -> tuple[list[Still], list[Turn]]
     ]
     ends = {NONE: 1.0, GUARDED: guarded, NO_GUARD: 0.0}
     turned = [
-        Turn(kind, head, guard, name, slow, 1.0 if end else None, end, 2.0, "frozen", (0.0,) * 60 + (end,) * 41)
+        Turn(kind, head, guard, name, how, 1.0 if end else None, end, 2.0, "frozen", (0.0,) * 60 + (end,) * 41)
         for kind, head in kinds
         for guard, end in ends.items()
         for name in DEFECTS
-        for slow in (True, False)
+        for how in (SLOW, SUDDEN)
     ]
     return new, turned
 
