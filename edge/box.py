@@ -301,7 +301,7 @@ class Box:
             "memory": {"version": 0, "fleet": 0} if self._contents.memory is None else self._contents.memory.ref(),
             "engine": None if detector is None else detector.status.engine.value,
             "precision": None if detector is None else detector.status.precision.value,
-            "cameras": self.cameras.status(),
+            "cameras": self._contents.camera_status(),
             "drops": self.metrics.counts(),
             "latency_ms": self.metrics.percentiles(),
             "clock_synced": clock_synchronised(),

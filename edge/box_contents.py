@@ -6,7 +6,7 @@ A part that is to run beside the cameras is made here and appended to ``parts``.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge.adaptation.part import Adaptation
 from edge.adaptation.store import ADAPTATION_FILE, AdaptationStore
@@ -139,6 +139,12 @@ class BoxContents:
         # Without any source there is nothing to do.
         if some and refused and len(refused) == len(self.cameras):
             raise refused[0]
+
+    def camera_status(self) -> dict[str, dict[str, Any]]:
+        """What the status says of each camera, with the version of its moments; 0 where it does not follow its line."""
+        owner = None if self.adaptation is None else self.adaptation.owner
+        followed = {} if owner is None else {one.name: one.follower.version for one in owner.cameras}
+        return {name: said | {"moments_version": followed.get(name, 0)} for name, said in self.cameras.status().items()}
 
     def judges(self, detectors: Detectors, settings: Sequence[CameraSettings]) -> dict[str, Judge]:
         """A judge per enabled camera, of the memory that judged last; of the packed one where that cannot be used."""

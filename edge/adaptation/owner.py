@@ -65,9 +65,10 @@ class FollowedCamera:
         self.name, self.follower, self.bundle = name, follower, bundle
         self.subclasses = tuple(subclasses)
         self._made: deque[MadeSnapshot] = deque(maxlen=_MAX_MADE)
+        self._lock = threading.Lock()
         self._noted = follower.version
         self._refused: deque[bool] = deque(maxlen=UNKNOWN_WINDOW)
-        self._refusal = ""
+        self._refusal, self._unknowns = "", 0
         # What an earlier run has told is not told again.
         self._told = {
             NoticeKind.ADAPTATION_FROZEN: follower.phase is Phase.FROZEN,
@@ -92,14 +93,16 @@ class FollowedCamera:
         """Note what is in force, where it was not noted yet."""
         if self.follower.version == self._noted:
             return
-        snapshot = self.follower.snapshot()
-        self._noted = self.follower.version
-        subclass, now_us = self.subclasses[snapshot.expert], time.time_ns() // 1000
-        self._made.append(MadeSnapshot(self.name, self.bundle, subclass, snapshot, now_us))
+        with self._lock:
+            snapshot = self.follower.snapshot()
+            self._noted = self.follower.version
+            subclass, now_us = self.subclasses[snapshot.expert], time.time_ns() // 1000
+            self._made.append(MadeSnapshot(self.name, self.bundle, subclass, snapshot, now_us))
 
     def made(self) -> list[MadeSnapshot]:
         """Return snapshots that :meth:`saved` was not told of, oldest first."""
-        return list(self._made)
+        with self._lock:
+            return list(self._made)
 
     @property
     def accepted(self) -> int:
@@ -118,9 +121,10 @@ class FollowedCamera:
     def saved(self, made: list[MadeSnapshot], version: int, accepted: int) -> None:
         """Note what is on disk."""
         self._saved = (version, accepted)
-        for one in made:
-            if self._made and self._made[0] is one:
-                self._made.popleft()
+        with self._lock:
+            for one in made:
+                if self._made and self._made[0] is one:
+                    self._made.popleft()
 
     @property
     def hold(self) -> str:
@@ -133,7 +137,7 @@ class FollowedCamera:
     @property
     def unknown(self) -> bool:
         """Whether most of its last frames show a product that cannot be judged."""
-        return sum(self._refused) >= (_KNOWN_FROM + 1 if self._told[NoticeKind.PRODUCT_UNKNOWN] else _UNKNOWN_FROM)
+        return self._unknowns >= (_KNOWN_FROM + 1 if self._told[NoticeKind.PRODUCT_UNKNOWN] else _UNKNOWN_FROM)
 
     def changes(self) -> list[Change]:
         """Say what begins and what ends, each once."""
@@ -160,6 +164,8 @@ class FollowedCamera:
 
     def _count_refusal(self, refusal: str) -> None:
         self._refused.append(bool(refusal))
+        # One figure for whoever asks from another thread.
+        self._unknowns = sum(self._refused)
         self._refusal = refusal or self._refusal
 
     def _figures(self) -> dict[str, Any]:

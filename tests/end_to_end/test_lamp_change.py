@@ -132,7 +132,7 @@ def write_config(folder: Path, bundle: Bundle, url: str, line: Line) -> Path:
     source = {"kind": "folder", "path": str(line.folder), "loop": True, "fps": 40}
     cameras = [
         {"name": "follows", "source": source, "mode": "triggered"},
-        {"name": "stays", "source": source, "mode": "triggered", "adaptation": {"enabled": False}},
+        {"name": "stays", "source": {**source, "fps": 20}, "mode": "triggered", "adaptation": {"enabled": False}},
     ]
     content = {
         "site": "plant", "box": "box1", "state_dir": "state", "bundle": str(bundle.path), "threads": 1,
@@ -183,7 +183,7 @@ def lamp_ages(heard: Heard, line: Line) -> None:
     """By a seventh: one camera follows without an alarm, the other one, of the same parts, alarms on all of them."""
     for percent in range(99, 84, -1):
         line.light(percent / 100)
-        heard.wait_for_parts("follows", 10)
+        heard.wait_for_parts("follows", 7)
     heard.wait_for(lambda one: follower(one).get("drifting"))
     aged = len(heard.messages)
     heard.wait_for_parts("follows", PARTS)
@@ -196,6 +196,10 @@ def lamp_ages(heard: Heard, line: Line) -> None:
     assert {one.adaptation.moments for one in heard.parts("stays")} == {0}
     status = heard.wait_for(lambda one: follower(one).get("phase") == "following")
     assert follower(status)["shift"] > QUICK["drift"]
+    shown = {name: one["moments_version"] for name, one in status.cameras.items()}
+    assert shown["follows"] > 0
+    assert shown["stays"] == 0
+    assert {one["threshold_version"] for one in status.cameras.values()} == {0}
     assert any(text.startswith("follows: what it shows is") for text in status.warnings)
     (drift,) = (one for one in heard.messages if notice("adaptation.drift")(one))
     assert (drift.detail["camera"], drift.detail["lasting"], drift.severity.value) == ("follows", True, "warning")
