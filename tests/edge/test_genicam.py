@@ -202,12 +202,12 @@ def test_hardware_trigger_waits_for_its_line() -> None:
         device=gige_camera.ADDRESS,
         trigger="hardware",
         genicam={"trigger_source": "Line0"},
-        stall_seconds=0.2,
+        stall_seconds=1.0,  # of one call of the driver too, which gives the thread back after a fifth of that
     )
     with GigeCamera(), Capture(name="a", settings=settings) as capture:
         wait_for(lambda: capture.state is CameraState.STREAMING, capture)
         # Longer than the stall time: that no part comes by is no fault of the camera.
-        assert capture.get(1.0) is None
+        assert capture.get(1.6) is None
         assert capture.state is CameraState.STREAMING
         with pytest.raises(CaptureError, match="has no software trigger"):
             capture.fire()
