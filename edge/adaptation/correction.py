@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
-from edge.adaptation.measure import measure_canvas, measure_taps
-from edge.adaptation.moments import IMAGE
+from edge.adaptation.measure import blurred, measure_canvas, measure_taps
+from edge.adaptation.moments import DETAIL, IMAGE
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 SCALE_LIMIT = 2.0
 """Largest ratio of deviations that is corrected, and its inverse the smallest: a channel that went silent, or a flat
 image, must not be blown up to what its noise is not."""
-_LEAST_GREY, _LEAST_SHARE, _TINY = 1.0, 0.01, 1e-6
+SHARPEN_LIMIT = 3.0
+"""Largest gain of the finest detail, and its inverse the smallest."""
+# The filter takes away a part of each wave length, so that the detail measured changes by half of what its gain does.
+_SHARPEN_SLOPE = 2.0
+# Below it nothing would be seen of it but its cost.
+_SHARPEN_LEAST = 0.02
+_LEAST_GREY, _LEAST_SHARE, _LEAST_DETAIL, _TINY = 1.0, 0.01, 1e-3, 1e-6
 
 
 class MomentCorrection:
@@ -41,7 +47,9 @@ class MomentCorrection:
     def __init__(self, now: Moments, reference: Moments, own: float = 0.0) -> None:
         self._now, self._reference, self._own = now, reference, own
         common = [name for name in reference.mean if name in now.mean]
-        self._names = tuple(name for name in common if name != IMAGE)
+        self._names = tuple(name for name in common if name not in {IMAGE, DETAIL})
+        self._corrects_detail = DETAIL in common
+        self._sharpen = self._sharpening(now.std[DETAIL]) if self._corrects_detail else 1.0
         self._corrects_image = IMAGE in common
         self._table = self._table_from(now.mean[IMAGE], now.std[IMAGE]) if self._corrects_image else None
         self._affine = {name: self._affine_from(name, now.mean[name], now.std[name]) for name in self._names}
@@ -52,13 +60,19 @@ class MomentCorrection:
         Args:
             tiles: contiguous uint8 [T, H, W, 3] RGB.
         """
-        table = self._table
-        if self._own and self._corrects_image:
-            table = self._table_from(*self._mixed(IMAGE, measure_canvas(tiles)))
-        if table is None:
-            return
-        rows = tiles.reshape(-1, tiles.shape[2], 3)
-        cv2.LUT(rows, table, dst=rows)
+        table, sharpen = self._table, self._sharpen
+        if self._own and (self._corrects_image or self._corrects_detail):
+            mine = measure_canvas(tiles)
+            if self._corrects_image:
+                table = self._table_from(*self._mixed(IMAGE, mine))
+            if self._corrects_detail:
+                sharpen = self._sharpening(self._mixed(DETAIL, mine)[1])
+        if table is not None:
+            rows = tiles.reshape(-1, tiles.shape[2], 3)
+            cv2.LUT(rows, table, dst=rows)
+        if abs(sharpen - 1) >= _SHARPEN_LEAST:
+            for tile in tiles:
+                cv2.addWeighted(tile, sharpen, blurred(tile), 1 - sharpen, 0, dst=tile)
 
     def taps(self, taps: Taps, *, in_place: bool = False) -> Taps:
         """Return taps corrected, before the head.
@@ -85,6 +99,10 @@ class MomentCorrection:
         own, now = np.float32(self._own), self._now
         mean = now.mean[name] + own * (mine.mean[name] - now.mean[name])
         return mean, now.std[name] + own * (mine.std[name] - now.std[name])
+
+    def _sharpening(self, detail: Vector) -> float:
+        ratio = max(float(self._reference.std[DETAIL][0]), _LEAST_DETAIL) / max(float(detail[0]), _LEAST_DETAIL)
+        return min(max(1 + _SHARPEN_SLOPE * (ratio - 1), 1 / SHARPEN_LIMIT), SHARPEN_LIMIT)
 
     def _table_from(self, mean: Vector, std: Vector) -> npt.NDArray[np.uint8] | None:
         gain, offset = self._gain_and_offset(IMAGE, mean, std, _LEAST_GREY)

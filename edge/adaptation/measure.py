@@ -5,12 +5,14 @@ It must not know what moments are compared with.
 
 from __future__ import annotations
 
+import math
+import threading
 from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 
-from edge.adaptation.moments import IMAGE, Moments
+from edge.adaptation.moments import DETAIL, IMAGE, Moments
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,13 +29,19 @@ say in them, and one that fills more of the image has less."""
 _PATCH = 8
 # The middle of grey levels: squares of what is near 0 keep their digits.
 _GREY = 128.0
+_LEAST_GREY = 1.0
+# Sharpness is measured in so many rows and columns of parts.
+_PARTS = 4
+# OpenCV takes the binomial filter of this size: the fastest that it has.
+_KERNEL = (3, 3)
+_OF_THREAD = threading.local()
 # More positions than of a map of so many rows and columns say nothing more about a mean.
 _GRID = 28
 _LEAST_VARIANCE = np.float32(1e-12)
 
 
 def measure_canvas(tiles: npt.NDArray[np.uint8]) -> Moments:
-    """Measure the colours of one image.
+    """Measure the colours and the sharpness of one image.
 
     Of every second pixel in both directions; patches are 16 x 16 pixels.
 
@@ -41,7 +49,7 @@ def measure_canvas(tiles: npt.NDArray[np.uint8]) -> Moments:
         tiles: uint8 [T, H, W, 3] RGB, all of one image.
 
     Returns:
-        Moments of :data:`edge.adaptation.moments.IMAGE`.
+        Moments of :data:`edge.adaptation.moments.IMAGE` and :data:`edge.adaptation.moments.DETAIL`.
     """
     means, squares = [], []
     for tile in tiles:
@@ -52,7 +60,34 @@ def measure_canvas(tiles: npt.NDArray[np.uint8]) -> Moments:
     rows = np.concatenate(means).T
     middle = rows.mean(axis=1, dtype=np.float32)
     mean, std = _trimmed(rows, np.concatenate(squares).T, np.square(rows - middle[:, np.newaxis]))
-    return Moments({IMAGE: mean + np.float32(_GREY)}, {IMAGE: std})
+    detail = np.array([_detail(tiles) / max(float(std.mean()), _LEAST_GREY)], np.float32)
+    return Moments({IMAGE: mean + np.float32(_GREY), DETAIL: np.zeros(1, np.float32)}, {IMAGE: std, DETAIL: detail})
+
+
+def blurred(tile: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return a tile uint8 [H, W, 3] without its finest detail, in a buffer of this thread that its next call uses."""
+    buffer: npt.NDArray[np.uint8] | None = getattr(_OF_THREAD, "buffer", None)
+    if buffer is None or buffer.shape != tile.shape:
+        buffer = _OF_THREAD.buffer = np.empty(tile.shape, np.uint8)
+    cv2.GaussianBlur(tile, _KERNEL, 0, dst=buffer)
+    return buffer
+
+
+def _detail(tiles: npt.NDArray[np.uint8]) -> float:
+    """Deviation of the finest detail in grey levels, without the parts of the image that have most of it."""
+    found = []
+    for tile in tiles:
+        smooth = blurred(tile)
+        height, width = tile.shape[:2]
+        for top in range(_PARTS):
+            rows = slice(top * height // _PARTS, (top + 1) * height // _PARTS)
+            for left in range(_PARTS):
+                columns = slice(left * width // _PARTS, (left + 1) * width // _PARTS)
+                part = tile[rows, columns]
+                found.append(cv2.norm(part, smooth[rows, columns], cv2.NORM_L2SQR) / part.size)
+    found.sort()
+    kept = found[: len(found) - math.ceil(len(found) * TRIM)]
+    return math.sqrt(sum(kept) / len(kept))
 
 
 def measure_taps(taps: Taps) -> Moments:

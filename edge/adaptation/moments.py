@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 IMAGE = "image"
 """Name of the canvas among the things that are measured; the others are taps (``s4``, ``s8`` ...)."""
 
+DETAIL = "detail"
+"""Name of how sharp the canvas is: one channel, whose deviation is that of the finest detail (what a 3 x 3 binomial
+filter takes away) as a share of the colours' own, so that no gain or offset changes it. Its mean is 0."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from hypothesis.extra import numpy as hnp
 from edge.adaptation.correction import SCALE_LIMIT, MomentCorrection
 from edge.adaptation.follower import Follower, Phase
 from edge.adaptation.measure import joined, measure_canvas, measure_taps
-from edge.adaptation.moments import IMAGE, Moments, Reference
+from edge.adaptation.moments import DETAIL, IMAGE, Moments, Reference
 from edge.adaptation.settings import AdaptationSettings
 from edge.adaptation.shift import shift_of
 from tests.edge.adaptation_values import judged
@@ -90,6 +91,35 @@ def test_gain_and_offset_are_taken_back(gain: float, offset: float, seed: int) -
         shift_of(measure_canvas(back), measure_canvas(good))
         <= shift_of(measure_canvas(now), measure_canvas(good)) + 0.02
     )
+
+
+@QUICK
+@given(st.floats(0.7, 1.3), st.floats(-20, 20), st.integers(0, 5))
+def test_light_does_not_change_how_sharp_an_image_is(gain: float, offset: float, seed: int) -> None:
+    good = texture(seed)
+    now = relit(good, gain, offset)
+    inside = ((good * gain + offset > 0) & (good * gain + offset < 255)).all()
+    if inside:
+        assert measure_canvas(now).std[DETAIL][0] == pytest.approx(measure_canvas(good).std[DETAIL][0], rel=0.05)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 0.7, 1.0])
+def test_sharpness_is_given_back(sigma: float) -> None:
+    good = texture(3, tiles=2, size=96)
+    soft = np.stack([cv2.GaussianBlur(tile, (0, 0), sigma) for tile in good])
+    reference, now = measure_canvas(good), measure_canvas(soft)
+    assert now.std[DETAIL][0] < reference.std[DETAIL][0]
+    for own in (0.0, 1.0):
+        back = soft.copy()
+        MomentCorrection(now, reference, own).canvas(back)
+        assert now.std[DETAIL][0] * 1.1 < measure_canvas(back).std[DETAIL][0] < reference.std[DETAIL][0] * 1.5
+
+
+def test_scratches_have_next_to_no_say_in_how_sharp_an_image_is() -> None:
+    tiles = texture(2, size=224)
+    clean = measure_canvas(tiles).std[DETAIL][0]
+    tiles[:, 70:100:2, 70:100] = 255
+    assert measure_canvas(tiles).std[DETAIL][0] == pytest.approx(clean, rel=0.05)
 
 
 @QUICK

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from edge.adaptation.measure import measure_canvas
-from edge.adaptation.moments import IMAGE
+from edge.adaptation.moments import DETAIL, IMAGE
 from edge.bundle import Preprocessing
 from trainer import fit
 from trainer.backbones.registry import build_trunk
@@ -196,7 +196,7 @@ def test_references_are_means_of_training_images_by_subclass(cloth: Material) ->
         greys[image.subclass].append(measured)
     for name, values in greys.items():
         np.testing.assert_allclose(found[name].mean[IMAGE], np.mean(values, axis=0), rtol=1e-5)
-    assert set(found[ALL].mean) == {IMAGE, "s8"}
+    assert set(found[ALL].mean) == {DETAIL, IMAGE, "s8"}
 
 
 def test_images_in_the_light_of_training_are_hardly_corrected_and_others_are(cloth: Material) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from edge.adaptation.correction import MomentCorrection
 from edge.adaptation.measure import joined, measure_canvas, measure_taps
-from edge.adaptation.moments import IMAGE, Moments
+from edge.adaptation.moments import DETAIL, IMAGE, Moments
 from edge.inference.preprocessing import cut_tiles
 
 if TYPE_CHECKING:
@@ -105,7 +105,8 @@ def mean_moments(found: Sequence[Moments]) -> Moments:
 
 
 def _of_image(moments: Moments) -> Moments:
-    return Moments({IMAGE: moments.mean[IMAGE]}, {IMAGE: moments.std[IMAGE]})
+    names = (IMAGE, DETAIL)
+    return Moments({name: moments.mean[name] for name in names}, {name: moments.std[name] for name in names})
 
 
 def _taps(features: Features, index: int) -> dict[str, npt.NDArray[np.float32]]:
