@@ -26,8 +26,8 @@ def calibration(highest: float = 1.0) -> CalibrationScores:
 
 
 def a_judge(**changes: Any) -> Judge:
-    values = {"calibration": calibration(), "pooling": Pooling(cells=1), "crop": None, "alpha": 0.1, "bundle_id": "ab" * 32}
-    return Judge(**(values | changes))
+    values = {"calibration": calibration(), "pooling": Pooling(cells=1), "crop": None, "alpha": 0.1}
+    return Judge(**(values | {"bundle_id": "ab" * 32} | changes))
 
 
 @pytest.fixture
