@@ -173,6 +173,14 @@ def test_a_frame_seen_through_the_snapshot_before_still_counts() -> None:
     assert one.status()["frames"]["accepted"] == 3
 
 
+def test_a_frame_seen_through_older_moments_does_not_count() -> None:
+    one = follower()
+    show(one, moments(light=6), 6)
+    assert one.version > 1
+    one.take(judged(moments(light=6), version=0))
+    assert one.status()["frames"]["late"] == 1
+
+
 def test_drift_is_told_with_hysteresis() -> None:
     one = follower(of=QUICK.model_copy(update={"drift": 1.0, "half_life": 40.0}))
     assert not one.drifting
