@@ -65,10 +65,20 @@ class Figures:
         folders: scores of at least one, all of the same detectors, corrections and conditions.
         resamples: draws.
         seed: of the draws.
+        matched: None takes the thresholds that were calibrated on held-out images; else those that this share of the
+            judged good images reaches when clean and uncorrected, so that every folder starts from the same rate.
     """
 
-    def __init__(self, folders: Sequence[Scores], *, resamples: int = RESAMPLES, seed: int = 0) -> None:
-        self.folders = tuple(folders)
+    def __init__(
+        self, folders: Sequence[Scores], *, resamples: int = RESAMPLES, seed: int = 0, matched: float | None = None
+    ) -> None:
+        self.folders, self._matched = tuple(folders), matched
+        self._thresholds = [
+            one.thresholds
+            if matched is None
+            else {name: reached_by(found[NONE][CLEAN][0], matched) for name, found in one.scores.items()}
+            for one in folders
+        ]
         self._weights = []
         rng = np.random.default_rng(seed)
         for one in folders:
@@ -78,6 +88,10 @@ class Figures:
             # The first row is the images as they are.
             self._weights.append(np.concatenate([np.ones((1, len(labels)), np.int64), drawn]))
         self._known: dict[tuple[str, ...], Draws] = {}
+
+    def alone(self, one: Scores) -> Figures:
+        """Return one folder's figures by the same thresholds, without intervals."""
+        return Figures([one], resamples=1, matched=self._matched)
 
     @property
     def detectors(self) -> tuple[str, ...]:
@@ -140,7 +154,10 @@ class Figures:
             )
             first = len(one.groups[0])
             columns = [np.array(judged)[keep] for (judged, _), keep in zip(places, kept, strict=True)]
-            weights, threshold = self._weights[index][:, np.r_[columns[0], first + columns[1]]], one.thresholds[name]
+            weights, threshold = (
+                self._weights[index][:, np.r_[columns[0], first + columns[1]]],
+                self._thresholds[index][name],
+            )
             if what == AUROC:
                 labels = np.r_[np.zeros(len(good), bool), np.ones(len(bad), bool)]
                 self._known[key] = weighted_auroc(labels, np.r_[good, bad])(weights)
@@ -149,6 +166,12 @@ class Figures:
             else:
                 self._known[key] = _share(good >= threshold, weights[:, : len(good)])
         return self._known[key]
+
+
+def reached_by(scores: Sequence[float], share: float) -> float:
+    """Return the threshold that at most this share of scores reaches, as near to it as their number allows."""
+    ranked = np.sort(np.array(scores, np.float64))
+    return float(np.nextafter(ranked[len(ranked) - 1 - int(share * len(ranked) + 1e-9)], np.inf))
 
 
 def _share(hits: npt.NDArray[np.bool_], weights: npt.NDArray[np.int64]) -> Draws:

@@ -187,17 +187,30 @@ def thinned(samples: Sequence[Sample], most: int) -> tuple[Sample, ...]:
 
 
 def apart(samples: Sequence[Sample], count: int, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """Draw whole groups until ``count`` samples are there (at most half of all); the rest is of other groups."""
-    groups = list(dict.fromkeys(sample.group for sample in samples))
-    order = np.random.default_rng(seed).permutation(len(groups))
-    wanted, drawn, held = min(count, len(samples) // 2), set(), 0
-    for index in order:
-        if held >= wanted:
-            break
-        drawn.add(groups[index])
-        held += sum(sample.group == groups[index] for sample in samples)
-    first = tuple(sample for sample in samples if sample.group in drawn)
-    return thinned(first, count), tuple(sample for sample in samples if sample.group not in drawn)
+    """Draw about ``count`` samples, at most half of all, of the same mix of conditions as the rest, which comes second.
+
+    Whole groups are drawn, so that the two parts share none; only where a condition has a single group is it split.
+    A line shows what it runs: moments of some of its variants would not be those of the others.
+    """
+    conditions: dict[str, set[str]] = {}
+    for sample in samples:
+        conditions.setdefault(sample.group, set()).add(sample.condition)
+    strata: dict[tuple[str, ...], list[int]] = {}
+    for index, sample in enumerate(samples):
+        strata.setdefault(tuple(sorted(conditions[sample.group])), []).append(index)
+    rng, drawn = np.random.default_rng(seed), set()
+    for places in strata.values():
+        wanted = max(1, round(min(count / len(samples), 0.5) * len(places)))
+        groups = list(dict.fromkeys(samples[i].group for i in places))
+        several = len(groups) > 1
+        units = [[i for i in places if samples[i].group == one] for one in groups] if several else [[i] for i in places]
+        held: list[int] = []
+        for unit in rng.permutation(len(units))[: len(units) - 1]:
+            if len(held) < wanted:
+                held += units[unit]
+        drawn |= set(held)
+    first = tuple(sample for index, sample in enumerate(samples) if index in drawn)
+    return thinned(first, count), tuple(sample for index, sample in enumerate(samples) if index not in drawn)
 
 
 def detectors(source: Source, names: Sequence[str], options: Fitting) -> list[Detector]:

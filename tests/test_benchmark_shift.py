@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import shift
-from benchmarks._shift_figures import AUROC, FALSE_POSITIVES, MISSES, Figures
+from benchmarks._shift_figures import AUROC, FALSE_POSITIVES, MISSES, Figures, reached_by
 from benchmarks._shift_heads import Source, apart, thinned, trunk_of
 from benchmarks._shift_scores import NONE, OWN, RUNNING, Scores, judge, some
 from benchmarks._shifts import CLEAN, DIMMED, REQUIRED, SERIES, conditions, dimmed
@@ -103,10 +103,10 @@ def test_blur_and_noise_have_the_size_they_say() -> None:
     assert np.sqrt((step * (at - middle) ** 2).sum() / step.sum()) == pytest.approx(1.5, rel=0.05)
 
 
-def sample(group: str, index: int) -> Sample:
+def sample(group: str, index: int, condition: str = "") -> Sample:
     from pathlib import Path
 
-    return Sample(Path(f"{index}.png"), "test", "good", False, None, "", group, "")
+    return Sample(Path(f"{index}.png"), "test", "good", False, None, condition, group, "")
 
 
 @settings(max_examples=60, deadline=None)
@@ -114,9 +114,26 @@ def sample(group: str, index: int) -> Sample:
 def test_images_for_moments_are_of_other_groups_than_those_judged(groups: list[str], count: int, seed: int) -> None:
     samples = [sample(group, index) for index, group in enumerate(groups)]
     moments, judged = apart(samples, count, seed)
-    assert not {one.group for one in moments} & {one.group for one in judged}
+    if len(set(groups)) > 1:
+        assert not {one.group for one in moments} & {one.group for one in judged}
+    assert not set(moments) & set(judged)
     assert 1 <= len(moments) <= count
+    assert judged
     assert (moments, judged) == apart(samples, count, seed)
+
+
+def test_images_for_moments_are_of_the_same_mix_as_those_judged() -> None:
+    several = [sample(f"{kind}{index // 2}", index, kind) for index, kind in enumerate("a" * 20 + "b" * 10)]
+    # One group is a condition: it has to be split. One group in every condition: it must not be.
+    single = [sample(kind, index, kind) for index, kind in enumerate("a" * 20 + "b" * 10)]
+    across = [sample(str(index // 3), index, "abc"[index % 3]) for index in range(30)]
+    for samples, kinds in ((several, "ab"), (single, "ab"), (across, "abc")):
+        moments, judged = apart(samples, 10, 0)
+        for kind in kinds:
+            share = len(samples) / sum(one.condition == kind for one in samples)
+            for part in (moments, judged):
+                assert len(part) / sum(one.condition == kind for one in part) == pytest.approx(share, rel=0.35)
+    assert not {one.group for one in apart(across, 10, 0)[0]} & {one.group for one in apart(across, 10, 0)[1]}
 
 
 def test_thinned_and_some_draw_evenly() -> None:
@@ -184,6 +201,15 @@ def test_recovery_compares_with_clean_images_that_were_judged_under_the_shift_to
     assert figures.rate(FALSE_POSITIVES, ["memory"], NONE, [CLEAN]).value == 0.25
 
 
+def test_matched_thresholds_are_those_that_a_share_of_clean_images_reaches() -> None:
+    found = folder_by_hand()
+    figures = Figures([found], resamples=5, matched=0.5)
+    assert figures.rate(FALSE_POSITIVES, ["memory"], NONE, [CLEAN]).value == 0.5
+    assert figures.alone(found).rate(FALSE_POSITIVES, ["memory"], NONE, [CLEAN]).value == 0.5
+    assert reached_by([1.0, 2.0, 3.0, 4.0], 0.05) > 4
+    assert 3 < reached_by([4.0, 2.0, 3.0, 1.0], 0.25) < 4
+
+
 def test_a_rise_too_small_to_share_is_not_a_figure() -> None:
     found = folder_by_hand()
     found.scores["memory"][NONE][DIMMED] = found.scores["memory"][NONE][CLEAN]
@@ -236,7 +262,10 @@ def test_the_report_prints_draws_and_judges_goals(tmp_path: Path, capsys: pytest
     rows = ([0, 1, 2, 3, 4], [0, 1, 2])
     found = {
         how: {
-            name: ((rng.random(5) + (how == NONE and name != CLEAN) * 9).tolist(), (rng.random(3) + 9).tolist())
+            name: (
+                (rng.random(5) * (0.1 if how == RUNNING else 1) + (how == NONE and name != CLEAN) * 9).tolist(),
+                (rng.random(3) + 9).tolist(),
+            )
             for name in conditions()
         }
         for how in (NONE, OWN, RUNNING)
