@@ -88,7 +88,7 @@ def test_pack_measures_what_the_experts_were_trained_on_as_each_precision_shows_
         found = read_reference(bundle, precision)
         assert found is not None
         references[precision] = found.moments[0]
-        assert tuple(found.moments[0].mean) == ("image", "s8", "s16")
+        assert tuple(found.moments[0].mean) == ("image", "s8", "s16", "detail")
         assert 0 < found.usual[0] < 2
     with torch.no_grad():
         taps = trunk(torch.from_numpy(request_.reference))
