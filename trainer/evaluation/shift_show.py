@@ -182,7 +182,7 @@ def _draw_panel(axes: Axes, material: MaterialResult, name: str) -> None:
             linewidth=1,
             label=one.name,
         )
-    axes.set_xticks(range(len(settings)), [_two_lines(setting) for setting in settings], fontsize=7)
+    axes.set_xticks(range(len(settings)), [_in_lines(setting) for setting in settings], fontsize=7)
     axes.set_xlim(-0.5, len(settings) - 0.5)
     for between in range(1, len(settings)):
         axes.axvline(between - 0.5, color="#dddddd", linewidth=0.6)
@@ -215,8 +215,8 @@ def _draw_pairs(axes: Axes, comparisons: Sequence[Comparison]) -> None:
         axes.legend(fontsize=7)
 
 
-def _two_lines(setting: str) -> str:
-    return setting.replace(", ", ",\n").replace("+", "\n+")
+def _in_lines(setting: str) -> str:
+    return setting.replace(", ", ",\n").replace("+", "\n+").replace(" rows", "\nrows")
 
 
 def _shown(spread: Spread | None) -> str:
