@@ -83,6 +83,7 @@ class Guard:
 
     Attributes:
         bounded: the shift is bounded, and a single frame and the scale are limited.
+        bound: of the shift, where it is another than the box's default.
         alarms: frames that alarm teach nothing, and many of them freeze it.
         trimmed: the patches that lie farthest from a frame's mean are left out.
     """
@@ -90,6 +91,7 @@ class Guard:
     bounded: bool = True
     alarms: bool = True
     trimmed: bool = True
+    bound: float | None = None
 
     def settings(self, faster: float = 1.0) -> AdaptationSettings:
         """Return the box's settings, with what is off as far out of the way as they allow.
@@ -102,6 +104,8 @@ class Guard:
         found: dict[str, float] = {
             "half_life": max(1.0, usual.half_life / faster), "every_frames": max(1, round(usual.every_frames / faster))
         }  # fmt: skip
+        if self.bound is not None:
+            found["bound"] = self.bound
         if not self.bounded:
             found |= {"bound": 1e6, "clip": 1e6, "scale": 1e3}
         if not self.alarms:
@@ -112,6 +116,8 @@ class Guard:
 GUARDED = "guarded"
 GUARDS: Mapping[str, Guard] = {
     GUARDED: Guard(),
+    "bound 2": Guard(bound=2.0),
+    "bound 1": Guard(bound=1.0),
     "no bound": Guard(bounded=False),
     "alarms teach": Guard(alarms=False),
     "not trimmed": Guard(trimmed=False),

@@ -320,7 +320,7 @@ def draw(new: Sequence[Still], turned: Sequence[Turn], path: Path) -> None:
         for way in WAYS:
             rates = [rate(new, way, defect, share) for share in SHARES]
             panel.plot([100 * share for share in SHARES], rates, label=way, clip_on=False, **_STYLES[way])
-        panel.set_title(f"{defect}, new")
+        panel.set_title(f"{defect}: new", fontsize=11)
         panel.set_xlabel("share of the image [%]")
         _finish(panel)
     for panel, defect in zip(axes[1], DEFECTS, strict=True):
@@ -329,12 +329,14 @@ def draw(new: Sequence[Still], turned: Sequence[Turn], path: Path) -> None:
             style = {key: value for key, value in _STYLES[guard].items() if key != "marker"}
             panel.plot(np.arange(len(rows[0])) + _WINDOW, np.mean(rows, axis=0), label=guard, clip_on=False, **style)
         panel.axvspan(_CALM, len(rows[0]) + _WINDOW - _LAST, color="#000000", alpha=0.06, linewidth=0)
-        panel.set_title(f"{defect}, growing over the grey frames")
-        panel.set_xlabel("frame")
+        panel.set_title(f"{defect}: growing", fontsize=11)
+        panel.set_xlabel("frame; it grows in the grey ones")
         _finish(panel)
     for row in axes:
         row[0].set_ylabel("images that alarm")
-        row[-1].legend(fontsize=8)
+    # Where the lines are not.
+    axes[0][-1].legend(fontsize=8, loc="lower left")
+    axes[1][1].legend(fontsize=8, loc="upper left")
     figure.suptitle("What following the light hides: mean over methods and surfaces, frozen thresholds")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
@@ -357,6 +359,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--faster", type=float, default=4.0, help="how many times sooner moments follow meanwhile")
     parser.add_argument("--lines", nargs="+", choices=list(LINES), default=list(LINES), help="how lines turn bad")
     parser.add_argument("--json", type=Path, help="all figures")
+    parser.add_argument("--read", type=Path, help="figures of an earlier run to print and draw instead")
     parser.add_argument("--picture", type=Path, help="PNG to draw")
     return parser.parse_args(arguments)
 
@@ -368,10 +371,14 @@ def main(arguments: Sequence[str] | None = None) -> list[Goal]:
     torch.set_num_threads(1)
     new: list[Still] = []
     turned: list[Turn] = []
-    with TemporaryDirectory() as folder:
-        for kind in options.kinds:
-            more = measure(kind, options, Path(folder))
-            new, turned = new + more[0], turned + more[1]
+    if options.read:
+        plain = json.loads(options.read.read_text(encoding="utf-8"))
+        new, turned = [Still(**one) for one in plain["new"]], [Turn(**one) for one in plain["turned"]]
+    else:
+        with TemporaryDirectory() as folder:
+            for kind in options.kinds:
+                more = measure(kind, options, Path(folder))
+                new, turned = new + more[0], turned + more[1]
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         plain = {"new": [asdict(one) for one in new], "turned": [asdict(one) for one in turned]}
@@ -380,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Goal]:
     print_turns(turned)
     found = goals(new, turned)
     print_goals(found)
-    if options.picture and SLOW in options.lines:
+    if options.picture and any(one.how == SLOW for one in turned):
         draw(new, turned, options.picture)
     return found
 
