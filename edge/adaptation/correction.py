@@ -1,6 +1,7 @@
 """MomentCorrection: gives what a camera shows now the moments of what an expert was trained on.
 
-An affine map per channel, of the canvas and of each tap. It must not know how moments are followed.
+An affine map per channel of the canvas and of each tap, and a gain of the canvas's finest detail. It must not know how
+moments are followed.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
 
 SCALE_LIMIT = 2.0
 """Largest ratio of deviations that is corrected, and its inverse the smallest: a channel that went silent, or a flat
-image, must not be blown up to what its noise is not."""
+image, must not be blown up to what its noise is not. On generated cloth under blur and noise, limits of 1.5, 2 and 4
+gave the same scores."""
 SHARPEN_LIMIT = 3.0
-"""Largest gain of the finest detail, and its inverse the smallest."""
+"""Largest gain of the finest detail, and its inverse the smallest. Reached by a Gaussian blur of about 1 pixel."""
 # The filter takes away a part of each wave length, so that the detail measured changes by half of what its gain does.
+# On generated metal and wafers 2 gave no more false alarms under blur than 3 did; a 5 x 5 filter was no better in all.
 _SHARPEN_SLOPE = 2.0
 # Below it nothing would be seen of it but its cost.
 _SHARPEN_LEAST = 0.02

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 TRIM = 0.05
 """Share of an image's patches, those that lie farthest from its mean, that its moments leave out: a small defect has no
-say in them, and one that fills more of the image has less."""
+say in them, and one that fills more of the image has less. On generated cloth, corrected by each image's own moments,
+0, 0.05 and 0.3 ranked small defects alike."""
 _PATCH = 8
 # The middle of grey levels: squares of what is near 0 keep their digits.
 _GREY = 128.0
