@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections import Counter
 from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tests.mosquitto_process import Mosquitto
 
 pytestmark = pytest.mark.broker
+START = datetime(2000, 1, 1, tzinfo=timezone.utc)
 PARTS = 20
 DEFECT = f"{PARTS - 1:02d}"
 # A reset camera has settled after a few parts, a slow change is followed within ten.
@@ -70,7 +71,7 @@ class Heard:
 
     def wait_for(self, wanted: Callable[[Any], bool]) -> Any:
         """Return the next message that is as wanted."""
-        deadline = time.monotonic() + SOON
+        deadline = time.monotonic() + 2 * SOON
         while True:
             received = self.subscriber.receive(deadline - time.monotonic())
             assert received is not None, f"waited in vain; {[follower(m) for m in self.messages if follower(m)][-1:]}"
@@ -78,26 +79,28 @@ class Heard:
             if wanted(received.message):
                 return received.message
 
-    def parts(self, camera: str, *, since: int = 0, good: bool = True) -> list[VerdictMessage]:
-        """Verdicts on judged parts of a camera that are good, or on the one that is not."""
-        return [
+    def parts(self, camera: str, *, since: datetime = START, good: bool = True) -> list[VerdictMessage]:
+        """Verdicts on judged parts of a camera that are good, or on the one that is not, in their order.
+
+        Not in that of arrival: on a slow machine verdicts come late, and what is urgent before them.
+        """
+        found = [
             one
-            for one in self.messages[since:]
+            for one in self.messages
             if isinstance(one, VerdictMessage)
-            and one.camera == camera
+            and (one.camera, one.part_id != DEFECT) == (camera, good)
             and one.decision.value != "NOT_JUDGED"
-            and (one.part_id != DEFECT) is good
+            and one.ts > since
         ]
+        return sorted(found, key=lambda one: one.camera_seq)
 
-    def all_good_are_ok(self, camera: str, *, since: int = 0) -> bool:
-        return self.decisions(camera, since=since).keys() == {"OK"}
-
-    def wait_for_parts(self, camera: str, count: int) -> None:
+    def wait_for_parts(self, camera: str, count: int, *, since: datetime = START) -> None:
+        """Hear ``count`` more verdicts on parts that were captured after a moment."""
         for _ in range(count):
-            self.wait_for(lambda one: isinstance(one, VerdictMessage) and one.camera == camera)
+            self.wait_for(lambda one: isinstance(one, VerdictMessage) and one.camera == camera and one.ts > since)
 
-    def decisions(self, camera: str, *, since: int = 0, good: bool = True) -> Counter[str]:
-        return Counter(one.decision.value for one in self.parts(camera, since=since, good=good))
+    def decisions(self, camera: str, *, since: datetime = START, good: bool = True) -> set[str]:
+        return {one.decision.value for one in self.parts(camera, since=since, good=good)}
 
 
 def notice(kind: str, **detail: Any) -> Callable[[Any], bool]:
@@ -129,10 +132,10 @@ def line(tmp_path: Path) -> Line:
 
 
 def write_config(folder: Path, bundle: Bundle, url: str, line: Line) -> Path:
-    source = {"kind": "folder", "path": str(line.folder), "loop": True, "fps": 40}
+    source = {"kind": "folder", "path": str(line.folder), "loop": True, "fps": 16}
     cameras = [
         {"name": "follows", "source": source, "mode": "triggered"},
-        {"name": "stays", "source": {**source, "fps": 20}, "mode": "triggered", "adaptation": {"enabled": False}},
+        {"name": "stays", "source": {**source, "fps": 8}, "mode": "triggered", "adaptation": {"enabled": False}},
     ]
     content = {
         "site": "plant", "box": "box1", "state_dir": "state", "bundle": str(bundle.path), "threads": 1,
@@ -152,13 +155,13 @@ def test_lamp_that_ages_is_followed_and_one_that_breaks_is_settled_by_command(
         heard = Heard(subscriber)
         for camera in ("follows", "stays"):
             heard.wait_for_parts(camera, PARTS)
-            assert heard.all_good_are_ok(camera)
+            assert heard.decisions(camera) == {"OK"}
         lamp_ages(heard, line)
         before = tube_fails(heard, line)
         parts_are_declared_good(heard, mosquitto.url)
         # A defect was one in every light.
-        assert heard.decisions("follows", good=False) == {"NOK": len(heard.parts("follows", good=False))}
-        assert len(heard.parts("follows", good=False)) > 10
+        assert heard.decisions("follows", good=False) == {"NOK"}
+        assert len(heard.parts("follows", good=False)) > 5
         box.send_signal(signal.SIGTERM)
         assert box.wait(SOON) == 0
         heard.wait_for(lambda one: getattr(one, "value", "") == "stopped")
@@ -168,9 +171,11 @@ def test_lamp_that_ages_is_followed_and_one_that_breaks_is_settled_by_command(
     with listening(mosquitto.url) as subscriber, running(config):
         heard = Heard(subscriber)
         first = heard.wait_for(lambda one: isinstance(one, VerdictMessage) and one.camera == "follows" and not one.late)
-        heard.wait_for_parts("follows", PARTS)
-        assert heard.all_good_are_ok("follows")
-        assert first.adaptation == last
+        heard.wait_for_parts("follows", PARTS, since=first.ts)
+        assert heard.decisions("follows", since=first.ts) == {"OK"}
+        assert first.adaptation.threshold == last.threshold
+        # Not a thousand on, as after a kill: it was shut down in order. Some verdicts were never heard.
+        assert last.moments <= first.adaptation.moments < last.moments + 1000
     store = AdaptationStore(tmp_path / "state" / ADAPTATION_FILE)
     bright, dark = (store.moments("follows", version) for version in (before, last.moments))
     store.close()
@@ -184,12 +189,11 @@ def lamp_ages(heard: Heard, line: Line) -> None:
     for percent in range(99, 84, -1):
         line.light(percent / 100)
         heard.wait_for_parts("follows", 7)
-    heard.wait_for(lambda one: follower(one).get("drifting"))
-    aged = len(heard.messages)
-    heard.wait_for_parts("follows", PARTS)
-    heard.wait_for_parts("stays", PARTS)
-    assert heard.all_good_are_ok("follows")
-    assert heard.decisions("stays", since=aged) == {"NOK": len(heard.parts("stays", since=aged))}
+    aged = heard.wait_for(lambda one: follower(one).get("drifting")).ts
+    heard.wait_for_parts("follows", PARTS, since=aged)
+    heard.wait_for_parts("stays", PARTS, since=aged)
+    assert heard.decisions("follows") == {"OK"}
+    assert heard.decisions("stays", since=aged) == {"NOK"}
     versions = [one.adaptation.moments for one in heard.parts("follows")]
     assert versions == sorted(versions)
     assert versions[-1] > versions[0] + 5
@@ -201,7 +205,8 @@ def lamp_ages(heard: Heard, line: Line) -> None:
     assert shown["stays"] == 0
     assert {one["threshold_version"] for one in status.cameras.values()} == {0}
     assert any(text.startswith("follows: what it shows is") for text in status.warnings)
-    (drift,) = (one for one in heard.messages if notice("adaptation.drift")(one))
+    told = [one for one in heard.messages if notice("adaptation.drift")(one)]
+    (drift,) = told or [heard.wait_for(notice("adaptation.drift"))]
     assert (drift.detail["camera"], drift.detail["lasting"], drift.severity.value) == ("follows", True, "warning")
 
 
@@ -211,9 +216,8 @@ def tube_fails(heard: Heard, line: Line) -> int:
     frozen = heard.wait_for(notice("adaptation.frozen"))
     assert frozen.detail["alarm_rate"] >= QUICK["freeze_rate"]
     assert frozen.severity.value == "alarm"
-    failed = len(heard.messages)
-    heard.wait_for_parts("follows", PARTS)
-    shown = heard.parts("follows", since=failed)
+    heard.wait_for_parts("follows", PARTS, since=frozen.ts)
+    shown = heard.parts("follows", since=frozen.ts)
     assert {one.decision.value for one in shown} == {"NOK"}
     assert {one.adaptation.moments for one in shown} == {frozen.detail["moments_version"]}
     return int(frozen.detail["moments_version"])
@@ -224,11 +228,11 @@ def parts_are_declared_good(heard: Heard, url: str) -> None:
     assert "reset done, count 1" in command(url, "reset", "camera=follows")
     told = heard.wait_for(notice("adaptation.reset", camera="follows"))
     assert told.detail["phase_before"] == "frozen"
-    heard.wait_for(lambda one: follower(one).get("phase") == "following")
-    settled = len(heard.messages)
-    heard.wait_for_parts("follows", PARTS)
-    assert heard.all_good_are_ok("follows", since=settled)
-    assert heard.decisions("stays", since=settled)["OK"] == 0
+    settled = heard.wait_for(lambda one: follower(one).get("phase") == "following").ts
+    heard.wait_for_parts("follows", PARTS, since=settled)
+    heard.wait_for_parts("stays", PARTS, since=settled)
+    assert heard.decisions("follows", since=settled) == {"OK"}
+    assert heard.decisions("stays", since=settled) == {"NOK"}
     assert "recipe done, count 1" in command(url, "recipe", "recipe=blue")
     heard.wait_for(lambda one: follower(one).get("recipe") == "blue")
     heard.wait_for(lambda one: follower(one).get("phase") == "following")
