@@ -1,7 +1,7 @@
 """Does a box keep its false-alarm budget on a line whose lamp ages and whose recipe changes, and what does that hide?
 
 Generated lines: a pool of textures drawn once per product, light and noise per frame, packed bundles with their
-detectors and followers. About 15 minutes of one core, most of it for the frames.
+detectors and followers. About 25 minutes of one core, most of it for the frames.
 """
 
 from __future__ import annotations
