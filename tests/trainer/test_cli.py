@@ -52,6 +52,26 @@ CASES = {
         2,
         "--by x",
     ),
+    "evaluate too few numbers of generated images": (
+        ["evaluate", "--protocol", "texture-ad", "--images", "4,4"],
+        2,
+        "--images 4,4: give three whole numbers",
+    ),
+    "evaluate generated images of no size": (
+        ["evaluate", "--protocol", "texture-ad", "--side", "3"],
+        2,
+        "--side: side 3: outside 64..1024 pixels",
+    ),
+    "evaluate a folder with numbers of generated images": (
+        ["evaluate", "--protocol", "texture-ad", "--data", "empty", "--images", "4,4,4"],
+        2,
+        "--images and --side are of generated images",
+    ),
+    "evaluate a comparison of one": (
+        ["evaluate", "--protocol", "texture-ad", "--data", "empty", "--methods", "memory", "--compare", "pbas"],
+        2,
+        "--compare: name at least two",
+    ),
     "evaluate an empty folder under a protocol": (
         ["evaluate", "--protocol", "texture-ad", "--data", "empty", "--methods", "memory"],
         3,

@@ -156,8 +156,10 @@ class TextureFactory:
 
     def __post_init__(self) -> None:
         unknown = set(self.subclasses) - set(SUBCLASSES)
-        if unknown or not 64 <= self.side <= 1024:  # noqa: PLR2004
-            raise ValueError(f"materials {sorted(unknown)} are unknown or side {self.side} is outside 64..1024")
+        if unknown:
+            raise ValueError(f"materials {', '.join(sorted(unknown))}: unknown; there are {', '.join(SUBCLASSES)}")
+        if not 64 <= self.side <= 1024:  # noqa: PLR2004
+            raise ValueError(f"side {self.side}: outside 64..1024 pixels")
         if min(self.train, self.good, self.defective) < 0 or min(self.subclasses.values(), default=0) < 1:
             raise ValueError("numbers of images must be at least 0, and of sub-classes at least 1")
 
