@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from edge.adaptation.moments import IMAGE, Moments, Reference
+from edge.adaptation.moments import DETAIL, IMAGE, Moments, Reference
 from edge.errors import BundleError
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ class _Reading:
                 raise self._misfit(f"std/{name} has values below 0")
         if means[IMAGE].shape[1] != _COLOURS or (means[IMAGE] < 0).any() or (means[IMAGE] > _WHITE).any():
             raise self._misfit(f"mean/{IMAGE} is not [{experts}, {_COLOURS}] of grey levels 0 .. {_WHITE:g}")
+        if DETAIL in stds and stds[DETAIL].shape[1] != 1:
+            raise self._misfit(f"std/{DETAIL} is {list(stds[DETAIL].shape)}, not [{experts}, 1]")
         if (usual <= 0).any():
             raise self._misfit("usual has values that are not above 0")
         moments = tuple(

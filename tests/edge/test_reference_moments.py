@@ -100,6 +100,9 @@ ODD = {
     "std/image has values that are not finite": {"std/image": np.full((3, 3), np.nan, np.float32)},
     "mean/image is not \\[3, 3\\] of grey levels": {"mean/image": np.full((3, 3), 256, np.float32)},
     "mean/stride4 is float32 \\[3, 0\\]": dict.fromkeys(("mean/stride4", "std/stride4"), np.ones((3, 0), np.float32)),
+    "std/detail is \\[3, 2\\], not \\[3, 1\\]": dict.fromkeys(
+        ("mean/detail", "std/detail"), np.ones((3, 2), np.float32)
+    ),
     "std/extra is missing": {"mean/extra": np.ones((3, 3), np.float32)},
 }
 
