@@ -142,8 +142,11 @@ def draw(report: ShiftReport, path: Path) -> None:
     titles += [f"{_TITLES[_DRAWN[-1]]} at the frozen threshold", f"paired differences, {UNSEEN}"]
     for column, title in zip(axes[0], titles[:columns], strict=True):
         column.set_title(title)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, max(1, len(labels))))
+    # A method may be in some materials only.
+    shown = {}
+    for column in axes[:, 0]:
+        shown.update(zip(*reversed(column.get_legend_handles_labels()), strict=True))
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=min(4, max(1, len(shown))))
     source = "generated sub-classes" if report.generated else report.data
     figure.suptitle(f"Sub-class shift, {source}, {report.rotations} rotations")
     data = io.BytesIO()
@@ -182,7 +185,7 @@ def _draw_panel(axes: Axes, material: MaterialResult, name: str) -> None:
             linewidth=1,
             label=one.name,
         )
-    axes.set_xticks(range(len(settings)), [_in_lines(setting) for setting in settings], fontsize=7)
+    axes.set_xticks(range(len(settings)), [_in_lines(setting) for setting in settings], fontsize=6)
     axes.set_xlim(-0.5, len(settings) - 0.5)
     for between in range(1, len(settings)):
         axes.axvline(between - 0.5, color="#dddddd", linewidth=0.6)
@@ -191,6 +194,9 @@ def _draw_panel(axes: Axes, material: MaterialResult, name: str) -> None:
 
 def _draw_pairs(axes: Axes, comparisons: Sequence[Comparison]) -> None:
     pairs = list(dict.fromkeys((one.first, one.second) for one in comparisons))
+    if not pairs:
+        axes.set_axis_off()
+        return
     for offset, name, colour in ((-0.12, "image_auroc", _COLOURS[0]), (0.12, "pixel_auroc", _COLOURS[1])):
         shown = [one for one in comparisons if one.setting == UNSEEN and one.figure == name]
         if not shown:
