@@ -179,11 +179,12 @@ class Follower:
         Args:
             route: float32 [E] of the frame's prediction; None where the bundle has no router.
         """
-        if route is None or len(self._experts) == 1:
+        if route is None or (len(self._experts) == 1 and len(route) != 1):
             return ""
         shown, pinned, names = self._named(route), self._pinned, self._reference.subclasses
         if shown is None:
-            return f"unknown product: like none of {', '.join(names)}"
+            known = ", ".join(name for name in names if name)
+            return f"unknown product: like {'none of ' + known if known else 'nothing that was trained on'}"
         if pinned is not None and shown != pinned:
             return f"it shows {names[shown]}, the recipe is {names[pinned]}"
         return ""

@@ -69,7 +69,8 @@ class GuidedDetector:
 
     Args:
         detector: may be shared with other cameras.
-        guide: of this camera; without one every frame is seen as it is.
+        guide: of this camera; without one every frame is seen as it is, and refused only where it shows no sub-class
+            that the bundle has an expert for.
     """
 
     def __init__(self, detector: Detector, guide: Guide | None = None) -> None:
@@ -84,7 +85,7 @@ class GuidedDetector:
             EngineError: the engine gives up.
         """
         if self._guide is None:
-            return Seen(self.detector.predict(frame))
+            return _plain(self.detector.predict(frame))
         look = self._guide.look()
         return self._seen(self._guide, self.detector.predict(frame, look), look)
 
@@ -101,7 +102,7 @@ class GuidedDetector:
         if pending is None:
             return None
         if guide is None:
-            return PendingSight(frame, lambda: Seen(pending.result()))
+            return PendingSight(frame, lambda: _plain(pending.result()))
         return PendingSight(frame, lambda: self._seen(guide, pending.result(), look))
 
     def _seen(self, guide: Guide, prediction: Prediction, look: Look) -> Seen:
@@ -119,3 +120,8 @@ class GuidedDetector:
         if not refusal and again.route is not None and nearest(again.route) != other.expert:
             refusal = "unknown product: its sub-class changes with the light that is assumed"
         return Seen(again, refusal)
+
+
+def _plain(prediction: Prediction) -> Seen:
+    unknown = prediction.route is not None and nearest(prediction.route) is None
+    return Seen(prediction, "unknown product: it is near to no sub-class of the bundle" if unknown else "")

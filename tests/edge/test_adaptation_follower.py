@@ -276,7 +276,13 @@ def test_a_bundle_of_one_product_takes_any_recipe_and_settles() -> None:
     one = follower()
     one.reset("blue lamp")
     assert (one.phase, one.status()["recipe"]) == (Phase.SETTLING, "blue lamp")
-    assert one.refusal(np.float32([-1])) == ""
+
+
+def test_a_bundle_of_one_product_refuses_what_its_router_does_not_know() -> None:
+    one = follower()
+    assert one.refusal(np.float32([-1])).startswith("unknown product: like nothing")
+    assert one.refusal(np.float32([0.5])) == ""
+    assert one.refusal(np.float32([-1, -1])) == "", "a router of other sub-classes has no say"
 
 
 steps = st.lists(

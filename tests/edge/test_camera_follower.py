@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timezone
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -202,6 +203,12 @@ def test_without_a_follower_the_detector_is_asked_as_ever() -> None:
     pending = sight.begin(prediction.frame)
     assert pending is not None
     assert sight.predict(prediction.frame) == pending.result() == Seen(prediction)
+    for route, refused in (([-0.1, -0.2], True), ([np.nan, 1.0], True), ([-0.1, 0.2], False), ([-0.1], True)):
+        prediction = replace(prediction, route=np.float32(route))
+        pending = sight.begin(prediction.frame)
+        assert pending is not None
+        assert sight.predict(prediction.frame).refusal == pending.result().refusal
+        assert bool(sight.predict(prediction.frame).refusal) == refused
     nothing_free = GuidedDetector(SimpleNamespace(begin=lambda _: None))  # type: ignore[arg-type]
     assert nothing_free.begin(prediction.frame) is None
 
