@@ -106,7 +106,7 @@ def test_experts_are_no_worse_than_one_model_of_as_many_rows(kind: ExpertKind) -
     head = fitted(BANK.model_copy(update={"experts": kind}))
     pooled = AdaptedMoEMethod.fit(
         replace(webs.context(), subclasses=None),
-        BANK.model_copy(update={"rows": count * ROWS, "candidates": count * BANK.candidates}),
+        BANK.model_copy(update={"experts": kind, "rows": count * ROWS, "candidates": count * BANK.candidates}),
     )
     routed = [auroc(head, name) for name in webs.KNOWN]
     assert np.mean(routed) >= np.mean([auroc(pooled, name) for name in webs.KNOWN])
