@@ -104,7 +104,7 @@ def reference_of(images: ReferenceImages, moments_of: Callable[[Canvases], Momen
         images: see :class:`ReferenceImages`.
         moments_of: of one canvas uint8 [canvas_height, canvas_width, 3] RGB, through the trunk that will run.
     """
-    moments, usual = [], []
+    moments, usual, spread, images_seen = [], [], [], []
     for expert in range(len(images.subclasses)):
         seen = [moments_of(canvas) for canvas in images.seen[images.seen_of == expert]]
         centre = Moments(_mean([one.mean for one in seen]), _mean([one.std for one in seen]))
@@ -115,7 +115,9 @@ def reference_of(images: ReferenceImages, moments_of: Callable[[Canvases], Momen
             others += seen
         moments.append(centre)
         usual.append(usual_shift([shift_of(one, centre) for one in others]))
-    return Reference(tuple(moments), tuple(usual), images.subclasses)
+        spread.append(Moments(_deviation([one.mean for one in seen]), _deviation([one.std for one in seen])))
+        images_seen.append(len(seen))
+    return Reference(tuple(moments), tuple(usual), images.subclasses, tuple(spread), tuple(images_seen))
 
 
 def usual_shift(shifts: Sequence[float]) -> float:
@@ -136,4 +138,13 @@ def usual_shift(shifts: Sequence[float]) -> float:
 def _mean(of: Sequence[Vectors]) -> Vectors:
     return {
         name: np.stack([one[name] for one in of]).mean(axis=0, dtype=np.float64).astype(np.float32) for name in of[0]
+    }
+
+
+def _deviation(of: Sequence[Vectors]) -> Vectors:
+    """Of a sample; of one image there is none, and nothing is taken for chance."""
+    spare = min(1, len(of) - 1)
+    return {
+        name: np.stack([one[name] for one in of]).std(axis=0, dtype=np.float64, ddof=spare).astype(np.float32)
+        for name in of[0]
     }

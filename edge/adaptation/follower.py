@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edge.adaptation.certain import certain
 from edge.adaptation.correction import MomentCorrection
 from edge.adaptation.follower_state import ExpertHeader, Header, decode, encode, fingerprint
 from edge.adaptation.freeze import AlarmWindow
 from edge.adaptation.look import Look
 from edge.adaptation.routing import Switch, nearest
 from edge.adaptation.running import Running, Taken
+from edge.adaptation.shift import shift_of
 from edge.errors import AdaptationError
 from edge.frames import Decision
 
@@ -86,16 +88,32 @@ class _Expert:
     def __init__(self, index: int, reference: Reference, settings: AdaptationSettings) -> None:
         self.index = index
         self.reference = reference.moments[index]
-        self.running = Running(self.reference, reference.usual[index], settings)
+        self._spread = reference.spread[index] if reference.spread else None
+        self._images = reference.images[index] if reference.spread else 1
+        self._usual = reference.usual[index]
+        self.running = Running(self.reference, self._usual, settings)
         self.force = Snapshot(0, index, self.reference, 0.0, 0.0)
         self.look = Look(index, measure=True)
         self.settling = self.touched = False
         self.since = self.first = self.former = 0
 
+    def told(self) -> Moments:
+        """What the frames so far can tell; nothing learned yet: the reference, beside the frame's own moments."""
+        if not self.running.count:
+            return self.reference
+        if self._spread is None:
+            return self.running.moments
+        return certain(
+            self.running.moments, self.reference, self._spread, frames=self.running.frames, images=self._images
+        )
+
+    def moved(self) -> float:
+        """How far what frames tell lies from what is in force, in units of what is usual."""
+        return shift_of(self.told(), self.force.moments) / self._usual
+
     def install(self, version: int, *, own: float) -> None:
         self.former = self.force.version
-        # Nothing learned yet: the reference beside the frame's own moments.
-        moments = self.running.moments if self.running.count else self.reference
+        moments = self.told()
         self._force(Snapshot(version, self.index, moments, own, self.running.size))
         self.since = 0
 
@@ -382,7 +400,7 @@ class Follower:
             elif count & (count - 1) == 0:
                 # At 1, 2, 4, 8 ... frames: each halves what the mean still lacks. The frame itself counts as one more.
                 self._install(expert, own=1 / (count + 1))
-        elif expert.since >= settings.every_frames and expert.running.distance(expert.force.moments) >= settings.least:
+        elif expert.since >= settings.every_frames and expert.moved() >= settings.least:
             self._install(expert, own=0.0)
 
     def _install(self, expert: _Expert, *, own: float) -> None:

@@ -46,8 +46,13 @@ class Reference:
         usual: per expert the size of the shift (see :mod:`edge.adaptation.shift`) that 99 of 100 single held-out good
             images stay below, > 0: the unit that shifts are told in.
         subclasses: name of the sub-class of each expert; empty names where the bundle has none.
+        spread: per expert how far moments of single good images lie from one another: the deviation between images of
+            their means, and of their deviations; empty where the bundle does not say.
+        images: per expert how many its moments were measured on, >= 1; empty where the bundle does not say.
     """
 
     moments: tuple[Moments, ...]
     usual: tuple[float, ...]
     subclasses: tuple[str, ...]
+    spread: tuple[Moments, ...] = ()
+    images: tuple[int, ...] = ()

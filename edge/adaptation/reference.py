@@ -32,13 +32,19 @@ def tensors_of(reference: Reference, precision: Precision) -> dict[str, npt.NDAr
 
     Returns:
         ``<precision>/mean/<name>`` and ``<precision>/std/<name>`` float32 [E, C] for each name that is measured, and
-        ``<precision>/usual`` float32 [E].
+        ``<precision>/usual`` float32 [E]; where the reference says them, ``<precision>/spread_mean/<name>`` and
+        ``<precision>/spread_std/<name>`` float32 [E, C], and ``<precision>/images`` float32 [E].
     """
     of = precision.value
     found = {f"{of}/usual": np.array(reference.usual, np.float32)}
     for name in reference.moments[0].mean:
         found[f"{of}/mean/{name}"] = np.stack([np.float32(one.mean[name]) for one in reference.moments])
         found[f"{of}/std/{name}"] = np.stack([np.float32(one.std[name]) for one in reference.moments])
+        if reference.spread:
+            found[f"{of}/spread_mean/{name}"] = np.stack([np.float32(one.mean[name]) for one in reference.spread])
+            found[f"{of}/spread_std/{name}"] = np.stack([np.float32(one.std[name]) for one in reference.spread])
+    if reference.spread:
+        found[f"{of}/images"] = np.array(reference.images, np.float32)
     return found
 
 
@@ -112,7 +118,26 @@ class _Reading:
             Moments({name: mean[i] for name, mean in means.items()}, {name: std[i] for name, std in stds.items()})
             for i in range(experts)
         )
-        return Reference(moments, tuple(float(one) for one in usual), subclasses)
+        spread, images = self._spread(means, experts)
+        return Reference(moments, tuple(float(one) for one in usual), subclasses, spread, images)
+
+    def _spread(self, means: Tensors, experts: int) -> tuple[tuple[Moments, ...], tuple[int, ...]]:
+        if f"{self._of}/images" not in self._tensors:
+            return (), ()
+        found = {}
+        for kind in ("spread_mean", "spread_std"):
+            for name, mean in means.items():
+                values = found[kind, name] = self._get(f"{kind}/{name}", experts)
+                if values.shape != mean.shape or (values < 0).any():
+                    raise self._misfit(f"{kind}/{name} is not {list(mean.shape)} of values of at least 0")
+        images = self._get("images", experts, columns=False)
+        if (images < 1).any():
+            raise self._misfit("images has values below 1")
+        spread = tuple(
+            Moments(*({name: found[kind, name][i] for name in means} for kind in ("spread_mean", "spread_std")))
+            for i in range(experts)
+        )
+        return spread, tuple(int(one) for one in images)
 
     def _get(self, name: str, experts: int, *, columns: bool = True) -> npt.NDArray[np.float32]:
         values = self._tensors.get(f"{self._of}/{name}")

@@ -133,6 +133,12 @@ class Running:
         """As they are now, float32."""
         return self.layout.moments(self.mean, self.std)
 
+    @property
+    def frames(self) -> float:
+        """How many frames they are a mean of: of an exponential one, those that give a plain one as certain."""
+        lasting: float = 2 / self._least_gain - 1
+        return max(1.0, min(self.count, lasting))
+
     def distance(self, moments: Moments) -> float:
         """Return the size of the shift from other moments to these, in units of what is usual."""
         return shift_of(self.moments, moments) / self._usual
