@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edge.adaptation.certain import certain
 from edge.adaptation.correction import MomentCorrection
 from edge.adaptation.measure import joined, measure_canvas, measure_taps
 from edge.adaptation.moments import DETAIL, IMAGE, Moments
@@ -46,6 +47,8 @@ class MomentsOfTraining:
         for image in fit:
             grouped.setdefault(image.subclass, []).append(known[image.name])
         self.references = {name: mean_moments(found) for name, found in grouped.items()}
+        self._spread = {name: spread_of(found) for name, found in grouped.items()}
+        self._images = {name: len(found) for name, found in grouped.items()}
 
     def own(self, expert: str) -> Correction:
         """Return what brings every image from its own moments to an expert's.
@@ -57,7 +60,7 @@ class MomentsOfTraining:
         return MomentCorrection(reference, reference, own=1.0)
 
     def given(self, good: Images, expert: str) -> Correction:
-        """Return what brings images of the kind of some good ones to an expert's.
+        """Return what brings images of the kind of some good ones to an expert's, as far as so many can tell.
 
         Taps are measured on canvases that are corrected already, as a box that follows its camera measures them.
 
@@ -66,11 +69,17 @@ class MomentsOfTraining:
             expert: as in :meth:`own`.
         """
         self._measure(good)
-        reference, seen = self._reference(expert), mean_moments([self._known[image.name] for image in good])
+        reference = self._reference(expert)
+        seen = self._told(mean_moments([self._known[image.name] for image in good]), expert, len(good))
         of_canvas = MomentCorrection(_of_image(seen), _of_image(reference))
         after = self._store.corrected(good, [of_canvas] * len(good))
         taps = mean_moments([measure_taps(_taps(after, index)) for index in range(len(good))])
-        return MomentCorrection(joined([_of_image(seen), taps]), reference)
+        return MomentCorrection(self._told(joined([_of_image(seen), taps]), expert, len(good)), reference)
+
+    def _told(self, seen: Moments, expert: str, frames: int) -> Moments:
+        name = expert if expert in self.references else ALL
+        spread, images = self._spread[name], self._images[name]
+        return certain(seen, self.references[name], spread, frames=frames, images=images)
 
     def _reference(self, expert: str) -> Moments:
         return self.references.get(expert, self.references[ALL])
@@ -101,6 +110,19 @@ def mean_moments(found: Sequence[Moments]) -> Moments:
             name: np.mean([one.std[name] for one in found], axis=0, dtype=np.float64).astype(np.float32)
             for name in names
         },
+    )
+
+
+def spread_of(found: Sequence[Moments]) -> Moments:
+    """Return the deviations between images of their means and of their deviations; of one image, none."""
+    spare = min(1, len(found) - 1)
+
+    def deviation(rows: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+        return np.std(rows, axis=0, dtype=np.float64, ddof=spare).astype(np.float32)
+
+    return Moments(
+        {name: deviation([one.mean[name] for one in found]) for name in found[0].mean},
+        {name: deviation([one.std[name] for one in found]) for name in found[0].std},
     )
 
 
