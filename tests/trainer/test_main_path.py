@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 
 METHODS = sorted(methods())
 # Few samples of small images: the limits are those of a smoke test. The gate's own limits have their own tests.
-RULES = ParityRules(shift=4.0, flipped=0.2, auroc_drop=0.2, good_samples=32, defect_samples=32)
+RULES = ParityRules(
+    shift=4.0, flipped=0.2, auroc_drop=0.2, rerouted=0.2, unknown=0.2, good_samples=32, defect_samples=32
+)
 
 
 IMAGES = 2 * LEAST_GOOD_IMAGES
