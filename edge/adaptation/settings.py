@@ -11,7 +11,7 @@ class AdaptationSettings(BaseModel):
     Shifts are in units of what is usual: 99 of 100 single good images of the training set lie within 1.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     enabled: bool = Field(default=True, title="Enabled", description="Off leaves every frame as it is.")
     half_life: float = Field(

@@ -123,6 +123,7 @@ def test_budget_is_said_in_its_own_units(tmp_path: Path) -> None:
         (content(cameras=[camera(soruce={})]), "cameras.0.soruce: unknown key; did you mean 'source'?"),
         (content(cameras=[camera(events={"enter_hit": 1})]), "did you mean 'enter_hits'?"),
         (content(cameras=[camera(zzz=1)]), "cameras.0.zzz: unknown key; valid keys here: adaptation, budget"),
+        (content(adaptation={"bound": float("inf")}), "adaptation.bound: Input should be a finite number"),
         (content(broker={"pasword_file": "x"}), "broker.pasword_file: unknown key; did you mean 'password_file'?"),
         (
             content(cameras=[camera(region_of_interest={"include": [{"point": [[0, 0], [1, 1], [1, 0]]}]})]),
