@@ -29,6 +29,8 @@ UNKNOWN_WINDOW = 10
 _UNKNOWN_FROM, _KNOWN_FROM = 5, 1
 # Snapshots of which nobody has taken note yet; a follower makes a few in a second.
 _MAX_MADE = 256
+_FORGOTTEN = "it settles anew, and how far what it shows is from the training set is measured again"
+_FROM_TRAINING = "times what is usual from the training set"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +155,10 @@ class FollowedCamera:
         if follower.phase is Phase.FROZEN:
             found.append("adaptation is frozen: too many frames alarm; look at the line, then reset it on good parts")
         if follower.at_bound:
-            found.append(
-                f"adaptation is at its bound: what is {follower.shift:.3g} from the training set goes no further"
-            )
+            bound = follower.status()["bound"]
+            found.append(f"adaptation is at its bound: what it shows is {bound:.3g} {_FROM_TRAINING}, or farther")
         elif follower.drifting:
-            found.append(f"what it shows is {follower.shift:.3g} from the training set")
+            found.append(f"what it shows is {follower.shift:.3g} {_FROM_TRAINING}")
         if self.unknown:
             found.append(f"unknown product: {self._refusal}")
         return [f"{self.name}: {text}" for text in found]
@@ -187,7 +188,7 @@ class FollowedCamera:
         if frozen:
             text = (
                 f"camera {self.name}: {figures['alarm_rate']:.0%} of its frames alarm; its moments are frozen, "
-                f"{figures['shift']:.3g} from the training set. Where the parts are good, reset it"
+                f"{figures['shift']:.3g} {_FROM_TRAINING}. Where the parts are good, reset it"
             )
             return Change(NoticeKind.ADAPTATION_FROZEN, Severity.ALARM, text, figures)
         if self.follower.phase is Phase.SETTLING:
@@ -201,9 +202,10 @@ class FollowedCamera:
         if not self._turned(NoticeKind.ADAPTATION_DRIFT, now=drifting):
             return None
         figures = self._figures() | {"lasting": drifting}
-        text = f"camera {self.name}: what it shows is {figures['shift']:.3g} from the training set"
+        text = f"camera {self.name}: what it shows is {figures['shift']:.3g} {_FROM_TRAINING}"
         if not drifting:
-            text += ", no longer far"
+            settling = self.follower.phase is Phase.SETTLING
+            text = f"camera {self.name}: {_FORGOTTEN}" if settling else f"{text}, no longer far"
         severity = Severity.WARNING if drifting else Severity.INFO
         return Change(NoticeKind.ADAPTATION_DRIFT, severity, text, figures)
 
@@ -216,6 +218,8 @@ class FollowedCamera:
             f"camera {self.name}: what it shows is at the bound of {figures['bound']:.3g} that is followed, or beyond; "
             "it is not followed farther and will alarm"
             if at_bound
+            else f"camera {self.name}: {_FORGOTTEN}"
+            if self.follower.phase is Phase.SETTLING
             else f"camera {self.name}: what it shows is within the bound again"
         )
         return Change(NoticeKind.ADAPTATION_BOUND, Severity.ALARM if at_bound else Severity.INFO, text, figures)

@@ -232,10 +232,11 @@ class Adaptation:
 
     def _why_not(self, camera: str | None, recipe: str | None, meant: list[FollowedCamera]) -> str:
         if not meant:
-            why = self._not_followed.get(camera or "", "")
+            not_followed = sorted(self._not_followed.items())
+            why = "; ".join(f"{name}: {text}" for name, text in not_followed if camera in (None, name))
             known = ", ".join(one.name for one in self.owner.cameras) or "none"
-            whom = "no camera" if camera is None else f"camera {camera!r} does not exist or"
-            return f"{whom} follows its line{f' ({why})' if why else ''}; following are: {known}"
+            whom = "no camera follows" if camera is None else f"camera {camera!r} does not exist, or does not follow"
+            return f"{whom} its line{f' ({why})' if why else ''}; following are: {known}"
         for followed in meant:
             names = [name for name in followed.subclasses if name]
             if recipe and len(followed.subclasses) > 1 and recipe not in names:
