@@ -131,14 +131,17 @@ class AdaptationStore:
         Raises:
             StoreError: the file cannot be used; what was kept stays.
         """
-        row = (camera, bundle, state, version if last else version + _AHEAD, _now_us())
+        row = (camera, bundle, state, version if last else version + _AHEAD)
         rows = [_row(one) for one in made]
 
         def work(db: sqlite3.Connection) -> None:
+            newest = db.execute("SELECT MAX(saved_us) FROM cameras WHERE camera = ?", (camera,)).fetchone()[0]
+            # A clock that was set back must not make what is written now the oldest, which makes room.
+            saved_us = max(_now_us(), (newest or 0) + 1)
             db.execute(
                 "INSERT INTO cameras VALUES (?, ?, ?, ?, ?) ON CONFLICT(camera, bundle) DO UPDATE SET"
                 " state = excluded.state, reserved = excluded.reserved, saved_us = excluded.saved_us",
-                row,
+                (*row, saved_us),
             )
             # The last bundles are kept, so that one that is taken back makes way for what was learned before.
             db.execute(

@@ -107,3 +107,12 @@ def test_next_number_is_above_all_that_were_written_whatever_the_end(path: Path)
         highest = first + count
         store.write("cam", A, b"", highest, last=clean)
         store.close()
+
+
+def test_clock_that_was_set_back_forgets_nothing_that_is_in_use(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = AdaptationStore(path)
+    for number, bundle in enumerate("abcd"):
+        store.write("cam", bundle, b"", number, last=True)
+    monkeypatch.setattr("edge.adaptation.store._now_us", lambda: 1)
+    store.write("cam", "e", b"state of e", 9, last=True)
+    assert (store.read("cam", "e").state, store.read("cam", "e").version) == (b"state of e", 9)
