@@ -152,19 +152,22 @@ class Follower:
         reference: of the bundle.
         settings: of the box.
         state: what :meth:`state` gave, to go on from.
+        given: no number up to this one is given any more, for snapshots of an earlier run or of another bundle.
 
     Raises:
         AdaptationError: the state is damaged, or belongs to another bundle.
     """
 
-    def __init__(self, reference: Reference, settings: AdaptationSettings, state: bytes | None = None) -> None:
+    def __init__(
+        self, reference: Reference, settings: AdaptationSettings, state: bytes | None = None, *, given: int = 0
+    ) -> None:
         self._lock = threading.RLock()
         self._reference, self._settings = reference, settings
         self._experts = [_Expert(index, reference, settings) for index in range(len(reference.moments))]
         self._switch = Switch(settings.switch_frames)
         self._window = AlarmWindow(settings.window, settings.freeze_rate, settings.thaw_rate)
         self._recipe, self._pinned = "", None if len(self._experts) > 1 else 0
-        self._version, self._drifting = 0, False
+        self._version, self._drifting = given, False
         self._counts: Counter[str] = Counter()
         if state is not None:
             self._restore(state)
@@ -247,10 +250,13 @@ class Follower:
                 self._install(expert, own=1.0)
                 expert.first = self._version
 
-    def skip_to(self, version: int) -> None:
-        """Give no number up to this one any more, for snapshots of an earlier run that nobody kept."""
+    def part_from_former(self) -> None:
+        """Learn from no frame that was seen before this call: another bundle measured it, perhaps uncorrected too."""
         with self._lock:
-            self._version = max(self._version, version)
+            for expert in self._experts:
+                if not expert.force.version:
+                    self._install(expert, own=expert.force.own)
+                expert.former = expert.force.version
 
     @property
     def phase(self) -> Phase:
@@ -288,6 +294,12 @@ class Follower:
     def learning(self) -> bool:
         """Whether others may learn from this camera's frames: not while it settles or is frozen."""
         return self.phase is Phase.FOLLOWING
+
+    def snapshots(self, after: int) -> list[Snapshot]:
+        """Return those in force that are newer than a version, oldest first: a reset makes one of each sub-class."""
+        with self._lock:
+            found = [expert.force for expert in self._experts if expert.force.version > after]
+        return sorted(found, key=lambda one: one.version)
 
     def snapshot(self) -> Snapshot:
         """Return the newest one that is in force."""
@@ -338,7 +350,7 @@ class Follower:
             settings.window, settings.freeze_rate, settings.thaw_rate, header.alarms, frozen=header.frozen
         )
         self._switch.set(header.expert, header.other, header.seen)
-        self._version, self._recipe, self._drifting = header.version, header.recipe, header.drifting
+        self._version, self._recipe, self._drifting = max(self._version, header.version), header.recipe, header.drifting
         self._pinned = header.pinned
         self._counts = Counter(header.counts)
         for expert in self._experts:

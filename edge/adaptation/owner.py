@@ -58,17 +58,20 @@ class FollowedCamera:
         follower: of its moments.
         bundle: names bundle and precision that it belongs to.
         subclasses: name of each expert's sub-class.
+        noted: snapshots up to this version were noted before; those of the follower so far where None.
 
     Attributes:
         closed: nothing is learned any more; another has taken its place.
     """
 
-    def __init__(self, name: str, follower: Follower, *, bundle: str, subclasses: Sequence[str]) -> None:
+    def __init__(
+        self, name: str, follower: Follower, *, bundle: str, subclasses: Sequence[str], noted: int | None = None
+    ) -> None:
         self.name, self.follower, self.bundle = name, follower, bundle
         self.subclasses = tuple(subclasses)
         self._made: deque[MadeSnapshot] = deque(maxlen=_MAX_MADE)
         self._lock = threading.Lock()
-        self._noted = follower.version
+        self._noted = follower.version if noted is None else noted
         self._refused: deque[bool] = deque(maxlen=UNKNOWN_WINDOW)
         self._refusal, self._unknowns = "", 0
         # What an earlier run has told is not told again.
@@ -96,10 +99,10 @@ class FollowedCamera:
         if self.follower.version == self._noted:
             return
         with self._lock:
-            snapshot = self.follower.snapshot()
-            self._noted = self.follower.version
-            subclass, now_us = self.subclasses[snapshot.expert], time.time_ns() // 1000
-            self._made.append(MadeSnapshot(self.name, self.bundle, subclass, snapshot, now_us))
+            now_us = time.time_ns() // 1000
+            for one in self.follower.snapshots(self._noted):
+                self._noted = one.version
+                self._made.append(MadeSnapshot(self.name, self.bundle, self.subclasses[one.expert], one, now_us))
 
     def made(self) -> list[MadeSnapshot]:
         """Return snapshots that :meth:`saved` was not told of, oldest first."""

@@ -113,12 +113,14 @@ class Adaptation:
         else:
             kept, version = self._kept(camera, bundle)
         try:
-            follower = Follower(reference, settings, kept)
+            follower = Follower(reference, settings, kept, given=version)
         except AdaptationError as error:
             self._tell_damage(f"camera {camera}: {error}")
-            follower = Follower(reference, settings)
-        follower.skip_to(version)
-        found = FollowedCamera(camera, follower, bundle=bundle, subclasses=reference.subclasses)
+            follower = Follower(reference, settings, given=version)
+        if before is not None and not before.closed:
+            # Until the switch its frames still come from the bundle before.
+            follower.part_from_former()
+        found = FollowedCamera(camera, follower, bundle=bundle, subclasses=reference.subclasses, noted=version)
         self.owner.put(found)
         return found
 

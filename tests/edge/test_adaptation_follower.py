@@ -354,3 +354,19 @@ def test_a_restart_with_a_lower_bound_keeps_to_it() -> None:
     assert again.shift <= 1
     assert again.snapshot().shift <= 1
     assert again.version == one.version + 1
+
+
+def test_lower_bound_after_a_restart_takes_no_number_that_was_given_since_the_state_was_kept() -> None:
+    one = follower()
+    show(one, moments(light=20), 100)
+    again = Follower(reference(), QUICK.model_copy(update={"bound": 1.0}), one.state(), given=5000)
+    assert again.snapshot().version == again.version == again.look().version == 5001
+
+
+def test_uncorrected_frames_of_the_bundle_before_teach_nothing() -> None:
+    one = Follower(reference(), QUICK, given=7)
+    one.part_from_former()
+    one.take(judged(moments(light=20), version=0))
+    assert one.status()["frames"]["late"] == 1
+    show(one, moments(light=20), 1)
+    assert one.status()["frames"]["accepted"] == 1

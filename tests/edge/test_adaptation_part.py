@@ -321,3 +321,28 @@ def test_state_of_another_kind_is_told_and_begun_again(tmp_path: Path, detectors
     assert camera.follower.version == 4
     assert camera.follower.look().version == 0
     assert [kind for kind, _ in bench.notices] == ["adaptation.damaged"]
+
+
+def test_reset_of_several_sub_classes_notes_a_snapshot_of_each() -> None:
+    camera = a_camera(ROUTED)
+    camera.follower.reset()
+    camera.note_snapshot()
+    assert [(one.snapshot.version, one.subclass) for one in camera.made()] == [(1, "blue"), (2, "red")]
+
+
+def test_frames_of_the_bundle_before_teach_nothing_until_the_switch(
+    tmp_path: Path, detectors: dict[str, Detector], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    bench = Bench(tmp_path)
+    bundle = make_tiny_bundle(tmp_path_factory.mktemp("newer") / "newer", moments=True, product="newer")
+    newer = Detector.open(bundle, precision=Precision.FLOAT32, threads=1)
+    first = bench.part.follow("cam", FAR, detectors["moments"])
+    assert first is not None
+    late = of_bundle(detectors["moments"], first.follower)
+    assert late.verdict.moments_version == 0
+    second = bench.part.follow("cam", FAR, newer)
+    assert second is not None
+    bench.part.observe(late)
+    assert second.accepted == 0
+    bench.part.observe(of_bundle(newer, second.follower))
+    assert second.accepted == 1
