@@ -5,16 +5,15 @@ It must not know how they are given nor whether they hold.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
-import time
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from edge.durable_files import replace_file
 from edge.errors import StoreError
+from edge.judgement.kept_file import put_damaged_aside, read_kept
 from edge.judgement.threshold import RunTimeThreshold  # noqa: TC001 (pydantic needs it at run time)
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 THRESHOLDS_FILE = "thresholds.json"
-MAX_BYTES = 2**20
 
 
 class _File(BaseModel):
@@ -83,24 +81,9 @@ class GivenThresholds:
             self._cameras = cameras
 
     def _read(self) -> dict[str, RunTimeThreshold]:
-        try:
-            with self._path.open("rb") as file:
-                content = file.read(MAX_BYTES + 1)
-        except FileNotFoundError:
-            return {}
-        if len(content) > MAX_BYTES:
-            raise ValueError(f"it has more than {MAX_BYTES} bytes")
-        try:
-            return _File.model_validate_json(content).cameras
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            raise ValueError(f"{'.'.join(str(part) for part in first['loc']) or 'file'}: {first['msg']}") from error
+        kept = read_kept(self._path, _File)
+        return {} if kept is None else kept.cameras
 
     def _put_aside(self, error: Exception) -> str:
-        kept = self._path
-        if isinstance(error, ValueError):
-            aside = self._path.with_name(f"{self._path.name}.damaged-{time.time_ns()}")
-            with contextlib.suppress(OSError):
-                self._path.rename(aside)
-                kept = aside
-        return f"thresholds given at run time cannot be read and are forgotten, give them again: {kept}: {error}"
+        lies = put_damaged_aside(self._path, error)
+        return f"thresholds given at run time cannot be read and are forgotten, give them again: {lies}: {error}"

@@ -5,16 +5,16 @@ It must not know why one changes: what a judge says of itself is compared with w
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from edge.durable_files import replace_file
+from edge.judgement.kept_file import put_damaged_aside, read_kept
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 VERSIONS_FILE = "threshold_versions.json"
-MAX_BYTES = 2**20
 _FORMAT: Literal["lineward.threshold_versions/1"] = "lineward.threshold_versions/1"
 
 
@@ -130,27 +129,12 @@ class ThresholdVersions:
             self.trouble = ""
 
     def _read(self) -> dict[str, _Counted]:
-        try:
-            with self._path.open("rb") as file:
-                content = file.read(MAX_BYTES + 1)
-        except FileNotFoundError:
-            return {}
-        if len(content) > MAX_BYTES:
-            raise ValueError(f"it has more than {MAX_BYTES} bytes")
-        try:
-            return _File.model_validate_json(content).cameras
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            raise ValueError(f"{'.'.join(str(part) for part in first['loc']) or 'file'}: {first['msg']}") from error
+        kept = read_kept(self._path, _File)
+        return {} if kept is None else kept.cameras
 
     def _put_aside(self, error: Exception) -> str:
-        kept = self._path
-        if isinstance(error, ValueError):
-            aside = self._path.with_name(f"{self._path.name}.damaged-{time.time_ns()}")
-            with contextlib.suppress(OSError):
-                self._path.rename(aside)
-                kept = aside
-        return f"counts of threshold changes cannot be read, and begin at another number: {kept}: {error}"
+        lies = put_damaged_aside(self._path, error)
+        return f"counts of threshold changes cannot be read, and begin at another number: {lies}: {error}"
 
 
 def _digest(judge: Judge) -> str:
