@@ -107,7 +107,7 @@ def reference_of(images: ReferenceImages, moments_of: Callable[[Canvases], Momen
     moments, usual, spread, images_seen = [], [], [], []
     for expert in range(len(images.subclasses)):
         seen = [moments_of(canvas) for canvas in images.seen[images.seen_of == expert]]
-        centre = Moments(_mean([one.mean for one in seen]), _mean([one.std for one in seen]))
+        centre = mean_moments(seen)
         own = images.others[images.others_of == expert]
         drawn = np.unique(np.linspace(0, max(0, len(own) - 1), min(_MOST_JUDGED, len(own))).round().astype(np.intp))
         others = [moments_of(canvas) for canvas in own[drawn]]
@@ -115,7 +115,7 @@ def reference_of(images: ReferenceImages, moments_of: Callable[[Canvases], Momen
             others += seen
         moments.append(centre)
         usual.append(usual_shift([shift_of(one, centre) for one in others]))
-        spread.append(Moments(_deviation([one.mean for one in seen]), _deviation([one.std for one in seen])))
+        spread.append(spread_of(seen))
         images_seen.append(len(seen))
     return Reference(tuple(moments), tuple(usual), images.subclasses, tuple(spread), tuple(images_seen))
 
@@ -133,6 +133,24 @@ def usual_shift(shifts: Sequence[float]) -> float:
     if len(found) * (1 - USUAL_SHARE) < 1:
         high = max(high, float(found.mean() + _NORMAL_QUANTILE * found.std()))
     return max(high, _LEAST_USUAL)
+
+
+def mean_moments(found: Sequence[Moments]) -> Moments:
+    """Return the means of the moments of several images: of their means and of their deviations.
+
+    Args:
+        found: at least one, all with the same names.
+    """
+    return Moments(_mean([one.mean for one in found]), _mean([one.std for one in found]))
+
+
+def spread_of(found: Sequence[Moments]) -> Moments:
+    """Return the deviations between images of their means and of their deviations; of one image, none.
+
+    Args:
+        found: as for :func:`mean_moments`.
+    """
+    return Moments(_deviation([one.mean for one in found]), _deviation([one.std for one in found]))
 
 
 def _mean(of: Sequence[Vectors]) -> Vectors:

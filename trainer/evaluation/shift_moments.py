@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploy.moments import mean_moments, spread_of
 from edge.adaptation.certain import certain
 from edge.adaptation.correction import MomentCorrection
 from edge.adaptation.measure import joined, measure_canvas, measure_taps
@@ -92,38 +93,6 @@ class MomentsOfTraining:
         for index, (image, canvas) in enumerate(zip(new, self._store.canvases(new), strict=True)):
             of_canvas = measure_canvas(np.asarray(cut_tiles(canvas, self._store.preprocessing)))
             self._known[image.name] = joined([of_canvas, measure_taps(_taps(features, index))])
-
-
-def mean_moments(found: Sequence[Moments]) -> Moments:
-    """Return the means of the moments of several images: of their means and of their deviations.
-
-    Args:
-        found: at least one, all with the same names.
-    """
-    names = list(found[0].mean)
-    return Moments(
-        {
-            name: np.mean([one.mean[name] for one in found], axis=0, dtype=np.float64).astype(np.float32)
-            for name in names
-        },
-        {
-            name: np.mean([one.std[name] for one in found], axis=0, dtype=np.float64).astype(np.float32)
-            for name in names
-        },
-    )
-
-
-def spread_of(found: Sequence[Moments]) -> Moments:
-    """Return the deviations between images of their means and of their deviations; of one image, none."""
-    spare = min(1, len(found) - 1)
-
-    def deviation(rows: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
-        return np.std(rows, axis=0, dtype=np.float64, ddof=spare).astype(np.float32)
-
-    return Moments(
-        {name: deviation([one.mean[name] for one in found]) for name in found[0].mean},
-        {name: deviation([one.std[name] for one in found]) for name in found[0].std},
-    )
 
 
 def _of_image(moments: Moments) -> Moments:
