@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge.adaptation.moments import IMAGE, Moments
-from edge.adaptation.shift import Shift, shift_of
+from edge.adaptation.shift import Shift
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -138,10 +138,6 @@ class Running:
         """How many frames they are a mean of: of an exponential one, those that give a plain one as certain."""
         lasting: float = 2 / self._least_gain - 1
         return max(1.0, min(self.count, lasting))
-
-    def distance(self, moments: Moments) -> float:
-        """Return the size of the shift from other moments to these, in units of what is usual."""
-        return shift_of(self.moments, moments) / self._usual
 
     def size_of(self, moments: Moments) -> float:
         """Return the size of the shift from the reference to moments, in units of what is usual."""
