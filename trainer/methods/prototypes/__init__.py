@@ -1,0 +1,1 @@
+"""Prototypes by optimal transport: a compressed memory of patches, with or without places."""

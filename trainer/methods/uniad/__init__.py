@@ -1,0 +1,1 @@
+"""UniAD: one reconstructor of features for many products."""
