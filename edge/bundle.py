@@ -183,7 +183,7 @@ class Calibration(_Model):
     """Where the held-out good scores of one engine and precision are.
 
     The npz holds ``scores`` float32 [n], ``maps`` float16 [n, h, w] (for a box with a region of interest) and
-    ``groups`` unicode [n].
+    ``groups`` unicode [n]; of several products also ``products`` unicode [n].
     """
 
     engine: Engine
@@ -196,7 +196,7 @@ class Golden(_Model):
     """Frames with the scores that an engine and precision must give, within ``tolerance`` (raw score units).
 
     The npz holds ``canvas`` uint8 [n, canvas_height, canvas_width, 3] RGB and ``score_<engine>_<precision>``
-    float32 [n] each.
+    float32 [n] each; of several products also ``product`` int64 [n], indices.
     """
 
     file: str
@@ -240,6 +240,13 @@ class Manifest(_Model):
     commissioning_file: str | None = None
     moments_file: str | None = None
     subclasses: tuple[str, ...] = ()
+    products: tuple[str, ...] = Field(
+        (), description="Of a bundle for several products, in the order of `product`; its sub-classes are the same."
+    )
+    takes_product: bool = Field(False, description="Whether the head has the input `product`.")
+    product_state: tuple[str, ...] = Field(
+        (), description="State tensors whose first axis counts products; a box may add products to them."
+    )
     memory: MemoryLayout | None = None
     golden: Golden
     parity: dict[str, Any]
@@ -259,6 +266,16 @@ class Manifest(_Model):
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or name == MANIFEST:
                 raise ValueError(f"files: {name!r} is not a path inside the bundle")
+        return self
+
+    @model_validator(mode="after")
+    def _products_are_subclasses(self) -> Manifest:
+        if self.products and self.subclasses != self.products:
+            raise ValueError("the sub-classes of a bundle for several products are its products")
+        if not self.products and (self.takes_product or self.product_state):
+            raise ValueError("a head takes products, but the bundle names none")
+        if missing := set(self.product_state) - {tensor.name for tensor in self.state}:
+            raise ValueError(f"product_state names {', '.join(sorted(missing))}, which is no state tensor")
         return self
 
     @model_validator(mode="after")
@@ -282,11 +299,24 @@ class CalibrationScores:
         scores: float32 [n], pooled over the whole map by the manifest's rule.
         maps: float16 [n, h, w], the raw maps, to pool again under a region of interest.
         groups: unicode [n]; images of one group (a part, a crop source) are not independent.
+        products: unicode [n], the product that each image shows; None in a bundle of one product.
     """
 
     scores: npt.NDArray[np.float32]
     maps: npt.NDArray[np.float16]
     groups: npt.NDArray[np.str_]
+    products: npt.NDArray[np.str_] | None = None
+
+    def of(self, product: str) -> CalibrationScores:
+        """Return those of one product.
+
+        Raises:
+            BundleError: there are none.
+        """
+        kept = np.zeros(0, bool) if self.products is None else self.products == product
+        if not kept.any():
+            raise BundleError(f"no calibration scores of product {product!r}; export the bundle again")
+        return CalibrationScores(self.scores[kept], self.maps[kept], self.groups[kept])
 
 
 def sha256_file(path: Path) -> str:
@@ -374,6 +404,7 @@ class Bundle:
                     scores=arrays["scores"].astype(np.float32),
                     maps=arrays["maps"].astype(np.float16),
                     groups=arrays["groups"].astype(np.str_),
+                    products=arrays["products"].astype(np.str_) if "products" in arrays else None,
                 )
         raise BundleError(
             f"{self.path}: not calibrated for {engine.value} {precision.value}; export it again on a machine that "

@@ -32,6 +32,8 @@ ANOMALY_MAP = "anomaly_map"
 EMBEDDING = "embedding"
 ROUTE = "route"
 """How near an image is to each sub-class with an expert, float32 [N, E]; below 0 everywhere: to none of them."""
+PRODUCT = "product"
+"""Input of a head with a state per product: which one each tile shows, int64 [N], an index into the products."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,17 +37,22 @@ class Head(nn.Module):
         tap_names: the taps that ``forward`` takes, in order.
         state_names: buffers that become named initialisers of the exported graph (a bank, prototypes).
         map_stride: input pixels per cell of the anomaly map.
+        takes_product: whether ``forward`` takes one more tensor after the taps, int64 [N]: which product each tile
+            shows, an index into the products that the head was fitted on.
+        product_state: those of ``state_names`` whose first axis counts products: a prompt, prototypes of each.
     """
 
     tap_names: tuple[str, ...]
     state_names: tuple[str, ...] = ()
     map_stride: int
+    takes_product: bool = False
+    product_state: tuple[str, ...] = ()
 
     def forward(self, *taps: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Judge taps.
 
         Args:
-            taps: float32 [N, C, h, w] each, in the order of ``tap_names``.
+            taps: float32 [N, C, h, w] each, in the order of ``tap_names``; then the products, where it takes them.
 
         Returns:
             ``(anomaly_map,)`` float32 [N, H / map_stride, W / map_stride], raw, higher is more anomalous; or
@@ -87,11 +92,13 @@ class Features:
             consecutive rows.
         tiles_per_image: T.
         groups: one name per image; images of one group are not independent.
+        products: int64 [n], which product each tile shows; None where there is one product only.
     """
 
     taps: dict[str, torch.Tensor]
     tiles_per_image: int
     groups: npt.NDArray[np.str_]
+    products: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return int(next(iter(self.taps.values())).shape[0])
@@ -143,6 +150,8 @@ class FitContext:
         progress: to be called now and then.
         trunk_id: sha256 of the trunk's weights; what a method keeps between runs is kept under it. Empty: nothing is.
         subclasses: one name per training image (not per tile): its variant, line or lighting. None: all are alike.
+            Of several products together they are the products.
+        products: their names, to which ``Features.products`` are the indices; empty where there is one product only.
     """
 
     features: Features
@@ -154,6 +163,7 @@ class FitContext:
     progress: Progress
     trunk_id: str = ""
     subclasses: npt.NDArray[np.str_] | None = None
+    products: tuple[str, ...] = ()
 
     def generator(self) -> torch.Generator:
         """Return a CPU generator seeded for this run."""
