@@ -36,6 +36,10 @@ class BundleError(LinewardError):
     """A bundle is incomplete, truncated, tampered with or of an unknown schema."""
 
 
+class ProductError(LinewardError):
+    """A product file is damaged or of another bundle, or none can be made."""
+
+
 class SlotError(LinewardError):
     """The bundle slots of a box cannot be read or changed."""
 

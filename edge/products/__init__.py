@@ -1,0 +1,1 @@
+"""Several products on one box: which one is shown, and products added from files."""
