@@ -105,13 +105,16 @@ class Attention(nn.Module):
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
-class _FeedForward(nn.Module):
+class FeedForward(nn.Module):
+    """Two linear layers with a ReLU between, of ``hidden`` units, for each token by itself."""
+
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.enter, self.leave = skip_init(nn.Linear, width, hidden), skip_init(nn.Linear, hidden, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return tokens [N, L, d]."""
         return self.leave(self.dropout(functional.relu(self.enter(x))))
 
 
@@ -121,7 +124,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.attention = Attention(width, heads, dropout)
-        self.feed = _FeedForward(width, hidden, dropout)
+        self.feed = FeedForward(width, hidden, dropout)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
         self.dropout = nn.Dropout(dropout)
 
@@ -152,7 +155,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.table = nn.Parameter(torch.zeros(tokens, width)) if queries else None
         self.memory_attention, self.before_attention = (Attention(width, heads, dropout) for _ in range(2))
-        self.feed = _FeedForward(width, hidden, dropout)
+        self.feed = FeedForward(width, hidden, dropout)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
@@ -164,6 +167,21 @@ class DecoderLayer(nn.Module):
         x = self.norms[0](x + self.dropout(self.memory_attention(x + place, memory + place, memory, mask)))
         x = self.norms[1](x + self.dropout(self.before_attention(x + place, before + place, before, mask)))
         return self.norms[2](x + self.dropout(self.feed(x)))
+
+
+def places(columns: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return a place for each site, float32 [h w, d], from tables [w, d / 2] and [h, d / 2]: column first, then row."""
+    across = columns[None].expand(len(rows), -1, -1)
+    return torch.cat([across, rows[:, None].expand(-1, len(columns), -1)], 2).flatten(0, 1)
+
+
+@torch.no_grad()
+def draw_linear(module: nn.Module, generator: torch.Generator) -> None:
+    """Draw the weights of all linear layers in a module, Xavier-uniform; biases are zero."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight, generator=generator)
+            nn.init.zeros_(part.bias)
 
 
 class Reconstructor(nn.Module):
@@ -212,10 +230,8 @@ class Reconstructor(nn.Module):
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """Draw every weight: linear ones Xavier-uniform, queries normal, places uniform in 0..1."""
+        draw_linear(self, generator)
         for part in self.modules():
-            if isinstance(part, nn.Linear):
-                nn.init.xavier_uniform_(part.weight, generator=generator)
-                nn.init.zeros_(part.bias)
             if isinstance(part, DecoderLayer) and part.table is not None:
                 part.table.normal_(generator=generator)
         for table in (self.columns, self.rows):
@@ -223,9 +239,7 @@ class Reconstructor(nn.Module):
 
     def place(self) -> torch.Tensor:
         """Return the learned place of each site, float32 [h w, d]: its column's half, then its row's."""
-        height, width = self.grid
-        columns = self.columns[None].expand(height, -1, -1)
-        return torch.cat([columns, self.rows[:, None].expand(-1, width, -1)], 2).flatten(0, 1)
+        return places(self.columns, self.rows)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return features float32 [N, L, C] rebuilt from tokens [N, L, C]."""
