@@ -12,6 +12,7 @@ from trainer.methods.feddymem.fit import FedDyMemMethod
 from trainer.methods.hetnet.fit import HetNetMethod
 from trainer.methods.memory.fit import MemoryMethod
 from trainer.methods.pbas.fit import PbasMethod
+from trainer.methods.uniad.fit import UniADMethod
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ class Builder(Protocol):
 
 def methods() -> dict[str, type[Method]]:
     """Return every method by name."""
-    every = (PbasMethod, MemoryMethod, FaderMethod, HetNetMethod, FedDyMemMethod, AdaptedMoEMethod)
+    every = (PbasMethod, MemoryMethod, FaderMethod, HetNetMethod, FedDyMemMethod, AdaptedMoEMethod, UniADMethod)
     return {method.name: method for method in every}
 
 

@@ -202,7 +202,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(network.parameters(), config.clip)
         optimiser.step()
         schedule.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
         if not torch.isfinite(loss):
             raise UsageError(f"uniad diverged at step {step + 1}; lower --set rate (now {config.rate:g})")
         report(step + 1)
