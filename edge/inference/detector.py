@@ -12,25 +12,29 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge.adaptation.look import PLAIN
+from edge.adaptation.look import PLAIN, Look
 from edge.bundle import Bundle, Engine, Precision, load_arrays
 from edge.errors import BundleError, EngineError
 from edge.inference.choice import attempts, choose, key, tolerance
 from edge.inference.engines import Accelerator, Provider
 from edge.inference.preprocessing import cut_tiles, join_maps
-from edge.inference.seeing import InForce, PendingPrediction, Seeing
-from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE, Head, Runtime, shared_trunk
+from edge.inference.seeing import InForce, PendingPrediction, Seeing, with_product
+from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE, PRODUCT, Head, Runtime, shared_trunk
 from edge.inference.state import check_state, stored_state
 from edge.judgement.score import pool_score
+from edge.products.product_file import with_products
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+    from typing import Any
 
     import numpy.typing as npt
 
-    from edge.adaptation.look import Look, Taps
+    from edge.adaptation.look import Taps
     from edge.frames import Frame, Prediction
     from edge.inference.sessions import State
+    from edge.products.product_file import ProductFile
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,7 +63,7 @@ class DetectorStatus:
 
 
 class Detector:
-    """Frames of one product in, raw anomaly maps out. Safe to call from several threads.
+    """Frames of a bundle's products in, raw anomaly maps out. Safe to call from several threads.
 
     Made by :meth:`open`. As many calls run side by side as it was opened with ``streams``; others wait. Detectors of
     one trunk, engine, precision and size share its requests, and wait for each other there.
@@ -78,8 +82,12 @@ class Detector:
         self._trunk = shared_trunk(bundle, runtime)
         with self._trunk.borrow() as slot:
             taps = slot.session.run({IMAGE: slot.image})
-            self._tap_shapes = {name: tuple(taps[name].shape) for name in bundle.manifest.taps}
-        self._in_force = InForce(self._build_head(state), 0)
+            self._shapes = {name: tuple(taps[name].shape) for name in bundle.manifest.taps}
+            if bundle.manifest.takes_product:
+                self._shapes[PRODUCT] = (len(slot.image),)
+        self._state: State = state
+        self._added: dict[str, ProductFile] = {}
+        self._in_force = InForce(self._build_head(state), 0, bundle.manifest.products)
         # One worker: of two switches the one asked for last is in force in the end.
         self._switcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="switch-state")
         self.status = DetectorStatus(
@@ -198,7 +206,7 @@ class Detector:
             EngineError: the canvas has another size, or the engine gives up.
         """
         manifest = self.bundle.manifest
-        maps = self._run(self._in_force.head, canvas, ANOMALY_MAP, look)
+        maps = self._run(self._in_force, canvas, ANOMALY_MAP, look)
         return join_maps(maps, manifest.preprocessing, manifest.map_stride)
 
     def embeddings_of_canvas(self, canvas: npt.NDArray[np.uint8], look: Look = PLAIN) -> npt.NDArray[np.float32]:
@@ -219,7 +227,7 @@ class Detector:
                 f"{self.bundle.path}: method {self.bundle.manifest.method} gives no embeddings; use a bundle of a "
                 "memory method"
             )
-        return self._run(self._in_force.head, canvas, EMBEDDING, look)
+        return self._run(self._in_force, canvas, EMBEDDING, look)
 
     @property
     def has_embedding(self) -> bool:
@@ -256,13 +264,50 @@ class Detector:
         copies = {name: np.array(values, order="C") for name, values in tensors.items()}
 
         def build() -> None:
-            head = self._build_head(copies)
+            state = self._with_added(copies)
+            head = self._build_head(state)
             # Whoever has used embeddings goes on to: their graph is compiled here, not in that call.
             if self._in_force.head.has(EMBEDDING):
                 head.session(EMBEDDING, 0)
             if before is not None:
                 before()
-            self._in_force = InForce(head, memory_version)
+            self._in_force, self._state = InForce(head, memory_version, self._in_force.products), copies
+
+        return self._switcher.submit(build)
+
+    @property
+    def products(self) -> tuple[str, ...]:
+        """That it can judge, by index: the bundle's, and those added since; empty in a bundle of one product.
+
+        No index ever means another product: products are added behind, and none is taken away.
+        """
+        return self._in_force.products
+
+    def add_products(self, products: Sequence[ProductFile]) -> Future[None]:
+        """Build a head with the rows of more products in the background and switch to it in one step.
+
+        A product that was added before gets its new rows. The rows of the others are as they were, so golden frames
+        keep their scores.
+
+        Args:
+            products: that fit the bundle, see :func:`edge.products.product_file.require_fit`.
+
+        Returns:
+            Done when they can be judged. Its error may be an EngineError; the products of before then stay.
+        """
+
+        def build() -> None:
+            added = self._added | {one.product: one for one in products}
+            before, self._added = self._added, added
+            try:
+                head = self._build_head(self._with_added(self._state))
+                if self._in_force.head.has(EMBEDDING):
+                    head.session(EMBEDDING, 0)
+            except BaseException:
+                self._added = before
+                raise
+            names = (*self.bundle.manifest.products, *added)
+            self._in_force = InForce(head, self._in_force.memory_version, names)
 
         return self._switcher.submit(build)
 
@@ -284,13 +329,38 @@ class Detector:
             raise EngineError(f"{path}: no golden scores for {name}; export the bundle again with that engine")
         if "canvas" not in arrays or len(arrays["canvas"]) != len(arrays[f"score_{name}"]):
             raise BundleError(f"{path}: frames and scores do not match; fetch the bundle again")
-        scores = [pool_score(self.map_of_canvas(canvas), manifest.pooling) for canvas in arrays["canvas"]]
+        products = self._golden_products(path, arrays)
+        scores = [
+            pool_score(self.map_of_canvas(canvas, Look(product)), manifest.pooling)
+            for canvas, product in zip(arrays["canvas"], products, strict=True)
+        ]
         return float(np.max(np.abs(np.array(scores) - arrays[f"score_{name}"].astype(np.float64))))
 
-    def _build_head(self, state: State) -> Head:
-        return Head(self.bundle, self._runtime, self._tap_shapes, state, self._trunk.requests)
+    def _with_added(self, state: State) -> State:
+        if not self._added:
+            return state
+        own = {
+            name: values[: len(self.bundle.manifest.products)] if name in self.bundle.manifest.product_state else values
+            for name, values in state.items()
+        }
+        return with_products(own, list(self._added.values()))
 
-    def _run(self, head: Head, canvas: npt.NDArray[np.uint8], output: str, look: Look) -> npt.NDArray[np.float32]:
+    def _golden_products(self, path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> list[int]:
+        """Which product each golden frame shows, by index."""
+        count, known = len(arrays["canvas"]), len(self.bundle.manifest.products)
+        products = arrays.get(PRODUCT, np.zeros(count, np.int64))
+        if products.shape != (count,) or products.dtype != np.int64 or (products < 0).any():
+            raise BundleError(f"{path}: its products do not match its frames; fetch the bundle again")
+        if count and products.max() >= max(known, 1):
+            raise BundleError(f"{path}: a frame shows product {products.max()} of {known}; fetch the bundle again")
+        return [int(one) for one in products]
+
+    def _build_head(self, state: State) -> Head:
+        return Head(self.bundle, self._runtime, self._shapes, state, self._trunk.requests)
+
+    def _run(
+        self, in_force: InForce, canvas: npt.NDArray[np.uint8], output: str, look: Look
+    ) -> npt.NDArray[np.float32]:
         tiles = cut_tiles(canvas, self.bundle.manifest.preprocessing)
         with self._trunk.borrow() as slot:
             if tiles.shape != slot.image.shape or tiles.dtype != np.uint8:
@@ -306,4 +376,5 @@ class Detector:
             if correction is not None:
                 taps = correction.taps(taps, in_place=True)
             # The sessions' own buffers are used again by the next call.
-            return np.array(head.session(output, slot.index).run(taps)[output], dtype=np.float32)
+            inputs = with_product(taps, self.bundle.manifest, in_force, look.expert)
+            return np.array(in_force.head.session(output, slot.index).run(inputs)[output], dtype=np.float32)

@@ -17,7 +17,7 @@ from edge.inference.openvino_session import OpenVinoSession
 from edge.inference.session import GraphSession
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from edge.inference.session import Arrays
@@ -52,6 +52,7 @@ def open_graph(
     outputs: Sequence[str] | None = None,
     optional: Sequence[str] = (),
     state: Arrays | None = None,
+    more_rows: Collection[str] = (),
     input_shapes: Mapping[str, tuple[int, ...]] | None = None,
     streams: int = 1,
     accelerator: Accelerator | None = None,
@@ -66,6 +67,7 @@ def open_graph(
         outputs: names wanted; what only the others need is not computed. None means all.
         optional: names wanted beside those where the graph has them.
         state: float32 values by name of initialiser, of the graph's shapes.
+        more_rows: names among them whose first axis may be longer than in the graph.
         input_shapes: shapes that the session is compiled for, by input name; other shapes are refused afterwards.
         streams: how many clones may run at the same time without waiting for each other, >= 1.
         accelerator: of ONNX Runtime; the processor where None.
@@ -87,7 +89,7 @@ def open_graph(
     except OSError as error:
         raise EngineError(f"{path}: cannot be read ({error.strerror}); fetch the bundle again") from error
     try:
-        model = with_initialisers(model, state or {})
+        model = with_initialisers(model, state or {}, more_rows=more_rows)
     except EngineError as error:
         raise EngineError(f"{path}: {error}") from error
     common: dict[str, Any] = {

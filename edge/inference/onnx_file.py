@@ -14,7 +14,7 @@ import numpy as np
 from edge.errors import EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     import numpy.typing as npt
 
@@ -68,12 +68,15 @@ def read_initialisers(data: bytes) -> dict[str, Initialiser]:
     return found
 
 
-def with_initialisers(data: bytes, tensors: Mapping[str, npt.NDArray[Any]]) -> bytes:
+def with_initialisers(
+    data: bytes, tensors: Mapping[str, npt.NDArray[Any]], *, more_rows: Collection[str] = ()
+) -> bytes:
     """Return the model's bytes with new values for some float32 initialisers, hollow ones filled.
 
     Args:
         data: an ONNX model.
         tensors: float32 arrays by initialiser name; each of the shape that the graph has.
+        more_rows: names among them whose first axis may be longer than in the graph, which then gathers from it.
 
     Raises:
         EngineError: the graph has no such initialiser, or one of another shape or type, or keeps it in another file;
@@ -95,14 +98,17 @@ def with_initialisers(data: bytes, tensors: Mapping[str, npt.NDArray[Any]]) -> b
             )
         if values.dtype != np.float32 or not target.is_float32:
             raise EngineError(f"state {name!r}: must be float32 in the graph and in the state, not {values.dtype}")
-        if values.shape != target.shape:
+        longer = name in more_rows and values.shape[1:] == target.shape[1:] and len(values) > target.shape[0]
+        if values.shape != target.shape and not longer:
             raise EngineError(
                 f"state {name!r}: shape {list(values.shape)}, the graph needs {list(target.shape)}; "
                 "pad or reduce the state to that shape"
             )
         content = values.astype("<f4").tobytes()
-        if target.is_hollow:
-            filling[name] = content
+        if longer:
+            filling[name] = _tensor(name, values.shape, content)
+        elif target.is_hollow:
+            filling[name] = _tensor(name, target.shape, content)
         elif target.offset < 0 or target.length != values.nbytes:
             raise EngineError(f"state {name!r}: its values are not inside the graph's file; export the bundle again")
         else:
@@ -111,7 +117,7 @@ def with_initialisers(data: bytes, tensors: Mapping[str, npt.NDArray[Any]]) -> b
 
 
 def _filled(data: bytes, filling: Mapping[str, bytes]) -> bytes:
-    """Give hollow initialisers their raw_data; every message around them is written anew with its new length."""
+    """Put tensors in the place of initialisers; every message around them is written anew with its new length."""
     view, model, before = memoryview(data), bytearray(), 0
     for field, _, start, end in _fields(view, 0, len(view)):
         if field == _MODEL_GRAPH:
@@ -122,13 +128,20 @@ def _filled(data: bytes, filling: Mapping[str, bytes]) -> bytes:
                 if inner != _GRAPH_INITIALIZER or content is None:
                     graph += view[inside:last]
                 else:
-                    graph += _message(_GRAPH_INITIALIZER, bytes(view[first:last]) + _message(_RAW_DATA, content))
+                    graph += _message(_GRAPH_INITIALIZER, content)
                 inside = last
             model += _message(_MODEL_GRAPH, bytes(graph))
         else:
             model += view[before:end]
         before = end
     return bytes(model)
+
+
+def _tensor(name: str, shape: tuple[int, ...], content: bytes) -> bytes:
+    """A TensorProto of float32."""
+    dims = b"".join(_as_varint(_DIMS << 3 | _VARINT) + _as_varint(size) for size in shape)
+    kind = _as_varint(_DATA_TYPE << 3 | _VARINT) + _as_varint(_FLOAT)
+    return dims + kind + _message(_NAME, name.encode()) + _message(_RAW_DATA, content)
 
 
 def _message(field: int, content: bytes) -> bytes:

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from edge.inference.session import Arrays
 
 _ERRORS_ONLY = 3
-_TYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32, "tensor(float16)": np.float16}
+_TYPES = {
+    "tensor(uint8)": np.uint8,
+    "tensor(int64)": np.int64,
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+}
 
 
 class Provider(str, Enum):

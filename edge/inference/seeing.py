@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge.adaptation.measure import joined, measure_canvas, measure_taps
+from edge.errors import EngineError
 from edge.frames import Frame, Prediction
 from edge.inference.preprocessing import join_maps, tiles_of
-from edge.inference.sessions import ANOMALY_MAP, IMAGE, ROUTE, Head, Slot, Trunk
+from edge.inference.sessions import ANOMALY_MAP, IMAGE, PRODUCT, ROUTE, Head, Slot, Trunk
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -26,10 +27,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class InForce:
-    """A head and the version of the memory in it: read and replaced together, so that no map gets the other's."""
+    """A head, the version of the memory in it, and the products that its state has rows for, empty in a bundle of one.
+
+    Read and replaced together, so that no map gets the other's.
+    """
 
     head: Head
     memory_version: int
+    products: tuple[str, ...] = ()
+
+
+def with_product(taps: Taps, manifest: Manifest, in_force: InForce, product: int) -> Taps:
+    """Return the inputs of a head: the taps, and which product each tile shows where the head takes that.
+
+    Args:
+        taps: float32 [T, C, h, w] by name.
+        manifest: of the bundle.
+        in_force: head that will judge.
+        product: index into its products, the same for all tiles of a frame.
+
+    Raises:
+        EngineError: it has no such product. An engine may read beyond its state's end without a word.
+    """
+    if in_force.products and not 0 <= product < len(in_force.products):
+        raise EngineError(f"product {product} of {len(in_force.products)}: the head has no such product")
+    if not manifest.takes_product:
+        return taps
+    tiles = len(next(iter(taps.values())))
+    return {**taps, PRODUCT: np.full(tiles, product, np.int64)}
 
 
 class Seeing:
@@ -73,7 +98,8 @@ class Seeing:
         if look.correction is not None:
             # In the trunk's own buffers: they stay bound as the head's inputs, and the next frame is written over them.
             taps = look.correction.taps(taps, in_place=True)
-        found = self._in_force.head.session(ANOMALY_MAP, self._slot.index).run(taps)
+        inputs = with_product(taps, self._manifest, self._in_force, look.expert)
+        found = self._in_force.head.session(ANOMALY_MAP, self._slot.index).run(inputs)
         maps, manifest = found[ANOMALY_MAP], self._manifest
         # One tile is its own map, and the request's buffers are used again by the next frame.
         joined_map = (
@@ -90,8 +116,14 @@ class Seeing:
             moments_version=look.version,
             moments=joined(self._measured) if look.measure else None,
             route=route,
-            subclass=_subclass(manifest.subclasses, route),
+            subclass=self._subclass(route),
         )
+
+    def _subclass(self, route: npt.NDArray[np.float32] | None) -> str:
+        """The product that the frame is seen as; where sub-classes are no products, the one that the head takes."""
+        if self._in_force.products:
+            return self._in_force.products[self._look.expert]
+        return _subclass(self._manifest.subclasses, route)
 
 
 class PendingPrediction:

@@ -109,8 +109,8 @@ class Head:
     Args:
         bundle: whose head it is.
         runtime: what to compile for.
-        shapes: of the taps, by name.
-        state: tensors by name.
+        shapes: of the inputs, by name: the taps, and the product where the head takes one.
+        state: tensors by name; of those in ``product_state`` a row per product, at least those of the bundle.
         requests: of the trunk; the head has as many.
     """
 
@@ -125,6 +125,7 @@ class Head:
             threads=runtime.threads,
             streams=runtime.streams,
             state=state,
+            more_rows=bundle.manifest.product_state,
             input_shapes=shapes,
             accelerator=runtime.accelerator,
         )

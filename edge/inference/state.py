@@ -71,6 +71,8 @@ def check_state(bundle: Bundle, state: State, where: str) -> None:
         state: tensors by name.
         where: they come from, for the error.
 
+    Tensors that hold a row for each product may have more rows than the bundle has products, all as many.
+
     Raises:
         BundleError: names, shapes or types differ, or a value is not finite.
     """
@@ -80,6 +82,12 @@ def check_state(bundle: Bundle, state: State, where: str) -> None:
             f"{where}: holds the tensors {', '.join(sorted(state)) or 'none'}, the manifest needs "
             f"{', '.join(sorted(wanted)) or 'none'}; export it again"
         )
+    by_product = bundle.manifest.product_state
+    if by_product:
+        products = max(
+            len(bundle.manifest.products), *(len(state[name]) if state[name].ndim else 0 for name in by_product)
+        )
+        wanted |= {name: (products, *wanted[name][1:]) for name in by_product}
     for name, values in state.items():
         if values.dtype != np.float32 or values.shape != wanted[name]:
             raise BundleError(
