@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     Tensors = dict[str, npt.NDArray[Any]]
 
+PROMPTS = "prompts"
+"""State tensor [P, L, D] of a head that is told by one good image of each product: that image's ``embedding``."""
 MAX_FILE_BYTES = 256 * 2**20
 _HEADER, _STATE = "product_file", "state/"
 _SCORES, _MAPS = "calibration/scores", "calibration/maps"

@@ -1,0 +1,1 @@
+"""OneNIP: features rebuilt from those of one good image of the product."""
