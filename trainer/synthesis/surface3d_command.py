@@ -136,7 +136,7 @@ def part_of(scan: ScanFile) -> Part:
 
 def before_and_after(part: Part, defect: SurfaceDefect, *, title: str = "") -> Picture:
     """Draw a part before, after, and how far its points moved; uint8 [h, w, 3] BGR."""
-    raster = Raster.of(part.valid, part.points)
+    raster = Raster.of(part.valid, part.points, part.surface.normals)
     limit = defect.strength
     row = [
         raster.shaded(part.surface.normals),
@@ -163,7 +163,7 @@ def sweep(
         raise UsageError(f"sweep of {parameter} over {len(values)} values: give values of one of {', '.join(SWEPT)}")
     changed = [_changed(settings, parameter, value) for value in values]
     part = part_of(read_scan(source))
-    raster = Raster.of(part.valid, part.points)
+    raster = Raster.of(part.valid, part.points, part.surface.normals)
     defects = [perturb(part, one, seed=seed) for one in changed]
     limit = max(defect.strength for defect in defects)
     rows = [
@@ -195,7 +195,7 @@ def grid(sources: Sequence[Path], *, presets: Sequence[str], seed: int) -> Pictu
     rows, names = [], []
     for source in sources:
         part = part_of(read_scan(source))
-        raster = Raster.of(part.valid, part.points, side=180)
+        raster = Raster.of(part.valid, part.points, part.surface.normals, side=180)
         plain = raster.shaded(part.surface.normals)
         defects = [perturb(part, settings, seed=seed) for settings in wanted]
         rows.append([plain, *(raster.shaded(_normals(part, defect)) for defect in defects)])

@@ -31,6 +31,7 @@ _AMBIENT = 0.18
 _CAPTION = 22
 _GAP = 6
 _ORGANISED = 3
+_POINTS_PER_CELL = 4.0  # so that the front of a part hides its back
 _FILL = 2.0  # grid cells that a gap between the points of a cloud may be wide
 
 
@@ -40,30 +41,31 @@ class Raster:
 
     Attributes:
         index: int64 [h, w], a point's number among the valid ones, -1 where there is none.
+        frame: float64 [3, 3], the directions right, down and away from whoever looks.
     """
 
     index: npt.NDArray[np.int64]
+    frame: npt.NDArray[np.float64]
 
     @classmethod
-    def of(cls, valid: npt.NDArray[np.bool_], points: Values, *, side: int = TILE) -> Raster:
-        """Choose a view: an organised scan as the sensor saw it, a cloud laid out flat.
+    def of(cls, valid: npt.NDArray[np.bool_], points: Values, normals: Values, *, side: int = TILE) -> Raster:
+        """Choose a view: an organised scan as the sensor saw it, a cloud laid out flat, from where its normals point.
 
         Args:
             valid: bool [H, W] or [N].
             points: [M, 3], the valid points.
+            normals: [M, 3], oriented.
             side: longer side in pixels.
         """
-        index = _organised(valid) if valid.ndim == _ORGANISED - 1 else _splatted(np.asarray(points, np.float64))
+        if valid.ndim == _ORGANISED - 1:
+            index, frame = _organised(valid), np.eye(3)
+        else:
+            index, frame = _splatted(np.asarray(points, np.float64), np.asarray(normals, np.float64))
         scale = side / max(index.shape)
         size = (max(1, round(index.shape[1] * scale)), max(1, round(index.shape[0] * scale)))
         # Numbers of points are exact in float64, and nearest neighbours mix none.
-        return cls(cv2.resize(index.astype(np.float64), size, interpolation=cv2.INTER_NEAREST_EXACT).astype(np.int64))
-
-    def pick(self, values: npt.NDArray[np.generic], fill: float) -> npt.NDArray[np.generic]:
-        """Return the values [M, ...] of the points at their pixels."""
-        picked = values[np.maximum(self.index, 0)]
-        picked[self.index < 0] = fill
-        return picked
+        drawn = cv2.resize(index.astype(np.float64), size, interpolation=cv2.INTER_NEAREST_EXACT).astype(np.int64)
+        return cls(drawn, frame)
 
     def shaded(self, normals: Values) -> Picture:
         """Draw a surface lit from above, uint8 [h, w, 3] BGR.
@@ -71,7 +73,7 @@ class Raster:
         Args:
             normals: [M, 3], towards the sensor.
         """
-        lit = np.clip(-(normals @ (_LIGHT / np.linalg.norm(_LIGHT))), 0.0, 1.0)
+        lit = np.clip(-(normals @ (_LIGHT @ self.frame / np.linalg.norm(_LIGHT))), 0.0, 1.0)
         grey = 255.0 * (_AMBIENT + (1 - _AMBIENT) * lit)
         return self._coloured(np.repeat(np.rint(grey).astype(np.uint8)[:, None], 3, axis=1))
 
@@ -104,18 +106,21 @@ def _organised(valid: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     return numbers[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def _splatted(points: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+def _splatted(
+    points: npt.NDArray[np.float64], normals: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     chart = lay_out(points)
-    # About one point a cell where a cloud covers its box once.
-    cell = float(np.sqrt(chart.extent.prod() / len(points))) or 1.0
-    place = np.minimum(((chart.flat - chart.low) / cell).astype(np.int64), (chart.extent / cell).astype(np.int64))
+    towards = np.cross(*chart.axes)
+    # A part that is closed has as many normals to either side.
+    towards *= -1.0 if float((normals @ towards).sum()) < 0 else 1.0
+    cell = float(np.sqrt(_POINTS_PER_CELL * chart.extent.prod() / len(points))) or 1.0
+    place = ((chart.flat - chart.low) / cell).astype(np.int64)
     width, height = place.max(axis=0) + 1
     index = np.full((height, width), -1, np.int64)
-    towards = np.cross(*chart.axes)
-    order = np.argsort(points @ towards)  # the nearest is written last
+    order = np.argsort(points @ towards, kind="stable")  # the nearest is written last
     index[place[order, 1], place[order, 0]] = order
     distance, (row, column) = ndimage.distance_transform_edt(index < 0, return_indices=True)
-    return np.where(distance <= _FILL, index[row, column], -1)
+    return np.where(distance <= _FILL, index[row, column], -1), np.stack([*chart.axes, -towards])
 
 
 def contact_sheet(
