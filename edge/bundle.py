@@ -30,12 +30,30 @@ from pydantic import (
 )
 
 from edge.errors import BundleError
+from edge.inputs import (
+    STRIDE_MULTIPLE,
+    Crop,
+    DepthLayout,
+    Inputs,
+    Modality,
+    Preprocessing,
+    Resize,
+    SignalLayout,
+    SignalPreprocessing,
+    Tiles,
+    check_layouts,
+)
 from edge.memory.rows import RowsPrecision
+
+__all__ = [
+    "MANIFEST", "SCHEMA_VERSION", "STRIDE_MULTIPLE", "Bundle", "Calibration", "CalibrationScores", "Crop",
+    "DepthLayout", "Engine", "Golden", "Graph", "Inputs", "Manifest", "MemoryLayout", "Modality", "Pooling",
+    "Precision", "Preprocessing", "Provenance", "Resize", "SignalLayout", "SignalPreprocessing", "StateTensor", "Tiles",
+    "load_arrays", "manifest_bytes", "sha256_file",
+]  # fmt: skip
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION: Literal[1] = 1
-# Taps are addressed by the stride of their grid; strides 2, 4, 8, 16 of the shared trunk.
-STRIDE_MULTIPLE = 32
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -57,67 +75,6 @@ class Precision(str, Enum):
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Crop(_Model):
-    """A rectangle of the camera frame, in pixels."""
-
-    x: int = Field(ge=0)
-    y: int = Field(ge=0)
-    w: int = Field(ge=1)
-    h: int = Field(ge=1)
-
-
-class Tiles(_Model):
-    """How the resized crop is cut into network inputs.
-
-    ``rows`` x ``cols`` tiles of ``Preprocessing.height`` x ``width`` pixels that overlap by ``overlap`` pixels.
-    """
-
-    rows: int = Field(1, ge=1, le=16)
-    cols: int = Field(1, ge=1, le=16)
-    overlap: int = Field(0, ge=0, multiple_of=STRIDE_MULTIPLE)
-
-
-class Resize(str, Enum):
-    """How a crop becomes the canvas.
-
-    ``linear``: one bilinear resize (aliases beyond a factor of 2). ``pyramid``: halve by 2x2 means while the crop
-    is at least twice the canvas in both directions, then bilinear; a tenth of the cost of an area resize.
-    """
-
-    LINEAR = "linear"
-    PYRAMID = "pyramid"
-
-
-class Preprocessing(_Model):
-    """From a camera frame to network inputs; part of the identity of an embedding.
-
-    The crop (or the whole frame) is resized to a canvas of ``canvas_height`` x ``canvas_width`` pixels, converted to
-    RGB and cut into tiles of ``height`` x ``width``. Normalisation is inside the trunk.
-    """
-
-    height: int = Field(ge=STRIDE_MULTIPLE, multiple_of=STRIDE_MULTIPLE)
-    width: int = Field(ge=STRIDE_MULTIPLE, multiple_of=STRIDE_MULTIPLE)
-    crop: Crop | None = None
-    tiles: Tiles = Tiles()
-    resize: Resize = Resize.PYRAMID
-
-    @model_validator(mode="after")
-    def _overlap_fits(self) -> Preprocessing:
-        if self.tiles.overlap >= min(self.height, self.width):
-            raise ValueError("tiles.overlap must be smaller than the tile")
-        return self
-
-    @property
-    def canvas_height(self) -> int:
-        """Height in pixels of the resized crop."""
-        return self.tiles.rows * (self.height - self.tiles.overlap) + self.tiles.overlap
-
-    @property
-    def canvas_width(self) -> int:
-        """Width in pixels of the resized crop."""
-        return self.tiles.cols * (self.width - self.tiles.overlap) + self.tiles.overlap
 
 
 class Pooling(_Model):
@@ -195,8 +152,8 @@ class Calibration(_Model):
 class Golden(_Model):
     """Frames with the scores that an engine and precision must give, within ``tolerance`` (raw score units).
 
-    The npz holds ``canvas`` uint8 [n, canvas_height, canvas_width, 3] RGB and ``score_<engine>_<precision>``
-    float32 [n] each; of several products also ``product`` int64 [n], indices.
+    The npz holds ``canvas`` uint8 [n, canvas_height, canvas_width, 3] RGB (float32 [n, ...] of other modalities)
+    and ``score_<engine>_<precision>`` float32 [n] each; of several products also ``product`` int64 [n], indices.
     """
 
     file: str
@@ -226,8 +183,10 @@ class Manifest(_Model):
     schema_version: Literal[1] = SCHEMA_VERSION
     method: str = Field(min_length=1)
     product: str = Field(min_length=1)
-    modality: Literal["image"] = "image"
-    preprocessing: Preprocessing
+    modality: Modality = Modality.IMAGE
+    signal: SignalLayout | None = None
+    depth: DepthLayout | None = None
+    preprocessing: Inputs
     trunk: Graph
     head: Graph
     taps: tuple[str, ...] = Field(min_length=1)
@@ -266,6 +225,11 @@ class Manifest(_Model):
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or name == MANIFEST:
                 raise ValueError(f"files: {name!r} is not a path inside the bundle")
+        return self
+
+    @model_validator(mode="after")
+    def _layouts_are_of_the_modality(self) -> Manifest:
+        check_layouts(self.modality, self.preprocessing, self.signal, self.depth)
         return self
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""From a camera frame to network inputs, and from tile maps back to one map.
+"""From a frame to network inputs, and from tile maps back to one map.
 
 The trainer and the box use these same functions, so that a model sees in production what it saw in training.
 """
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
-from edge.bundle import Preprocessing, Resize
 from edge.errors import CaptureError
+from edge.inference.depth import depth_canvas
+from edge.inference.signals import signal_canvas
+from edge.inputs import Inputs, Preprocessing, Resize, SignalPreprocessing
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -23,26 +25,40 @@ _SCRATCH_SIZES = 8
 
 
 def to_canvas(
-    image: npt.NDArray[np.uint8],
-    preprocessing: Preprocessing,
+    image: npt.NDArray[Any],
+    preprocessing: Inputs,
     *,
-    out: npt.NDArray[np.uint8] | None = None,
+    out: npt.NDArray[Any] | None = None,
     scratch: Scratch | None = None,
-) -> npt.NDArray[np.uint8]:
-    """Crop and resize a camera frame.
+) -> npt.NDArray[Any]:
+    """Make the canvas of a frame, of whichever modality the preprocessing is.
 
     Args:
-        image: uint8 [H, W, 3] BGR.
+        image: uint8 [H, W, 3] BGR; a depth map or a window as :class:`edge.inputs.Modality` says.
         preprocessing: the manifest's.
-        out: contiguous uint8 [canvas_height, canvas_width, 3] to write to; a new array where None.
+        out: contiguous, of the canvas's shape and type, to write to; a new array where None.
         scratch: buffers of the steps between, kept by a caller who makes many canvases; one thread at a time.
 
     Returns:
-        uint8 [canvas_height, canvas_width, 3] RGB; ``out`` where given.
+        uint8 [canvas_height, canvas_width, 3] RGB; float32 [canvas_height, canvas_width, 3] of a depth map, float32
+        [channels, samples] of a signal. ``out`` where given.
 
     Raises:
-        CaptureError: the frame is no 3-channel uint8 image, or smaller than the crop.
+        CaptureError: the frame is not of that modality, or smaller than the crop.
     """
+    if isinstance(preprocessing, SignalPreprocessing):
+        return signal_canvas(image, preprocessing, out=out)
+    if preprocessing.resize is Resize.VALID:
+        return depth_canvas(image, preprocessing, out=out)
+    return _image_canvas(image, preprocessing, out, scratch)
+
+
+def _image_canvas(
+    image: npt.NDArray[np.uint8],
+    preprocessing: Preprocessing,
+    out: npt.NDArray[np.uint8] | None,
+    scratch: Scratch | None,
+) -> npt.NDArray[np.uint8]:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:  # noqa: PLR2004
         raise CaptureError(f"frame is {image.dtype} {image.shape}, expected uint8 [H, W, 3]; check the camera's format")
     crop = preprocessing.crop
@@ -78,15 +94,13 @@ def _resized(image: npt.NDArray[np.uint8], height: int, width: int, scratch: Scr
     return np.asarray(cv2.resize(image, (width, height), dst=target, interpolation=cv2.INTER_LINEAR), dtype=np.uint8)
 
 
-def tiles_of(
-    image: npt.NDArray[np.uint8], preprocessing: Preprocessing, *, out: npt.NDArray[np.uint8], scratch: Scratch
-) -> None:
-    """Crop, resize and cut a camera frame into the buffer of network inputs.
+def tiles_of(image: npt.NDArray[Any], preprocessing: Inputs, *, out: npt.NDArray[Any], scratch: Scratch) -> None:
+    """Make the canvas of a frame and cut it into the buffer of network inputs.
 
     Args:
-        image: uint8 [H, W, 3] BGR.
+        image: as for :func:`to_canvas`.
         preprocessing: the manifest's.
-        out: contiguous uint8 [rows * cols, height, width, 3], written whole.
+        out: contiguous, [rows * cols, ...] of the preprocessing's tile shape and type, written whole.
         scratch: as for :func:`to_canvas`.
 
     Raises:
@@ -98,11 +112,11 @@ def tiles_of(
         np.copyto(out, cut_tiles(to_canvas(image, preprocessing, scratch=scratch), preprocessing))
 
 
-def cut_tiles(canvas: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+def cut_tiles(canvas: npt.NDArray[Any], preprocessing: Inputs) -> npt.NDArray[Any]:
     """Cut a canvas into tiles, row by row.
 
     Returns:
-        uint8 [rows * cols, height, width, 3]; a view of the canvas where one tile is the canvas.
+        [rows * cols, ...], uint8 [..., height, width, 3] of images; a view of the canvas where one tile is the canvas.
     """
     tiles = preprocessing.tiles
     if tiles.rows == tiles.cols == 1:
@@ -117,7 +131,7 @@ def cut_tiles(canvas: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> np
     )
 
 
-def cut_map(cells: npt.NDArray[Any], preprocessing: Preprocessing, map_stride: int) -> npt.NDArray[Any]:
+def cut_map(cells: npt.NDArray[Any], preprocessing: Inputs, map_stride: int) -> npt.NDArray[Any]:
     """Cut what belongs to the cells of a frame's map into tiles, as :func:`cut_tiles` cuts the canvas.
 
     Args:
@@ -140,7 +154,7 @@ def cut_map(cells: npt.NDArray[Any], preprocessing: Preprocessing, map_stride: i
     )
 
 
-def join_maps(maps: npt.NDArray[np.float32], preprocessing: Preprocessing, map_stride: int) -> npt.NDArray[np.float32]:
+def join_maps(maps: npt.NDArray[np.float32], preprocessing: Inputs, map_stride: int) -> npt.NDArray[np.float32]:
     """Join the maps of one frame's tiles; cells that several tiles cover get their mean.
 
     Args:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from edge.bundle import MemoryLayout, Preprocessing
+    from edge.bundle import Inputs, MemoryLayout
 
     Rows = npt.NDArray[np.float32]
     Index = npt.NDArray[np.int64]
@@ -77,7 +77,7 @@ def anomaly_map(
     embedding: Rows,
     banks: Sequence[Rows],
     layout: MemoryLayout,
-    preprocessing: Preprocessing,
+    preprocessing: Inputs,
     map_stride: int,
 ) -> Rows:
     """Return the raw map of one frame under other banks than the graph's; agrees with the graphs to 1e-3 relative.
