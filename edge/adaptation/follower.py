@@ -18,18 +18,19 @@ from edge.adaptation.correction import MomentCorrection
 from edge.adaptation.follower_state import ExpertHeader, Header, decode, encode, fingerprint
 from edge.adaptation.freeze import AlarmWindow
 from edge.adaptation.look import Look
-from edge.adaptation.routing import Switch, nearest
+from edge.adaptation.routing import Switch
 from edge.adaptation.running import Running, Taken
 from edge.adaptation.shift import shift_of
 from edge.errors import AdaptationError
 from edge.frames import Decision
+from edge.products.recipes import CameraProducts, RecipeHistory
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from edge.adaptation.moments import Moments, Reference
     from edge.adaptation.settings import AdaptationSettings
-    from edge.frames import JudgedFrame, Prediction
+    from edge.frames import Frame, JudgedFrame, Prediction
 
     Route = npt.NDArray[np.float32]
 
@@ -153,62 +154,78 @@ class Follower:
         settings: of the box.
         state: what :meth:`state` gave, to go on from.
         given: no number up to this one is given any more, for snapshots of an earlier run or of another bundle.
+        products: of the camera with its recipes, which somebody else changes; where None it has recipes of its own.
 
     Raises:
         AdaptationError: the state is damaged, or belongs to another bundle.
     """
 
     def __init__(
-        self, reference: Reference, settings: AdaptationSettings, state: bytes | None = None, *, given: int = 0
+        self,
+        reference: Reference,
+        settings: AdaptationSettings,
+        state: bytes | None = None,
+        *,
+        given: int = 0,
+        products: CameraProducts | None = None,
     ) -> None:
         self._lock = threading.RLock()
         self._reference, self._settings = reference, settings
         self._experts = [_Expert(index, reference, settings) for index in range(len(reference.moments))]
         self._switch = Switch(settings.switch_frames)
         self._window = AlarmWindow(settings.window, settings.freeze_rate, settings.thaw_rate)
-        self._recipe, self._pinned = "", None if len(self._experts) > 1 else 0
+        self._owns_recipes = products is None
+        self._products = products or CameraProducts(
+            lambda: reference.subclasses, RecipeHistory(), routed=len(self._experts), unified=False
+        )
         self._version, self._drifting = given, False
         self._counts: Counter[str] = Counter()
         if state is not None:
             self._restore(state)
+        asked = self._products.asked().index
+        if asked is not None and asked < len(self._experts) and asked != self._switch.expert:
+            self._switch.set(asked)
 
-    def look(self) -> Look:
-        """How the next frame is to be seen."""
-        return self._experts[self._switch.expert].look
+    def look(self, frame: Frame | None = None) -> Look:
+        """How a frame is to be seen.
 
-    def rerouted(self, route: Route | None) -> Look | None:
+        Args:
+            frame: of the camera; None for one that is captured now.
+        """
+        asked = self._products.asked(frame).index
+        if asked is None:
+            return self._experts[self._switch.expert].look
+        # Of a product that was added to the bundle nobody knows what it was trained on.
+        return self._experts[asked].look if asked < len(self._experts) else Look(asked)
+
+    def rerouted(self, route: Route | None, frame: Frame | None = None) -> Look | None:
         """Return how a frame is to be seen again because it shows another sub-class than it was seen as.
 
         Args:
             route: float32 [E] of the frame's prediction.
+            frame: as in :meth:`look`.
 
         Returns:
             The look of the sub-class that the router names; None where it agrees, names none, or the recipe decides.
         """
-        if route is None or self._pinned is not None:
+        asked = self._products.asked(frame)
+        if route is None or asked.problem or asked.index is not None:
             return None
-        shown = self._named(route)
+        shown = self._products.shown(route)
         with self._lock:
             self._lighten(shown)
             if shown is None or shown == self._switch.expert:
                 return None
             return self._experts[shown].look
 
-    def refusal(self, route: Route | None) -> str:
+    def refusal(self, route: Route | None, frame: Frame | None = None) -> str:
         """Say why a frame must not be judged by any expert; empty where one may.
 
         Args:
             route: float32 [E] of the frame's prediction; None where the bundle has no router.
+            frame: as in :meth:`look`.
         """
-        if route is None or (len(self._experts) == 1 and len(route) != 1):
-            return ""
-        shown, pinned, names = self._named(route), self._pinned, self._reference.subclasses
-        if shown is None:
-            known = ", ".join(name for name in names if name)
-            return f"unknown product: like {'none of ' + known if known else 'nothing that was trained on'}"
-        if pinned is not None and shown != pinned:
-            return f"it shows {names[shown]}, the recipe is {names[pinned]}"
-        return ""
+        return self._products.refusal(route, frame)
 
     def take(self, judged: JudgedFrame) -> None:
         """Learn from a frame at the end of its way, where it may be learned from; never raises."""
@@ -224,25 +241,25 @@ class Follower:
         Args:
             recipe: the sub-class that comes now; only its moments are forgotten. None keeps the recipe and forgets
                 those of all; an empty one lets the router decide from now on, and forgets those of all too. A bundle
-                of one product takes any name.
+                of one product takes any name. Where somebody else has the recipes, it holds already.
 
         Raises:
             AdaptationError: the bundle has no such sub-class.
         """
-        names, several = self._reference.subclasses, len(self._experts) > 1
+        names = tuple(self._products.names)
+        several = len(names) > 1
         if recipe and several and recipe not in names:
             raise AdaptationError(f"recipe {recipe!r} is none of the bundle's: {', '.join(names)}; name one of them")
         with self._lock:
             self._window.clear()
             self._drifting = False
             forgotten = self._experts
-            if recipe is not None:
-                self._recipe = recipe
-                if several:
-                    self._pinned = names.index(recipe) if recipe else None
+            if recipe is not None and self._owns_recipes:
+                self._products.history.set(recipe)
             if recipe and several:
-                self._switch.set(names.index(recipe))
-                forgotten = [self._experts[self._switch.expert]]
+                forgotten = self._experts[names.index(recipe) :][:1]
+                for expert in forgotten:
+                    self._switch.set(expert.index)
             for expert in forgotten:
                 expert.running.begin()
                 expert.settling = True
@@ -288,7 +305,7 @@ class Follower:
     @property
     def recipe(self) -> str:
         """That was asked for; empty for none."""
-        return self._recipe
+        return self._products.history.now
 
     @property
     def learning(self) -> bool:
@@ -313,7 +330,7 @@ class Follower:
             return {
                 "phase": self.phase.value,
                 "version": self._version,
-                "recipe": self._recipe or None,
+                "recipe": self.recipe or None,
                 "subclass": self._reference.subclasses[self._switch.expert] or None,
                 "shift": round(self.shift, 4),
                 "bound": self._settings.bound,
@@ -326,12 +343,13 @@ class Follower:
 
     def state(self) -> bytes:
         """Return everything it must know again after a restart."""
+        pinned = self._products.asked().index
         with self._lock:
             header = Header(
-                fingerprint=fingerprint(self._reference), version=self._version, recipe=self._recipe,
-                pinned=self._pinned, expert=self._switch.expert, other=self._switch.other, seen=self._switch.seen,
-                alarms=self._window.alarms,
-                frozen=self._window.frozen, drifting=self._drifting, counts=dict(self._counts),
+                fingerprint=fingerprint(self._reference), version=self._version, recipe=self.recipe,
+                pinned=pinned if pinned is None or pinned < len(self._experts) else None,
+                expert=self._switch.expert, other=self._switch.other, seen=self._switch.seen,
+                alarms=self._window.alarms, frozen=self._window.frozen, drifting=self._drifting, counts=dict(self._counts),
                 experts=tuple(expert.header() for expert in self._experts),
             )  # fmt: skip
             rows = [
@@ -350,30 +368,31 @@ class Follower:
             settings.window, settings.freeze_rate, settings.thaw_rate, header.alarms, frozen=header.frozen
         )
         self._switch.set(header.expert, header.other, header.seen)
-        self._version, self._recipe, self._drifting = max(self._version, header.version), header.recipe, header.drifting
-        self._pinned = header.pinned
+        self._version, self._drifting = max(self._version, header.version), header.drifting
+        if header.recipe:
+            self._products.history.begin_with(header.recipe)
         self._counts = Counter(header.counts)
         for expert in self._experts:
             # The settings may allow less than they did.
             if not expert.force.shift <= settings.bound:
                 self._install(expert, own=expert.force.own)
 
-    def _named(self, route: Route) -> int | None:
-        return nearest(route) if len(route) == len(self._experts) else None
-
     def _take(self, judged: JudgedFrame) -> Fate:
         prediction, verdict = judged.prediction, judged.verdict
         if prediction is None:
             return Fate.NOT_JUDGED
-        shown: int | None = self._switch.expert
+        asked = self._products.asked(judged.frame)
+        shown: int | None = self._switch.expert if asked.index is None else asked.index
+        if asked.problem or (shown is not None and shown >= len(self._experts)):
+            return Fate.NOT_JUDGED if asked.problem else Fate.UNMEASURED
         if prediction.route is not None and len(self._experts) > 1:
-            shown = self._named(prediction.route)
-            if self._pinned is None:
+            shown = self._products.shown(prediction.route)
+            if asked.index is None:
                 self._lighten(shown)
                 self._counts["switched"] += self._switch.take(shown)
         if shown is None:
             return Fate.UNKNOWN
-        if self._pinned is not None and shown != self._pinned:
+        if asked.index is not None and shown != asked.index:
             return Fate.OTHER_PRODUCT
         if verdict.decision is Decision.NOT_JUDGED:
             return Fate.NOT_JUDGED

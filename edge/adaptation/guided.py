@@ -26,17 +26,20 @@ if TYPE_CHECKING:
 
 
 class Guide(Protocol):
-    """What :class:`~edge.adaptation.follower.Follower` says of a camera's frames; cheap, and it never raises."""
+    """What :class:`~edge.adaptation.follower.Follower` or :class:`~edge.products.guide.ProductGuide` says of frames.
 
-    def look(self) -> Look:
-        """How the next frame is to be seen."""
+    It is cheap and never raises.
+    """
+
+    def look(self, frame: Frame) -> Look:
+        """How a frame is to be seen; by the moment of its capture, where that says which product it shows."""
         ...
 
-    def rerouted(self, route: Route | None) -> Look | None:
+    def rerouted(self, route: Route | None, frame: Frame) -> Look | None:
         """How a frame is to be seen that shows another sub-class than it was seen as; None where it does not."""
         ...
 
-    def refusal(self, route: Route | None) -> str:
+    def refusal(self, route: Route | None, frame: Frame) -> str:
         """Why no expert may judge a frame; empty where one may."""
         ...
 
@@ -86,7 +89,7 @@ class GuidedDetector:
         """
         if self._guide is None:
             return _plain(self.detector.predict(frame))
-        look = self._guide.look()
+        look = self._guide.look(frame)
         return self._seen(self._guide, self.detector.predict(frame, look), look)
 
     def begin(self, frame: Frame) -> PendingSight | None:
@@ -97,7 +100,7 @@ class GuidedDetector:
             EngineError: the engine gives up.
         """
         guide = self._guide
-        look = PLAIN if guide is None else guide.look()
+        look = PLAIN if guide is None else guide.look(frame)
         pending = self.detector.begin(frame) if guide is None else self.detector.begin(frame, look)
         if pending is None:
             return None
@@ -107,16 +110,17 @@ class GuidedDetector:
 
     def _seen(self, guide: Guide, prediction: Prediction, look: Look) -> Seen:
         # A frame that was begun ahead may have been seen as what the camera showed before it changed over.
-        other = guide.rerouted(prediction.route) or guide.look()
+        frame = prediction.frame
+        other = guide.rerouted(prediction.route, frame) or guide.look(frame)
         if other.expert == look.expert:
-            return Seen(prediction, guide.refusal(prediction.route))
-        again = self.detector.predict(prediction.frame, other)
+            return Seen(prediction, guide.refusal(prediction.route, frame))
+        again = self.detector.predict(frame, other)
         again = dataclasses.replace(
             again,
             preprocess_ns=prediction.preprocess_ns + again.preprocess_ns,
             inference_ns=prediction.inference_ns + again.inference_ns,
         )
-        refusal = guide.refusal(again.route)
+        refusal = guide.refusal(again.route, frame)
         if not refusal and again.route is not None and nearest(again.route) != other.expert:
             refusal = "unknown product: its sub-class changes with the light that is assumed"
         return Seen(again, refusal)

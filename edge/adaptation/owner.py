@@ -90,7 +90,7 @@ class FollowedCamera:
             return
         prediction = judged.prediction
         if prediction is not None:
-            self._count_refusal(self.follower.refusal(prediction.route))
+            self._count_refusal(self.follower.refusal(prediction.route, judged.frame))
         self.follower.take(judged)
         self.note_snapshot()
 
@@ -293,5 +293,5 @@ class DriftOwner:
             return PLAIN
         if prediction is None or judged.verdict.decision is Decision.NOT_JUDGED or followed.hold:
             return None
-        look = followed.follower.look()
+        look = followed.follower.look(judged.frame)
         return look if look.version == prediction.moments_version else None

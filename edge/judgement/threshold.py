@@ -102,11 +102,20 @@ class _BoundThreshold(BaseModel):
         description="Version of the memory for which the value was chosen; 0 is the one packed in the bundle.",
     )
 
-    def _other(self, *, bundle_id: str, memory_version: int) -> str:
+    product: str | None = Field(
+        None,
+        max_length=200,
+        title="Product",
+        description="Of a bundle for several products, the one for which the value was chosen.",
+    )
+
+    def _other(self, *, bundle_id: str, memory_version: int, product: str) -> str:
         if bundle_id != self.bundle_id:
             return f"it was set for bundle {self.bundle_id[:12]}, not {bundle_id[:12]}"
         if memory_version != self.memory_version:
             return f"it was set for memory version {self.memory_version}, not {memory_version}"
+        if product != (self.product or ""):
+            return f"it was set for {self.product or 'no product'}, not {product or 'a bundle of one product'}"
         return ""
 
 
@@ -115,9 +124,9 @@ class ExternalThreshold(_BoundThreshold):
 
     value: float = Field(allow_inf_nan=False, title="Value", description="Raw score at and above which a frame is NOK.")
 
-    def mismatch(self, *, bundle_id: str, memory_version: int) -> str:
+    def mismatch(self, *, bundle_id: str, memory_version: int, product: str = "") -> str:
         """Return why the threshold must not be used here; empty where it may."""
-        other = self._other(bundle_id=bundle_id, memory_version=memory_version)
+        other = self._other(bundle_id=bundle_id, memory_version=memory_version, product=product)
         return other and f"external threshold ignored: {other}"
 
 
@@ -135,9 +144,9 @@ class RunTimeThreshold(_BoundThreshold):
     scope: str = Field("", max_length=64)
     given_at: str = Field("", max_length=40)
 
-    def mismatch(self, *, bundle_id: str, memory_version: int, scope: str) -> str:
+    def mismatch(self, *, bundle_id: str, memory_version: int, scope: str, product: str = "") -> str:
         """Return why the threshold must not be used here; empty where it may."""
-        other = self._other(bundle_id=bundle_id, memory_version=memory_version)
+        other = self._other(bundle_id=bundle_id, memory_version=memory_version, product=product)
         if not other and self.scope != scope:
             other = "the camera's region, mask or smallest area was another one"
         return other and f"threshold given at run time ignored: {other}"
@@ -165,6 +174,7 @@ def choose_threshold(
     bundle_id: str,
     memory_version: int,
     scope: str,
+    product: str = "",
 ) -> Chosen:
     """Choose between a threshold given at run time, that of the settings, and the budget, in this order.
 
@@ -174,16 +184,17 @@ def choose_threshold(
         bundle_id: of the bundle in use.
         memory_version: of the memory in use.
         scope: of the camera's region, mask and smallest area.
+        product: that is judged; empty in a bundle of one.
     """
     notice = ""
     if run_time is not None:
-        notice = run_time.mismatch(bundle_id=bundle_id, memory_version=memory_version, scope=scope)
+        notice = run_time.mismatch(bundle_id=bundle_id, memory_version=memory_version, scope=scope, product=product)
         if not notice:
             return Chosen(run_time.value, "budget" if run_time.value is None else "run time")
         # "None" took something away; where it does not hold, nothing that judges is missing.
         notice = "" if run_time.value is None else notice
     if external is not None:
-        other = external.mismatch(bundle_id=bundle_id, memory_version=memory_version)
+        other = external.mismatch(bundle_id=bundle_id, memory_version=memory_version, product=product)
         if not other:
             return Chosen(external.value, "settings", notice)
         notice = f"{notice}; {other}" if notice else other

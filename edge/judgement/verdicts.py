@@ -76,6 +76,7 @@ class Judge:
     Attributes:
         bundle_id: of the bundle in use.
         memory_version: of the memory that its thresholds hold for.
+        product: that its thresholds hold for; empty in a bundle of one.
         run_time: the threshold given at run time, whether it holds here or not.
         notice: why a threshold from outside is not used; empty where it is, or where there is none.
         threshold_version: of its threshold, as verdicts name it; whoever puts the judge in force counts.
@@ -97,6 +98,7 @@ class Judge:
         run_time: RunTimeThreshold | None = None,
         bundle_id: str = "",
         memory_version: int = 0,
+        product: str = "",
         max_regions: int = 16,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
@@ -116,6 +118,7 @@ class Judge:
             run_time: a threshold given at run time, which wins over it; ignored likewise.
             bundle_id: of the bundle in use.
             memory_version: of the memory whose predictions are judged, 0 for the one packed in the bundle.
+            product: whose good scores these are; empty in a bundle of one.
             max_regions: most regions in a verdict.
             clock_ns: the monotonic clock.
 
@@ -134,6 +137,7 @@ class Judge:
         self._external = external
         self.bundle_id = bundle_id
         self.memory_version = memory_version
+        self.product = product
         self.run_time = run_time
         self.threshold_version = 0
         self._chosen = choose_threshold(
@@ -142,6 +146,7 @@ class Judge:
             bundle_id=bundle_id,
             memory_version=memory_version,
             scope=self._scope.digest,
+            product=product,
         )
         self.notice = self._chosen.notice
         self._view: _View | None = None
@@ -239,6 +244,7 @@ class Judge:
             run_time=run_time,
             bundle_id=self.bundle_id,
             memory_version=memory_version,
+            product=self.product,
             max_regions=self._max_regions,
             clock_ns=self._clock_ns,
         )

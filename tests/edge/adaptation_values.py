@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ def judged(
     route: Sequence[float] | None = None,
 ) -> JudgedFrame:
     """Return a frame at the end of its way."""
-    frame = Frame(np.zeros((2, 2, 3), np.uint8), "cam", 0, 0, AT)
+    frame = Frame(np.zeros((2, 2, 3), np.uint8), "cam", 0, time.monotonic_ns(), AT)
     router = None if route is None else np.array(route, np.float32)
     prediction = Prediction(
         np.zeros((1, 1), np.float32), frame, 0, 0, moments_version=version, moments=seen, route=router

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def judged(
     follower: Follower, level: float = 100, *, nok: bool = False, route: list[float] | None = None, name: str = "cam"
 ) -> JudgedFrame:
     """A frame that shows a grey level, seen as its follower wants it."""
-    frame = Frame(np.zeros((4, 4, 3), np.uint8), name, 0, 0, NOW)
+    frame = Frame(np.zeros((4, 4, 3), np.uint8), name, 0, time.monotonic_ns(), NOW)
     rows = None if route is None else np.array(route, np.float32)
     look = (None if rows is None else follower.rerouted(rows)) or follower.look()
     prediction = Prediction(
