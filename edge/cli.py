@@ -34,6 +34,7 @@ from edge.errors import BrokerError, CommandError, LinewardError, MissingExtraEr
 from edge.evidence.cli import app as evidence_app
 from edge.judgement.cli import threshold
 from edge.process_memory import use_few_arenas
+from edge.products.cli import prompt
 from edge.slots.cli import app as bundle_app
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ app.add_typer(evidence_app, name="evidence")
 
 app.command()(threshold)
 app.command()(doctor)
+app.command()(prompt)
 
 
 def main() -> None:
