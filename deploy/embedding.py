@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from edge.bundle import Preprocessing
+    from edge.bundle import Inputs
 
 
 def embedding_ids(
-    trunk_files: Mapping[Precision, Path], head: Path, states: Sequence[str], preprocessing: Preprocessing
+    trunk_files: Mapping[Precision, Path], head: Path, states: Sequence[str], preprocessing: Inputs
 ) -> dict[Precision, str]:
     """Return the id of the embedding space of each precision.
 

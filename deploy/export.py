@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    import numpy.typing as npt
     from torch import nn
 
 OPSET = 20
@@ -129,10 +130,37 @@ def export_head(head: nn.Module, path: Path, *, tap_shapes: Mapping[str, Sequenc
     return hashlib.sha256(_write(model, path)).hexdigest()
 
 
-def tap_shapes(trunk: nn.Module, size: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """Return the shape [C, h, w] of each tap for an image of ``size`` (H, W)."""
+def export_fixed_trunk(trunk: nn.Module, path: Path, *, shape: Sequence[int]) -> str:
+    """Write trunk.onnx of a trunk that is made for one size of input; N is dynamic in the file.
+
+    Args:
+        trunk: ``forward(image)``, float32 [N, ...] -> a tuple of float32 [N, C, h, w], one per name in its attribute
+            ``tap_names``.
+        path: file to write.
+        shape: of one input.
+
+    Returns:
+        The sha256 of the file, 64 hex digits.
+
+    Raises:
+        DataError: the module does not export, or uses an operator that branches or draws at random.
+        EngineError: the file differs from the module.
+    """
+    names, trunk = tuple(trunk.tap_names), trunk.eval()
+    model = _onnx(trunk, (torch.zeros(2, *shape),), inputs=(IMAGE,), outputs=names, dynamic_batch=True)
+    _require_ops(model, allowed=None, what="trunk")
+    content = _write(model, path)
+    for batch in (1, 3):
+        example = np.random.default_rng(0).standard_normal((batch, *shape)).astype(np.float32)
+        _compare_trunk(trunk, content, names, example)
+    return hashlib.sha256(content).hexdigest()
+
+
+def tap_shapes(trunk: nn.Module, shape: Sequence[int], dtype: str = "uint8") -> dict[str, tuple[int, ...]]:
+    """Return the shape [C, h, w] of each tap for an input of ``shape``: (H, W) or (H, W, 3) of an image."""
+    whole = (*shape, 3) if dtype == "uint8" and len(shape) == 2 else tuple(shape)  # noqa: PLR2004 (without channels)
     with torch.no_grad():
-        taps = trunk.eval()(torch.zeros(1, *size, 3, dtype=torch.uint8))
+        taps = trunk.eval()(torch.zeros(1, *whole, dtype=getattr(torch, dtype)))
     return {name: tuple(tap.shape[1:]) for name, tap in zip(trunk.tap_names, taps, strict=True)}
 
 
@@ -252,9 +280,12 @@ def _require_state(model: onnx.ModelProto, expected: Mapping[str, tuple[int, ...
 
 
 def _check_trunk(trunk: nn.Module, content: bytes, names: Sequence[str], shape: tuple[int, ...]) -> None:
+    _compare_trunk(trunk, content, names, np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+
+
+def _compare_trunk(trunk: nn.Module, content: bytes, names: Sequence[str], image: npt.NDArray[Any]) -> None:
     import onnxruntime  # noqa: PLC0415 (exporting a head needs no engine)
 
-    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
@@ -265,5 +296,5 @@ def _check_trunk(trunk: nn.Module, content: bytes, names: Sequence[str], shape: 
         if got.shape != tuple(wanted.shape) or not error <= TAP_TOLERANCE:
             raise EngineError(
                 f"trunk: tap {name} of the written graph differs from torch by {error:.2e} of its largest value at "
-                f"{shape[1]}x{shape[2]} (limit {TAP_TOLERANCE}); its convolutions must pad the same at every size"
+                f"{image.shape[1]}x{image.shape[2]} (limit {TAP_TOLERANCE}); it must compute the same at every size"
             )

@@ -21,6 +21,7 @@ from deploy.embedding import embedding_ids
 from deploy.export import export_head, tap_shapes
 from deploy.moments import reference_images, reference_of
 from deploy.parity import (
+    Jitter,
     MakeDefects,
     ParityReport,
     ParityRules,
@@ -40,14 +41,17 @@ from edge.bundle import (
     MANIFEST,
     Bundle,
     Calibration,
+    DepthLayout,
     Engine,
     Golden,
     Graph,
+    Inputs,
     Manifest,
+    Modality,
     Pooling,
     Precision,
-    Preprocessing,
     Provenance,
+    SignalLayout,
     manifest_bytes,
     sha256_file,
 )
@@ -59,7 +63,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-Canvases = npt.NDArray[np.uint8]
+Canvases = npt.NDArray[Any]
 Pair = tuple[Engine, Precision]
 
 TRUNK, TRUNK_INT8, HEAD, HEAD_INT8 = "trunk.onnx", "trunk.int8.onnx", "head.onnx", "head.int8.onnx"
@@ -94,6 +98,10 @@ class BundleRequest:
         reference_subclasses: one name per such canvas, for a head of several experts; without names its bundle has no
             moments.
         make_defects: see :data:`deploy.parity.MakeDefects`.
+        modality: what the canvases are; of signals and depth maps ``trunk_files`` must be given.
+        signal: layout of a signal.
+        depth: layout of a depth map.
+        jitter: makes the copies that the gate needs of other modalities than images.
         commissioning: uint8 [m, ...] canvases of images declared good; their embeddings go into the bundle. m may
             be 0; a head without embeddings ignores them.
         commissioning_groups: one name per commissioning image; images of one group are not independent. Without any,
@@ -117,11 +125,15 @@ class BundleRequest:
     head: nn.Module
     method: str
     product: str
-    preprocessing: Preprocessing
+    preprocessing: Inputs
     provenance: Provenance
     holdout: Canvases
     groups: Sequence[str]
     make_defects: MakeDefects
+    modality: Modality = Modality.IMAGE
+    signal: SignalLayout | None = None
+    depth: DepthLayout | None = None
+    jitter: Jitter | None = None
     holdout_subclasses: Sequence[str] = ()
     reference: Canvases = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
     reference_subclasses: Sequence[str] = ()
@@ -189,11 +201,13 @@ class _Packer:
         self.request, self.work, self.pairs = request, work, tuple(pairs)
         self.steps, self.done = 5 + 2 * len(pairs), 0
         self.subclasses: tuple[str, ...] = tuple(getattr(request.head, "subclasses", ("",)))
-        self.images = reference_images(
-            self.subclasses,
-            (request.reference, request.reference_subclasses),
-            (request.holdout, request.holdout_subclasses),
-        )
+        self.images = None
+        if request.modality is Modality.IMAGE:  # moments are of colours and of the shared trunk's taps
+            self.images = reference_images(
+                self.subclasses,
+                (request.reference, request.reference_subclasses),
+                (request.holdout, request.holdout_subclasses),
+            )
 
     def run(self) -> None:
         request = self.request
@@ -207,6 +221,7 @@ class _Packer:
             lambda canvases: pool_all(reference_pair.maps(canvases), request.pooling),
             rules=request.rules,
             seed=request.seed,
+            copies=request.jitter,
         )
         self._step("torch")
         reference = self._scores(
@@ -233,8 +248,8 @@ class _Packer:
                 raise UsageError("neither trunk files nor a generic set to make them from; give one of the two")
             files = build_trunk_files(request.trunk, request.generic)
         shutil.copyfile(files.float32, work / TRUNK)
-        size = (request.preprocessing.height, request.preprocessing.width)
-        export_head(request.head, work / HEAD, tap_shapes=tap_shapes(request.trunk, size))
+        shapes = tap_shapes(request.trunk, request.preprocessing.tile_shape, request.preprocessing.dtype)
+        export_head(request.head, work / HEAD, tap_shapes=shapes)
         if request.head.state_names:
             save_file(stored_state(request.head), work / STATE)
         for name, content in request.attachments.items():
@@ -391,6 +406,9 @@ class _Packer:
         manifest = Manifest(
             method=request.method,
             product=request.product,
+            modality=request.modality,
+            signal=request.signal,
+            depth=request.depth,
             preprocessing=request.preprocessing,
             trunk=Graph(float32=TRUNK, int8=TRUNK_INT8 if int8 else None, id=files[TRUNK]),
             head=Graph(float32=HEAD, int8=HEAD_INT8 if int8 else None, id=files[HEAD]),
@@ -437,13 +455,13 @@ def _refuse_existing(out: Path) -> None:
 
 
 def _check(request: BundleRequest) -> None:
-    expected = (request.preprocessing.canvas_height, request.preprocessing.canvas_width, 3)
+    expected, dtype = request.preprocessing.canvas_shape, request.preprocessing.dtype
     for what in ("holdout", "commissioning", "reference"):
         canvases: Canvases = getattr(request, what)
         if what != "holdout" and not len(canvases):
             continue
-        if canvases.dtype != np.uint8 or canvases.shape[1:] != expected:
-            raise DataError(f"{what} canvases are {canvases.dtype} {canvases.shape}, expected uint8 [n, {expected}]")
+        if canvases.dtype != dtype or canvases.shape[1:] != expected:
+            raise DataError(f"{what} canvases are {canvases.dtype} {canvases.shape}, expected {dtype} [n, {expected}]")
     if len(request.groups) != len(request.holdout):
         raise DataError(f"{len(request.groups)} groups for {len(request.holdout)} held-out images; give one each")
     if request.commissioning_groups and len(request.commissioning_groups) != len(request.commissioning):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +18,17 @@ from deploy.metrics import image_auroc
 from edge.bundle import Engine, Precision
 from edge.errors import DataError, GateError
 
-if TYPE_CHECKING:
-    Canvases = npt.NDArray[np.uint8]
+Canvases = npt.NDArray[Any]
 
-MakeDefects = Callable[[float], npt.NDArray[np.uint8]]
-"""Called with a contrast in (0, 1]; returns uint8 [n, canvas_height, canvas_width, 3] RGB, the same n and the same
-defects every time, only fainter at a lower contrast. Row i is made from good image i modulo their number."""
+MakeDefects = Callable[[float], Canvases]
+"""Called with a contrast in (0, 1]; returns canvases as the good ones are, the same n and the same defects every time,
+only fainter at a lower contrast. Row i is made from good image i modulo their number."""
 
-Scorer = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
-"""From canvases uint8 [n, Hc, Wc, 3] to raw image scores float32 [n]."""
+Scorer = Callable[[Canvases], npt.NDArray[np.float32]]
+"""From canvases [n, ...] to raw image scores float32 [n]."""
+
+Jitter = Callable[[Canvases, int, int], tuple[Canvases, npt.NDArray[np.int64]]]
+"""Called with good canvases, a number and a seed; returns what :func:`jitter` does, of canvases that are no images."""
 
 
 LEAST_GOOD_IMAGES = 6
@@ -146,7 +148,7 @@ class PathScores:
     routes: npt.NDArray[np.float32] | None = None
 
 
-def jitter(canvases: Canvases, count: int, *, seed: int) -> tuple[Canvases, npt.NDArray[np.int64]]:
+def jitter(canvases: Canvases, count: int, seed: int) -> tuple[Canvases, npt.NDArray[np.int64]]:
     """Fill a set up to ``count`` with copies that are moved by up to 4 pixels, lit by +-3 % and noisy (sigma 1).
 
     No flips and no turns: those would not be good images of every product.
@@ -169,7 +171,13 @@ def jitter(canvases: Canvases, count: int, *, seed: int) -> tuple[Canvases, npt.
 
 
 def draw_sample(
-    good: Canvases, make_defects: MakeDefects, score: Scorer, *, rules: ParityRules | None = None, seed: int = 0
+    good: Canvases,
+    make_defects: MakeDefects,
+    score: Scorer,
+    *,
+    rules: ParityRules | None = None,
+    seed: int = 0,
+    copies: Jitter | None = None,
 ) -> Sample:
     """Choose the contrast on the float32 path and fill the sample up.
 
@@ -177,11 +185,12 @@ def draw_sample(
     even 1 is too faint, or 0.01 too plain, the nearest is taken and recorded.
 
     Args:
-        good: uint8 [n, Hc, Wc, 3], held-out good canvases, n >= 6.
+        good: uint8 [n, Hc, Wc, 3], or what another modality's canvases are: held-out good canvases, n >= 6.
         make_defects: see :data:`MakeDefects`.
         score: the float32 path.
         rules: limits and counts.
         seed: of the jitter.
+        copies: makes the jittered copies; None for images.
 
     Raises:
         DataError: fewer than 6 good images, or the callback returns images of another size.
@@ -195,15 +204,17 @@ def draw_sample(
 
     def auroc_at(contrast: float) -> float:
         canvases = make_defects(contrast)
-        if canvases.dtype != np.uint8 or canvases.shape[1:] != good.shape[1:] or not len(canvases):
-            raise DataError(f"defects are {canvases.dtype} {canvases.shape}, expected uint8 {good.shape[1:]} each")
+        if canvases.dtype != good.dtype or canvases.shape[1:] != good.shape[1:] or not len(canvases):
+            raise DataError(
+                f"defects are {canvases.dtype} {canvases.shape}, expected {good.dtype} {good.shape[1:]} each"
+            )
         return _auroc(good_scores, score(canvases))
 
     low, high = rules.auroc_window
     contrast, reached = _bisect(auroc_at, (low + high) / 2, window=(low, high))
     defective = make_defects(contrast)[: rules.defect_samples]
     defect_base = np.arange(len(defective), dtype=np.int64) % len(good)
-    samples, base = jitter(good, rules.good_samples, seed=seed)
+    samples, base = (jitter if copies is None else copies)(good, rules.good_samples, seed)
     return Sample(
         good=samples, good_base=base, defective=defective, defect_base=defect_base, images=len(good),
         contrast=contrast, in_window=low <= reached <= high,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from edge.adaptation.moments import Moments
-    from edge.bundle import Engine, Pooling, Precision, Preprocessing
+    from edge.bundle import Engine, Inputs, Pooling, Precision
 
-    Canvases = npt.NDArray[np.uint8]
+    Canvases = npt.NDArray[Any]
     Maps = npt.NDArray[np.float32]
 
 
@@ -69,16 +69,16 @@ class GraphPair:
         engine: Engine,
         precision: Precision,
         taps: Sequence[str],
-        preprocessing: Preprocessing,
+        preprocessing: Inputs,
         map_stride: int,
     ) -> None:
         self._preprocessing, self._stride, self._taps = preprocessing, map_stride, tuple(taps)
         tiles = preprocessing.tiles.rows * preprocessing.tiles.cols
-        shape = (tiles, preprocessing.height, preprocessing.width, 3)
+        shape = (tiles, *preprocessing.tile_shape)
         self._trunk = open_graph(
             trunk, engine=engine, precision=precision, threads=0, outputs=self._taps, input_shapes={IMAGE: shape}
         )
-        first = self._trunk.run({IMAGE: np.zeros(shape, np.uint8)})
+        first = self._trunk.run({IMAGE: np.zeros(shape, preprocessing.dtype)})
         shapes = {name: tuple(first[name].shape) for name in self._taps}
         self._head = open_graph(head, engine=engine, precision=precision, threads=0, input_shapes=shapes)
 
@@ -122,14 +122,14 @@ class GraphPair:
 
 
 def torch_maps(
-    trunk: nn.Module, head: nn.Module, canvases: Canvases, preprocessing: Preprocessing, *, batch: int = 8
+    trunk: nn.Module, head: nn.Module, canvases: Canvases, preprocessing: Inputs, *, batch: int = 8
 ) -> Maps:
     """Return the maps float32 [n, h, w] that the modules give in torch, float32."""
     return torch_judged(trunk, head, canvases, preprocessing, batch=batch).maps
 
 
 def torch_judged(
-    trunk: nn.Module, head: nn.Module, canvases: Canvases, preprocessing: Preprocessing, *, batch: int = 8
+    trunk: nn.Module, head: nn.Module, canvases: Canvases, preprocessing: Inputs, *, batch: int = 8
 ) -> Judged:
     """Return what the modules say of canvases in torch, float32."""
     import torch  # noqa: PLC0415 (a machine that only verifies bundles has no torch)
