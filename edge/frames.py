@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime  # noqa: TC003 (a field type of public values)
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,25 +20,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One image as a camera delivered it.
+    """One image as a camera delivered it; a depth map, or a window of a signal, from other sources.
 
     Attributes:
-        image: uint8 [H, W, 3], BGR, values 0..255.
+        image: uint8 [H, W, 3], BGR, values 0..255; else as :class:`edge.inputs.Modality` says.
         camera: name of the camera in the box's settings.
         camera_seq: counts the frames of this camera since the box started, dropped ones included; starts at 0.
-        captured_ns: ``time.monotonic_ns()`` when decoding of the frame was complete.
+        captured_ns: ``time.monotonic_ns()`` when decoding of the frame was complete; of a window, when its last sample
+            had arrived.
         captured_at: the same moment in UTC (timezone-aware).
         part_id: identity of the part in triggered mode, else None.
         name: where the frame came from (a file name, a video position), for people; may be empty.
+        refusal: why its source says that it must not be judged; empty where it may.
     """
 
-    image: npt.NDArray[np.uint8]
+    image: npt.NDArray[Any]
     camera: str
     camera_seq: int
     captured_ns: int
     captured_at: datetime
     part_id: str | None = None
     name: str = ""
+    refusal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ class Decision(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A connected region above the threshold, in pixels of the camera frame.
+    """A connected region above the threshold, in pixels of the camera frame; of a window x in samples, y in channels.
 
     Attributes:
         x: left edge.

@@ -160,7 +160,7 @@ class Detector:
             look: what to correct and whether to measure; with :data:`edge.adaptation.look.PLAIN` nothing is done.
 
         Raises:
-            CaptureError: the frame does not fit the bundle's crop or is no colour image.
+            CaptureError: the frame does not fit the bundle, or shows too little to be judged.
             EngineError: the engine gives up.
         """
         # Read once: a switch in the middle of this call must not mix two heads, nor name the wrong one.
@@ -180,7 +180,7 @@ class Detector:
             What will have the prediction; None where all requests for that are in use.
 
         Raises:
-            CaptureError: the frame does not fit the bundle's crop or is no colour image.
+            CaptureError: the frame does not fit the bundle, or shows too little to be judged.
             EngineError: the engine gives up.
         """
         slot = self._trunk.take_ahead()
@@ -192,11 +192,11 @@ class Detector:
             self._trunk.give_back(slot)
             raise
 
-    def map_of_canvas(self, canvas: npt.NDArray[np.uint8], look: Look = PLAIN) -> npt.NDArray[np.float32]:
+    def map_of_canvas(self, canvas: npt.NDArray[Any], look: Look = PLAIN) -> npt.NDArray[np.float32]:
         """Return the raw anomaly map of a canvas; a NaN in it is left to be seen.
 
         Args:
-            canvas: uint8 [canvas_height, canvas_width, 3] RGB.
+            canvas: uint8 [canvas_height, canvas_width, 3] RGB, or as the modality says.
             look: as in :meth:`predict`; nothing is measured.
 
         Returns:
@@ -209,11 +209,11 @@ class Detector:
         maps = self._run(self._in_force, canvas, ANOMALY_MAP, look)
         return join_maps(maps, manifest.preprocessing, manifest.map_stride)
 
-    def embeddings_of_canvas(self, canvas: npt.NDArray[np.uint8], look: Look = PLAIN) -> npt.NDArray[np.float32]:
+    def embeddings_of_canvas(self, canvas: npt.NDArray[Any], look: Look = PLAIN) -> npt.NDArray[np.float32]:
         """Return the patch rows that feed the memory; the first call compiles a graph for them.
 
         Args:
-            canvas: uint8 [canvas_height, canvas_width, 3] RGB.
+            canvas: uint8 [canvas_height, canvas_width, 3] RGB, or as the modality says.
             look: as in :meth:`predict`; nothing is measured.
 
         Returns:
@@ -359,14 +359,14 @@ class Detector:
         return Head(self.bundle, self._runtime, self._shapes, state, self._trunk.requests)
 
     def _run(
-        self, in_force: InForce, canvas: npt.NDArray[np.uint8], output: str, look: Look
+        self, in_force: InForce, canvas: npt.NDArray[Any], output: str, look: Look
     ) -> npt.NDArray[np.float32]:
         tiles = cut_tiles(canvas, self.bundle.manifest.preprocessing)
         with self._trunk.borrow() as slot:
-            if tiles.shape != slot.image.shape or tiles.dtype != np.uint8:
+            if tiles.shape != slot.image.shape or tiles.dtype != slot.image.dtype:
                 raise EngineError(
                     f"{self.bundle.path}: the canvas gives tiles {tiles.dtype} {list(tiles.shape)}, the trunk needs "
-                    f"uint8 {list(slot.image.shape)}"
+                    f"{slot.image.dtype} {list(slot.image.shape)}"
                 )
             np.copyto(slot.image, tiles)
             correction = look.correction

@@ -14,6 +14,7 @@ import numpy as np
 from edge.adaptation.measure import joined, measure_canvas, measure_taps
 from edge.errors import EngineError
 from edge.frames import Frame, Prediction
+from edge.inference.fitness import hide_lost, require_enough
 from edge.inference.preprocessing import join_maps, tiles_of
 from edge.inference.sessions import ANOMALY_MAP, IMAGE, PRODUCT, ROUTE, Head, Slot, Trunk
 
@@ -70,7 +71,7 @@ class Seeing:
         look: what to correct, and whether to measure.
 
     Raises:
-        CaptureError: the frame does not fit the bundle's crop or is no colour image.
+        CaptureError: the frame does not fit the bundle, or shows too little to be judged.
     """
 
     def __init__(self, manifest: Manifest, slot: Slot, in_force: InForce, frame: Frame, look: Look) -> None:
@@ -79,6 +80,7 @@ class Seeing:
         self._measured: list[Moments] = []
         started = time.monotonic_ns()
         tiles_of(frame.image, manifest.preprocessing, out=slot.image, scratch=slot.scratch)
+        require_enough(manifest, frame, slot.image)
         if look.measure:
             self._measured.append(measure_canvas(slot.image))
         if look.correction is not None:
@@ -105,6 +107,7 @@ class Seeing:
         joined_map = (
             np.array(maps[0]) if len(maps) == 1 else join_maps(maps, manifest.preprocessing, manifest.map_stride)
         )
+        hide_lost(manifest, self.frame, joined_map)
         # The tiles of a frame show one product.
         route = np.asarray(found[ROUTE].mean(axis=0), np.float32) if ROUTE in found else None
         return Prediction(

@@ -54,14 +54,14 @@ class Slot:
     Attributes:
         index: of the request, 0, 1, ...
         session: of the trunk.
-        image: uint8 [tiles, height, width, 3], the trunk's input, written in place.
+        image: uint8 [tiles, height, width, 3], or as the modality says: the trunk's input, written in place.
         ahead: whether it is for frames that are begun while their camera still has another one in hand.
         scratch: buffers of the preprocessing, by shape.
     """
 
     index: int
     session: GraphSession
-    image: npt.NDArray[np.uint8]
+    image: npt.NDArray[Any]
     ahead: bool = False
     scratch: dict[tuple[int, ...], npt.NDArray[np.uint8]] = field(default_factory=dict)
 
@@ -72,12 +72,14 @@ class Trunk:
     They are lent apart: a camera that stores an alert while its next frame is begun keeps nobody else from the engine.
     """
 
-    def __init__(self, session: GraphSession, shape: tuple[int, ...], streams: int) -> None:
+    def __init__(
+        self, session: GraphSession, shape: tuple[int, ...], streams: int, dtype: npt.DTypeLike = np.uint8
+    ) -> None:
         self.requests = 2 * streams
         self._free: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         self._free_ahead: queue.SimpleQueue[Slot] = queue.SimpleQueue()
         for index in range(self.requests):
-            slot = Slot(index, session.clone() if index else session, np.zeros(shape, np.uint8), index >= streams)
+            slot = Slot(index, session.clone() if index else session, np.zeros(shape, dtype), index >= streams)
             (self._free_ahead if slot.ahead else self._free).put(slot)
 
     def take_ahead(self) -> Slot | None:
@@ -175,8 +177,7 @@ def shared_trunk(bundle: Bundle, runtime: Runtime) -> Trunk:
     manifest = bundle.manifest
     path = graph_file(bundle, manifest.trunk, runtime.precision)
     preprocessing = manifest.preprocessing
-    tiles = preprocessing.tiles.rows * preprocessing.tiles.cols
-    shape = (tiles, preprocessing.height, preprocessing.width, 3)
+    shape = (preprocessing.tiles.rows * preprocessing.tiles.cols, *preprocessing.tile_shape)
     # By the hash of the file that is run: the manifest's trunk id is that of the float32 file alone.
     key = (manifest.files[path.relative_to(bundle.path).as_posix()], runtime, manifest.taps, shape)
     with _trunks_lock:
@@ -192,7 +193,7 @@ def shared_trunk(bundle: Bundle, runtime: Runtime) -> Trunk:
                 input_shapes={IMAGE: shape},
                 accelerator=runtime.accelerator,
             )
-            trunk = _trunks[key] = Trunk(session, shape, runtime.streams)
+            trunk = _trunks[key] = Trunk(session, shape, runtime.streams, preprocessing.dtype)
         return trunk
 
 
