@@ -148,6 +148,7 @@ def quantize_head(
         _static(source, target, [dict(feed) for feed in taps], only=dense, types=("Conv", "MatMul", "Gemm"),
                 reduce_range=reduce_range)  # fmt: skip
         quantized = onnx.load(target)
+        _exact_for_others(quantized, set(dense))
     else:
         quantized = model
     if searches:
@@ -235,6 +236,35 @@ def _unround_outputs(path: Path) -> None:
                     node.input[index] = exact
         source.output[list(source.output).index(rounded)] = exact
     _save(model, path)
+
+
+def _exact_for_others(model: onnx.ModelProto, dense: set[str]) -> None:
+    """Let only the quantised products see rounded activations.
+
+    The quantiser rounds a tensor for all who read it, and what a product gives as well: a residual sum, a norm, a mask
+    or the difference that is the map would count in steps of 1/255 of a range that was measured for the product.
+    """
+    graph = model.graph
+    producer = {name: node for node in graph.node for name in node.output}
+    exact = {
+        node.output[0]: producer[node.input[0]].input[0]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in producer
+    }
+    for node in graph.node:
+        if node.name not in dense and node.op_type != "DequantizeLinear":
+            node.input[:] = [exact.get(name, name) for name in node.input]
+    outputs = {value.name for value in graph.output}
+    while True:
+        read = {name for node in graph.node for name in node.input} | outputs
+        unread = [node for node in graph.node if not read.intersection(node.output)]
+        if not unread:
+            break
+        for node in unread:
+            graph.node.remove(node)
+    tensors = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(tensors)
 
 
 def _initializers(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:

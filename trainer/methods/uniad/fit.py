@@ -13,7 +13,7 @@ from pydantic import Field
 
 from edge.errors import DataError, UsageError
 from trainer.methods.base import FitContext, Method, MethodConfig
-from trainer.methods.uniad.model import TAP_NAMES, Features, Reconstructor, UniADHead, jitter
+from trainer.methods.uniad.model import TAP_NAMES, Features, Reconstructor, Sampling, UniADHead, jitter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,7 +36,10 @@ class UniADConfig(MethodConfig):
     neighbours: int | None = Field(None, ge=0, description="Side of the hidden square; null for half of the grid.")
     jitter: float | None = Field(None, ge=0, description="alpha; null keeps the paper's noise for the channels here.")
     dropout: float = Field(0.1, ge=0, lt=1, description="In training.")
+    queries: bool = Field(True, description="A query in each decoder layer; without them it is a plain transformer.")
+    sampling: Sampling = Field(Sampling.ALIGNED, description="How finer taps come to the grid of the deepest.")
     standardise: bool = Field(False, description="Give every channel mean 0 and deviation 1 on good patches first.")
+    balance: float = Field(0.5, ge=0, le=1, description="0: every tile equally often; 1: every product equally often.")
     steps: int = Field(1500, ge=1, description="Optimiser steps; fixed, there is no early stop.")
     batch_tiles: int = Field(8, ge=1, description="Tiles of a step.")
     rate: float = Field(1e-3, gt=0, description="Learning rate (AdamW); a tenth of it for the last fifth of the steps.")
@@ -72,21 +75,24 @@ class UniADMethod(Method):
             UsageError: training diverged.
         """
         own = _own(config)
-        tokens, grid = training_tokens(context)
+        tokens, grid = training_tokens(context, own.sampling)
         mean, scale = standardisation(tokens) if own.standardise else _identity(tokens.shape[2])
         network = reconstructor(own, grid, int(tokens.shape[2]))
         network.initialise(context.generator())
-        train(
-            network.to(context.device),
-            lambda rows: (
-                (tokens[rows].to(context.device, torch.float32) - mean.to(context.device)) * scale.to(context.device)
-            ),
-            len(tokens),
-            own,
-            generator=context.generator(),
-            report=lambda done: context.progress("uniad", done, own.steps),
-        )
-        return UniADHead(network.to("cpu"), mean, scale).eval().requires_grad_(requires_grad=False)
+        with torch.random.fork_rng():
+            torch.manual_seed(context.seed)  # dropout draws from it
+            train(
+                network.to(context.device),
+                lambda rows: (
+                    (tokens[rows].to(context.device, torch.float32) - mean.to(context.device))
+                    * scale.to(context.device)
+                ),
+                shares(context.features.products, len(tokens), own.balance),
+                own,
+                generator=context.generator(),
+                report=lambda done: context.progress("uniad", done, own.steps),
+            )
+        return UniADHead(network.to("cpu"), mean, scale, own.sampling).eval().requires_grad_(requires_grad=False)
 
     @classmethod
     def build(cls, config: MethodConfig, tensors: dict[str, torch.Tensor]) -> UniADHead:
@@ -99,7 +105,9 @@ class UniADMethod(Method):
         try:
             grid = (len(tensors["reconstructor.rows"]), len(tensors["reconstructor.columns"]))
             channels = int(tensors["reconstructor.enter.weight"].shape[1])
-            head = UniADHead(reconstructor(own, grid, channels), torch.zeros(channels), torch.ones(channels))
+            head = UniADHead(
+                reconstructor(own, grid, channels), torch.zeros(channels), torch.ones(channels), own.sampling
+            )
             head.load_state_dict(tensors)
         except (KeyError, IndexError, TypeError, RuntimeError) as error:
             raise DataError(f"these tensors are no UniAD head ({error}); train again") from error
@@ -123,10 +131,27 @@ def reconstructor(config: UniADConfig, grid: tuple[int, int], channels: int) -> 
         hidden=config.hidden,
         neighbours=neighbours,
         dropout=config.dropout,
+        queries=config.queries,
     )
 
 
-def training_tokens(context: FitContext) -> tuple[torch.Tensor, tuple[int, int]]:
+def shares(products: torch.Tensor | None, count: int, balance: float) -> torch.Tensor:
+    """Return how often each tile is drawn, float64 [n], in parts of the mean.
+
+    A product of n tiles is drawn in proportion to n^(1 - balance).
+
+    Args:
+        products: int64 [n], the product of each tile; None is one product.
+        count: n.
+        balance: 0 for all tiles alike, 1 for all products alike.
+    """
+    if products is None:
+        return torch.ones(count, dtype=torch.float64)
+    weights = torch.bincount(products).double()[products] ** -balance
+    return weights / weights.mean()
+
+
+def training_tokens(context: FitContext, sampling: Sampling = Sampling.ALIGNED) -> tuple[torch.Tensor, tuple[int, int]]:
     """Return tokens float16 [n tiles, L, C] of the training tiles, and their grid.
 
     Raises:
@@ -137,7 +162,7 @@ def training_tokens(context: FitContext) -> tuple[torch.Tensor, tuple[int, int]]
         raise DataError("uniad got no training features; add good parts to train/good")
     deepest = features.taps[TAP_NAMES[-1]]
     grid = (int(deepest.shape[2]), int(deepest.shape[3]))
-    together = Features(grid)
+    together = Features(grid, sampling)
     tokens = torch.cat(
         [
             together(*taps).to("cpu", torch.float16)
@@ -164,7 +189,7 @@ def standardisation(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def train(
     network: torch.nn.Module,
     tokens: Callable[[torch.Tensor], torch.Tensor],
-    count: int,
+    drawn: torch.Tensor,
     config: UniADConfig,
     *,
     generator: torch.Generator,
@@ -175,7 +200,7 @@ def train(
     Args:
         network: from tokens [n, L, C] to tokens; on the device it is trained on, and left in eval mode.
         tokens: from indices int64 [n] to clean tokens float32 [n, L, C].
-        count: tiles there are.
+        drawn: float64 [n tiles], how often each is, see :func:`shares`.
         config: settings.
         generator: source of order and jitter.
         report: called with the steps done.
@@ -190,7 +215,7 @@ def train(
     schedule = torch.optim.lr_scheduler.StepLR(optimiser, max(1, round(_DROP_AT * config.steps)), _DROP_TO)
     network.train()
     losses = []
-    for step, rows in zip(range(config.steps), _orders(count, config.batch_tiles, generator)):  # noqa: B905 (endless)
+    for step, rows in zip(range(config.steps), _orders(drawn, config.batch_tiles, generator)):  # noqa: B905 (endless)
         clean = tokens(rows)
         alpha = paper_jitter(clean.shape[2]) if config.jitter is None else config.jitter
         on_gpu = clean.device.type == "cuda"
@@ -215,9 +240,12 @@ def paper_jitter(channels: int) -> float:
     return PAPER_JITTER * (channels / PAPER_CHANNELS) ** 0.5
 
 
-def _orders(count: int, batch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+def _orders(drawn: torch.Tensor, batch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Yield rows, pass after pass; in each a tile comes as often as its share says, rounded up or down by chance."""
     while True:
-        yield from torch.randperm(count, generator=generator).split(batch)
+        times = (drawn + torch.rand(len(drawn), generator=generator, dtype=torch.float64)).floor().long()
+        rows = torch.arange(len(drawn)).repeat_interleave(times)
+        yield from rows[torch.randperm(len(rows), generator=generator)].split(batch)
 
 
 def _identity(channels: int) -> tuple[torch.Tensor, torch.Tensor]:

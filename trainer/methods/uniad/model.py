@@ -6,6 +6,7 @@ Multi-class Anomaly Detection", NeurIPS 2022.
 
 from __future__ import annotations
 
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,26 +53,37 @@ def neighbour_mask(grid: tuple[int, int], neighbours: int) -> torch.Tensor:
     return near.float() * MASKED
 
 
+class Sampling(str, Enum):
+    """How a finer tap comes to the grid."""
+
+    ALIGNED = "aligned"
+    """Bilinear with aligned corners, as the original does: of a fine tap a few sites, the others unseen."""
+    MEAN = "mean"
+    """The mean of all sites in a cell, so that a defect between the samples is seen."""
+
+
 class Features(nn.Module):
-    """Taps brought to one grid: resized with aligned corners, as the original samples them, and concatenated.
+    """Taps brought to one grid and concatenated.
 
     Args:
-        grid: (h, w), that of the deepest tap.
+        grid: (h, w), that of the deepest tap; others are whole multiples of it.
+        sampling: see :class:`Sampling`.
     """
 
-    def __init__(self, grid: tuple[int, int]) -> None:
+    def __init__(self, grid: tuple[int, int], sampling: Sampling = Sampling.ALIGNED) -> None:
         super().__init__()
-        self.grid = grid
+        self.grid, self.sampling = grid, sampling
 
     def forward(self, *taps: torch.Tensor) -> torch.Tensor:
         """Return tokens float32 [N, h w, C] of taps [N, C_i, h_i, w_i]."""
-        maps = [
-            tap
-            if tuple(tap.shape[2:]) == self.grid
-            else functional.interpolate(tap, size=self.grid, mode="bilinear", align_corners=True)
-            for tap in taps
-        ]
-        return torch.cat(maps, 1).flatten(2).transpose(1, 2)
+        return torch.cat([self._sampled(tap) for tap in taps], 1).flatten(2).transpose(1, 2)
+
+    def _sampled(self, tap: torch.Tensor) -> torch.Tensor:
+        if tuple(tap.shape[2:]) == self.grid:
+            return tap
+        if self.sampling is Sampling.MEAN:
+            return functional.avg_pool2d(tap, (tap.shape[2] // self.grid[0], tap.shape[3] // self.grid[1]))
+        return functional.interpolate(tap, size=self.grid, mode="bilinear", align_corners=True)
 
 
 class Attention(nn.Module):
@@ -269,14 +281,21 @@ class UniADHead(Head):
         reconstructor: trained.
         mean: float32 [C], taken from features first.
         scale: float32 [C], features are multiplied by then.
+        sampling: of finer taps.
     """
 
     tap_names: Sequence[str] = TAP_NAMES  # type: ignore[assignment]
     map_stride = MAP_STRIDE
 
-    def __init__(self, reconstructor: Reconstructor, mean: torch.Tensor, scale: torch.Tensor) -> None:
+    def __init__(
+        self,
+        reconstructor: Reconstructor,
+        mean: torch.Tensor,
+        scale: torch.Tensor,
+        sampling: Sampling = Sampling.ALIGNED,
+    ) -> None:
         super().__init__()
-        self.features = Features(reconstructor.grid)
+        self.features = Features(reconstructor.grid, sampling)
         self.reconstructor = reconstructor
         self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
