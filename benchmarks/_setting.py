@@ -26,7 +26,7 @@ from edge.frames import Frame
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
@@ -94,8 +94,17 @@ def add_bundle_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bundle", type=Path, help="bundle to measure; made from the embedded default if absent")
 
 
-def bundle_for(path: Path | None, folder: Path) -> Bundle:
-    """Open the bundle, or train and pack one of the embedded default in a folder."""
+def bundle_for(
+    path: Path | None, folder: Path, *, method: str = "memory", settings: Mapping[str, object] | None = None
+) -> Bundle:
+    """Open the bundle, or train and pack one of the embedded default in a folder.
+
+    Args:
+        path: bundle that exists; None makes one.
+        folder: to make it in.
+        method: to train.
+        settings: of the method.
+    """
     if path is not None:
         return Bundle.open(path)
     # Imported here: a box has neither torch nor the trainer.
@@ -105,7 +114,7 @@ def bundle_for(path: Path | None, folder: Path) -> Bundle:
 
     print("making a bundle of the embedded default ...", file=sys.stderr, flush=True)
     write_default(folder / "data", seed=0, kind=PRODUCT, test_good=0, test_defective=0)
-    run = train(method="memory", data=folder / "data", out=folder / "run", progress=quiet)
+    run = train(method=method, data=folder / "data", out=folder / "run", settings=settings, progress=quiet)
     return export_run(run.path, folder / "bundle", progress=quiet)
 
 
