@@ -1,4 +1,4 @@
-"""A head's state as a bundle holds it: once, in its own file, its rows in int8 where the head asks for that.
+"""A head's state as a bundle holds it: once, in its own file, its rows in int8 or float16 where the head asks for that.
 
 It must not know what the tensors mean.
 """
@@ -23,18 +23,14 @@ if TYPE_CHECKING:
 
 
 def state_entries(head: nn.Module) -> tuple[StateTensor, ...]:
-    """Return what the manifest says of each state: the head's ``state_names``, int8 where in its ``int8_state``.
+    """Return what the manifest says of each state: the head's ``state_names``, and in which numbers each is stored.
 
     Raises:
-        DataError: ``int8_state`` names what is no state.
+        DataError: ``int8_state`` or ``float16_state`` names what is no state.
     """
-    buffers, int8 = dict(head.named_buffers()), _int8_state(head)
+    buffers, stored = dict(head.named_buffers()), _stored(head)
     return tuple(
-        StateTensor(
-            name=name,
-            shape=tuple(buffers[name].shape),
-            stored=RowsPrecision.INT8 if name in int8 else RowsPrecision.FLOAT32,
-        )
+        StateTensor(name=name, shape=tuple(buffers[name].shape), stored=stored.get(name, RowsPrecision.FLOAT32))
         for name in head.state_names
     )
 
@@ -44,20 +40,26 @@ def stored_state(head: nn.Module) -> dict[str, npt.NDArray[Any]]:
 
     Args:
         head: with ``state_names`` and, optionally, ``int8_state``: names of states float32 [R, D] whose rows were
-            rounded by :func:`edge.memory.rows.round_rows`.
+            rounded by :func:`edge.memory.rows.round_rows`; and ``float16_state``: names of states that are float16
+            numbers.
 
     Returns:
-        Each state float32, or int8 [R, D] beside ``<name>.scale`` float32 [R, 1].
+        Each state float32 or float16, or int8 [R, D] beside ``<name>.scale`` float32 [R, 1].
 
     Raises:
-        DataError: a state to be stored in int8 is no matrix or was not rounded, so that a box would read another.
+        DataError: a state to be stored in int8 is no matrix, or one was not rounded, so that a box would read another.
     """
-    buffers, int8 = dict(head.named_buffers()), _int8_state(head)
+    buffers, stored = dict(head.named_buffers()), _stored(head)
     found: dict[str, npt.NDArray[Any]] = {}
     for name in head.state_names:
         rows = np.ascontiguousarray(buffers[name].detach().cpu().numpy())
-        if name not in int8:
+        if name not in stored:
             found[name] = rows
+            continue
+        if stored[name] is RowsPrecision.FLOAT16:
+            found[name] = rows.astype(np.float16)
+            if not np.array_equal(found[name].astype(np.float32), rows):
+                raise DataError(f"head: state {name!r} holds what float16 does not; round it when it is fitted")
             continue
         try:
             values, scale = encode_rows(rows)
@@ -84,9 +86,13 @@ def empty_state(path: Path, states: Sequence[str]) -> None:
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def _int8_state(head: nn.Module) -> frozenset[str]:
-    names = frozenset(getattr(head, "int8_state", ()))
-    foreign = sorted(names - set(head.state_names))
-    if foreign:
-        raise DataError(f"head: int8_state names {', '.join(foreign)}, not in state_names; add it there")
-    return names
+def _stored(head: nn.Module) -> dict[str, RowsPrecision]:
+    """Return the states that are not stored in float32."""
+    found: dict[str, RowsPrecision] = {}
+    for attribute, precision in (("int8_state", RowsPrecision.INT8), ("float16_state", RowsPrecision.FLOAT16)):
+        names = frozenset(getattr(head, attribute, ()))
+        foreign = sorted(names - set(head.state_names))
+        if foreign:
+            raise DataError(f"head: {attribute} names {', '.join(foreign)}, not in state_names; add it there")
+        found |= dict.fromkeys(names, precision)
+    return found

@@ -95,7 +95,7 @@ class StateTensor(_Model):
     """A named initialiser of the head, filled from state.safetensors; float32 of ``shape`` in the graph.
 
     ``stored`` int8: the file holds ``name`` as int8 [R, D] and ``name.scale`` as float32 [R, 1] > 0, whose product the
-    state is (see :mod:`edge.memory.rows`). A manifest without int8 does not mention it.
+    state is (see :mod:`edge.memory.rows`). float16: ``name`` is float16. A manifest does not mention float32.
     """
 
     name: str

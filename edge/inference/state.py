@@ -39,6 +39,8 @@ def stored_state(bundle: Bundle) -> dict[str, npt.NDArray[Any]]:
     for tensor in bundle.manifest.state:
         if tensor.stored is RowsPrecision.INT8 and tensor.name in state:
             state[tensor.name] = _decoded(tensor, state[tensor.name], state.pop(tensor.scale_name, None), str(path))
+        elif tensor.stored is RowsPrecision.FLOAT16 and tensor.name in state:
+            state[tensor.name] = _widened(tensor, state[tensor.name], str(path))
     check_state(bundle, state, str(path))
     return state
 
@@ -61,6 +63,13 @@ def _decoded(
     if not (np.isfinite(scale).all() and (scale > 0).all()):
         raise BundleError(f"{where}: {tensor.scale_name} has values that are not finite and above 0; export it again")
     return decode_rows(values, scale)
+
+
+def _widened(tensor: StateTensor, values: npt.NDArray[Any], where: str) -> npt.NDArray[np.float32]:
+    """Return the float32 numbers that float16 ones are."""
+    if values.dtype != np.float16:
+        raise BundleError(f"{where}: {tensor.name} is {values.dtype}, the manifest says float16; export it again")
+    return values.astype(np.float32)
 
 
 def check_state(bundle: Bundle, state: State, where: str) -> None:

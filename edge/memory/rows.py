@@ -26,10 +26,11 @@ class RowsPrecision(str, Enum):
     """Numbers that the rows of a state are stored and shipped in.
 
     ``float32``: as computed. ``int8``: 8 bits a value and one float32 scale a row; the rows are rounded when the
-    bank is made, so whoever reads them back has exactly the bank that was validated.
+    bank is made, so whoever reads them back has exactly the bank that was validated. ``float16``: rounded likewise.
     """
 
     FLOAT32 = "float32"
+    FLOAT16 = "float16"
     INT8 = "int8"
 
 

@@ -14,6 +14,7 @@ from edge.bundle import Bundle, Engine, Precision, StateTensor, manifest_bytes
 from edge.errors import BundleError
 from edge.inference.detector import Detector
 from edge.inference.preprocessing import to_canvas
+from edge.inference.state import stored_state
 from edge.memory.rows import RowsPrecision, encode_rows, round_rows
 from tests.edge.tiny_bundle import defective_frame, make_tiny_bundle, maps_of, repack
 
@@ -94,3 +95,20 @@ def test_manifest_mentions_int8_only_where_it_is_used(tmp_path: Path) -> None:
 def test_a_state_without_rows_cannot_be_int8() -> None:
     with pytest.raises(ValidationError, match="has no rows"):
         StateTensor(name="centre", shape=(3,), stored=RowsPrecision.INT8)
+
+
+def test_float16_state_is_read_as_the_float32_numbers_that_it_holds(tmp_path: Path) -> None:
+    made = make_tiny_bundle(tmp_path / "b")
+    half = load_file(made.file("state.safetensors"))["bank"].astype(np.float16)
+    entry = INT8.model_copy(update={"stored": RowsPrecision.FLOAT16})
+    save_file({"bank": half}, made.file("state.safetensors"))
+    read = stored_state(repack(made, state=(entry,)))["bank"]
+    assert read.dtype == np.float32
+    assert np.array_equal(read, half.astype(np.float32))
+
+
+def test_float16_state_of_another_type_is_refused(tmp_path: Path) -> None:
+    made = make_tiny_bundle(tmp_path / "b")
+    entry = INT8.model_copy(update={"stored": RowsPrecision.FLOAT16})
+    with pytest.raises(BundleError, match="bank is float32, the manifest says float16"):
+        stored_state(repack(made, state=(entry,)))

@@ -5,7 +5,7 @@ Sources: PatchCore (Roth et al., 2022) for the coreset, FedDyMem's memory-reduce
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -44,7 +44,7 @@ class MemoryConfig(MethodConfig):
     site_components: int = Field(96, ge=1, description="Principal directions that the sites are compared in.")
     reduction: Reduction = Field(Reduction.WEIGHTED, description="How the anchors become the bank.")
     rounds: int = Field(10, ge=1, description="Most iterations over the candidates where reduction is kmeans.")
-    rows_precision: RowsPrecision = Field(
+    rows_precision: Literal[RowsPrecision.FLOAT32, RowsPrecision.INT8] = Field(
         RowsPrecision.FLOAT32, description="Numbers that rows are stored and shipped in; the search stays as it is."
     )
 
