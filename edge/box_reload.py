@@ -23,7 +23,18 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 # What a running box can take over. Everything else belongs to files, sockets or threads that live as long as it does.
 RELOADABLE = frozenset(
-    {"adaptation", "cameras", "stations", "bundle", "engine", "precision", "provider", "threads", "status_every_s"}
+    {
+        "adaptation",
+        "bundle",
+        "cameras",
+        "engine",
+        "precision",
+        "products",
+        "provider",
+        "stations",
+        "status_every_s",
+        "threads",
+    }
 )
 
 

@@ -14,12 +14,15 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from edge.adaptation.guided import GuidedDetector
+from edge.camera_status import camera_status, camera_warnings
 from edge.capture.capture import CameraState, Capture, LostFrame
 from edge.errors import CaptureError, DataError, LinewardError
 from edge.frames import Decision, EventPhase, JudgedFrame
 from edge.inspection.part_frames import PartFrames
 from edge.inspection.parts import Reason
 from edge.judgement.events import EventTracker
+from edge.judgement.judges import Judges
+from edge.judgement.verdicts import Judge
 from edge.settings import Mode
 
 if TYPE_CHECKING:
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
     from edge.inference.detector import Detector
     from edge.inspection.station import Station
     from edge.judgement.threshold import RunTimeThreshold
-    from edge.judgement.verdicts import Judge
     from edge.reporter import Reporter
     from edge.settings import CameraSettings
 
@@ -59,7 +61,7 @@ class CameraWorker:
     Args:
         settings: of the camera.
         detector: shared by the cameras.
-        judge: of this camera alone.
+        judge: of this camera alone; of several products one for each.
         reporter: where verdicts, events and states go.
         metrics: of the box; counters are also kept per camera, see :meth:`status`.
         watchdog: hears a beat per round.
@@ -81,7 +83,7 @@ class CameraWorker:
         *,
         settings: CameraSettings,
         detector: Detector,
-        judge: Judge,
+        judge: Judge | Sequence[Judge],
         reporter: Reporter,
         metrics: Metrics,
         watchdog: Watchdog,
@@ -98,11 +100,8 @@ class CameraWorker:
         self.name = settings.name
         self._settings = settings
         self._sight = GuidedDetector(detector, follower)
-        self._judge = judge
-        # During a switch of the memory there are two: frames of the old head meet the old thresholds.
-        self._judges = {judge.memory_version: judge}
+        self._judges = _judges(judge)
         self._judges_lock = threading.Lock()
-        self._met = judge
         self._observers = tuple(observers) if health is None else (*observers, health.observe)
         self._health = health
         self._number_threshold = number_threshold
@@ -115,7 +114,7 @@ class CameraWorker:
         self._on_verdict = on_verdict
         self._tracker = EventTracker(settings.events)
         self._lost: queue.SimpleQueue[tuple[LostFrame, Verdict | None]] = queue.SimpleQueue()
-        self._parts = PartFrames(self.name, station, reporter=reporter, metrics=metrics, judge=lambda: self._judge)
+        self._parts = PartFrames(self.name, station, reporter=reporter, metrics=metrics, judge=lambda: self._judges.met)
         self._generation = 0
         self._capture = self._new_capture()
         self._captured_before = dict.fromkeys(CAPTURE_COUNTS, 0)
@@ -124,7 +123,7 @@ class CameraWorker:
         self._restart_s = FIRST_RESTART_S
         self._counts = dict.fromkeys(("judged", "ok", "nok", "not_judged", "failed", "events", "restarts"), 0)
         self._failure = ""
-        self._successor: tuple[GuidedDetector, Judge] | None = None
+        self._successor: tuple[GuidedDetector, Judges] | None = None
         # A frame that the engine works on while the next one is prepared.
         self._ahead: PendingSight | None = None
         self._ending = threading.Event()
@@ -164,38 +163,47 @@ class CameraWorker:
     @property
     def judge(self) -> Judge:
         """Whose thresholds the last frame met."""
-        return self._judge
+        return self._judges.met
+
+    @property
+    def judges(self) -> tuple[Judge, ...]:
+        """Whose thresholds its next frame may meet: one for each product."""
+        return self._judges.all
 
     def install_judge(self, judge: Judge) -> None:
-        """Have a judge ready for the memory that will be in force next; until then frames meet the present one.
+        """Have a judge ready for the memory that will be in force next, or for a product that was added.
 
-        May be called from another thread. Judges of memories before the present one are forgotten.
+        Until then frames meet the present one. May be called from another thread. Judges of memories before the present
+        one are forgotten.
         """
         with self._judges_lock:
-            present = self._judge.memory_version
-            kept = {version: one for version, one in self._judges.items() if version >= present}
-            self._judges = kept | {judge.memory_version: judge}
+            self._judges.install(judge)
 
-    def set_threshold(self, given: RunTimeThreshold | None) -> Judge:
-        """Have frames from the next one on meet a threshold given at run time, or none; from any thread.
+    def set_threshold(self, given: RunTimeThreshold | None, product: str = "") -> Judge:
+        """Have frames of a product, from the next one on, meet a threshold given at run time, or none; any thread may.
 
         Returns:
             The judge of the memory in force, with it.
+
+        Raises:
+            DataError: no such product is judged.
         """
         with self._judges_lock:
-            self._judges = {version: one.with_threshold(given) for version, one in self._judges.items()}
             if self._successor is not None:
-                self._successor = (self._successor[0], self._successor[1].with_threshold(given))
-            self._judge = self._judges.get(self._judge.memory_version, self._judge)
-            return self._judge
+                # The detector to come may judge other products; whoever keeps thresholds looks again after it.
+                with contextlib.suppress(DataError):
+                    self._successor[1].set_threshold(given, product)
+            return self._judges.set_threshold(given, product)
 
-    def replace_detector(self, detector: Detector, judge: Judge, follower: Guide | None = None) -> None:
+    def replace_detector(
+        self, detector: Detector, judge: Judge | Sequence[Judge], follower: Guide | None = None
+    ) -> None:
         """Have another detector, judge and follower take over between two frames; an event that lasts ends there.
 
         Scores of two bundles cannot be compared. May be called from another thread, before the start too.
         """
         with self._judges_lock:
-            self._successor = (GuidedDetector(detector, follower), judge)
+            self._successor = (GuidedDetector(detector, follower), _judges(judge))
 
     def continue_after(self, worker: CameraWorker) -> None:
         """Number frames on from those of a worker of the same camera that has ended; before the start."""
@@ -219,43 +227,18 @@ class CameraWorker:
 
     def status(self) -> dict[str, Any]:
         """What the box's status says of this camera."""
-        threshold, bundle = self._judge.threshold, self._sight.detector.bundle
         counters = self._capture.counters
         captured = {name: before + getattr(counters, name) for name, before in self._captured_before.items()}
-        return {
-            "state": self._capture.state.value,
-            "error": self._capture.error,
-            "mode": self._settings.mode.value,
-            "product": bundle.manifest.product,
-            "bundle": {"id": bundle.id, "method": bundle.manifest.method},
-            "memory_version": self._judge.memory_version,
-            "source": self._settings.source.label,
-            "queued": counters.captured - counters.delivered - counters.dropped - counters.skipped,
-            "counters": captured | self._counts,
-            "threshold": dataclasses.asdict(threshold),
-            "threshold_version": self._judge.threshold_version,
-            "levels": {name: getattr(self._judge, name) for name in ("enter_level", "leave_level", "threshold_source")},
-            "failure": self._failure or None,
-            "health": None if self._health is None else self._health.status(),
-        }
+        return camera_status(
+            self._settings, bundle=self._sight.detector.bundle, capture=self._capture, counts=captured | self._counts,
+            judges=self._judges, failure=self._failure, health=self._health,
+        )  # fmt: skip
 
     def warnings(self) -> list[str]:
         """What an operator should know of this camera."""
-        threshold = self._judge.threshold
-        found = list(self._judge.warnings)
-        if threshold.method == "tail_fit":
-            found.append(
-                f"the budget of {self._settings.budget_text(threshold.alpha)} is not supported: {threshold.n} "
-                f"calibration images in {threshold.n_groups} groups promise "
-                f"{self._settings.budget_text(threshold.smallest_supported_alpha)} at best; the threshold is "
-                "extrapolated from them"
-            )
-        found += self._capture.remarks
-        if self._health is not None:
-            found += self._health.warnings()
-        if self._failure:
-            found.append(self._failure)
-        return [f"{self.name}: {text}" for text in found]
+        return camera_warnings(
+            self._settings, capture=self._capture, judges=self._judges, failure=self._failure, health=self._health
+        )
 
     def _run(self) -> None:
         try:
@@ -286,10 +269,11 @@ class CameraWorker:
         with self._judges_lock:
             if self._successor is None:
                 return
-            sight, judge = self._successor
-            self._successor, self._judges = None, {judge.memory_version: judge}
-        self._report(self._tracker.finish())
-        self._sight, self._judge = sight, judge
+            sight, judges = self._successor
+            self._successor = None
+            self._report(self._tracker.finish())
+            self._judges = judges
+        self._sight = sight
         self._reporter.judged_by(self.name, sight.detector.bundle)
 
     def _close(self) -> None:
@@ -343,7 +327,7 @@ class CameraWorker:
             verdict, code = self._parts.too_late(frame), Reason.DEADLINE
         unwell = "" if self._health is None or code is not Reason.NONE else self._health.veto(frame, verdict.decision)
         if unwell:
-            verdict, code = self._judge.not_judged(frame, unwell), Reason.CAMERA_UNWELL
+            verdict, code = self._judges.met.not_judged(frame, unwell), Reason.CAMERA_UNWELL
         judged = verdict.decision is not Decision.NOT_JUDGED
         if judged:
             stages = verdict.latency_ms
@@ -364,7 +348,7 @@ class CameraWorker:
             self._show_stream(verdict)
 
     def _step(self, verdict: Verdict) -> list[AnomalyEvent]:
-        judge = self._met  # the threshold may be set anew at any moment
+        judge = self._judges.met  # the threshold may be set anew at any moment
         return self._tracker.step(verdict, leave_level=judge.leave_level, enter_level=judge.enter_level)
 
     def _judged(self, frame: Frame, predict: Callable[[], Seen]) -> tuple[Prediction | None, Verdict, Reason]:
@@ -372,8 +356,10 @@ class CameraWorker:
         try:
             seen = predict()
             prediction, refusal = seen.prediction, seen.refusal
-            judge = self._judge_of(prediction.memory_version)
-            verdict = judge.not_judged(frame, refusal[:200]) if refusal else self._numbered(judge.judge(prediction))
+            if refusal:
+                verdict = self._judges.met.not_judged(frame, refusal[:200])
+            else:
+                verdict = self._numbered(self._judge_of(prediction).judge(prediction))
         except Exception as error:  # noqa: BLE001 (one frame's stage is isolated: the next may be judged again)
             self._counts["failed"] += 1
             self._metrics.count("frames_failed")
@@ -383,7 +369,7 @@ class CameraWorker:
                 defect = None if isinstance(error, LinewardError) else error
                 _LOG.error("camera %s: a frame could not be judged: %s", self.name, failure, exc_info=defect)
             self._failure = failure
-            return prediction, self._judge.not_judged(frame, failure[:200]), Reason.FAILED
+            return prediction, self._judges.met.not_judged(frame, failure[:200]), Reason.FAILED
         if self._failure:
             _LOG.info("camera %s: frames are judged again", self.name)
             self._failure = ""
@@ -395,17 +381,15 @@ class CameraWorker:
         if self._number_threshold is None:
             return verdict
         # Only now the judge has seen the frame's size, which its threshold may depend on.
-        self._met.threshold_version = self._number_threshold(self.name, self._met)
-        return dataclasses.replace(verdict, threshold_version=self._met.threshold_version)
+        judge = self._judges.met
+        judge.threshold_version = self._number_threshold(self.name, judge)
+        return dataclasses.replace(verdict, threshold_version=judge.threshold_version)
 
-    def _judge_of(self, memory_version: int) -> Judge:
-        with self._judges_lock:
-            if memory_version not in self._judges:
-                raise DataError(
-                    f"memory version {memory_version} judges, but no thresholds were made for it; restart the box"
-                )
-            self._judge = self._met = self._judges[memory_version]
-        return self._met
+    def _judge_of(self, prediction: Prediction) -> Judge:
+        if self._judges.met.product not in ("", prediction.subclass):
+            # Scores of two products cannot be compared.
+            self._report(self._tracker.finish())
+        return self._judges.meet(prediction.memory_version, prediction.subclass)
 
     def _deliver(self, name: str, verdict: Verdict, code: Reason) -> None:
         self._parts.tell(verdict, code)
@@ -427,7 +411,7 @@ class CameraWorker:
                 self._event_evidence = event.evidence
             started = time.monotonic_ns()
             event = dataclasses.replace(event, evidence=self._event_evidence)  # noqa: PLW2901 (in every phase the same)
-            self._reporter.event(event, calibration_count=self._judge.calibration_count)
+            self._reporter.event(event, calibration_count=self._judges.met.calibration_count)
             self._metrics.observe({"store": (time.monotonic_ns() - started) / NS_PER_MS})
             if event.phase is not EventPhase.UPDATE:
                 _LOG.info(
@@ -505,3 +489,7 @@ class CameraWorker:
             self._lost.put((lost, self._parts.lost(lost.camera_seq + self._seq_offset, lost)))
 
         return Capture(name=self.name, settings=self._settings.source, on_lost=lose, wanted=wanted)
+
+
+def _judges(judge: Judge | Sequence[Judge]) -> Judges:
+    return Judges((judge,) if isinstance(judge, Judge) else judge)

@@ -35,6 +35,9 @@ def make_judge(
     calibration: CalibrationScores,
     memory_version: int = 0,
     run_time: RunTimeThreshold | None = None,
+    *,
+    product: str = "",
+    remark: str = "",
 ) -> Judge:
     """Make the judge of one camera and say its threshold in the log.
 
@@ -44,6 +47,8 @@ def make_judge(
         calibration: scores of good images, of the engine, precision and memory in use.
         memory_version: of the memory, 0 for the packed one.
         run_time: a threshold that was given to the running box.
+        product: whose scores these are, of a bundle for several.
+        remark: what an operator should know of them.
 
     Raises:
         DataError: the calibration cannot give a threshold.
@@ -64,11 +69,14 @@ def make_judge(
         run_time=run_time,
         bundle_id=bundle.id,
         memory_version=memory_version,
+        product=product,
+        remark=remark,
     )
     threshold = judge.threshold
     _LOG.info(
-        "camera %s: threshold %.6g (%s, alpha %.2g, %d calibration images in %d groups)",
-        camera.name, threshold.value, threshold.method, threshold.alpha, threshold.n, threshold.n_groups,
+        "camera %s: %sthreshold %.6g (%s, alpha %.2g, %d calibration images in %d groups)",
+        camera.name, f"{product}: " if product else "",
+        threshold.value, threshold.method, threshold.alpha, threshold.n, threshold.n_groups,
     )  # fmt: skip
     return judge
 

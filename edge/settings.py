@@ -142,6 +142,9 @@ class BoxSettings(BaseModel):
     box: str = Field(title="Box", description="This box, unique in its site; third segment of every topic.")
     state_dir: Path = Field(title="State folder", description="Where the durable outbox is kept; made if missing.")
     bundle: Path = Field(title="Bundle", description="Folder of the bundle that judges.")
+    products: tuple[Path, ...] = Field(
+        (), title="Product files", description="Products to add to the bundle, made by `lineward prompt`."
+    )
     engine: Engine | None = Field(None, title="Engine", description="onnxruntime or openvino; the best one by default.")
     precision: Precision | None = Field(
         None, title="Precision", description="float32, bfloat16 or int8; the fastest one that is exact by default."
@@ -368,6 +371,7 @@ def _resolved(settings: BoxSettings, folder: Path) -> BoxSettings:
         update={
             "state_dir": absolute(settings.state_dir),
             "bundle": absolute(settings.bundle),
+            "products": tuple(absolute(path) for path in settings.products),
             "broker": broker.model_copy(update=files),
             "memory": memory,
             "federation": federation,

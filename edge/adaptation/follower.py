@@ -303,6 +303,11 @@ class Follower:
         return self._experts[self._switch.expert].running.at_bound
 
     @property
+    def products(self) -> tuple[str, ...]:
+        """Names that a recipe may have, those of the experts first."""
+        return tuple(self._products.names)
+
+    @property
     def recipe(self) -> str:
         """That was asked for; empty for none."""
         return self._products.history.now
@@ -349,7 +354,8 @@ class Follower:
                 fingerprint=fingerprint(self._reference), version=self._version, recipe=self.recipe,
                 pinned=pinned if pinned is None or pinned < len(self._experts) else None,
                 expert=self._switch.expert, other=self._switch.other, seen=self._switch.seen,
-                alarms=self._window.alarms, frozen=self._window.frozen, drifting=self._drifting, counts=dict(self._counts),
+                alarms=self._window.alarms, frozen=self._window.frozen, drifting=self._drifting,
+                counts=dict(self._counts),
                 experts=tuple(expert.header() for expert in self._experts),
             )  # fmt: skip
             rows = [

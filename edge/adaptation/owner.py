@@ -110,6 +110,11 @@ class FollowedCamera:
             return list(self._made)
 
     @property
+    def products(self) -> tuple[str, ...]:
+        """That a recipe may name: its sub-classes, and products that were added to the bundle."""
+        return self.follower.products
+
+    @property
     def accepted(self) -> int:
         """Frames learned from."""
         return int(self.follower.status()["frames"][Fate.ACCEPTED.value])

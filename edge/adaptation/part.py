@@ -1,6 +1,6 @@
 """Adaptation: the followers of a box's cameras with their files, commands and notices; a part of the box.
 
-What is learned, and when, is the followers' own; who else may move meanwhile is the owner's.
+What is learned, and when, is the followers' own; who else may move meanwhile is the owner's, recipes are another's.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from edge.frames import JudgedFrame
     from edge.inference.detector import Detector
     from edge.judgement.threshold_versions import ThresholdVersions
+    from edge.products.recipes import CameraProducts
+
+    Done = Callable[[dict[str, Any]], None]
 
 _LOG = logging.getLogger(__name__)
 # Between looks at the followers.
@@ -39,7 +42,7 @@ MAX_WAITING = 16
 
 
 class Adaptation:
-    """Lets cameras follow what their line shows, and answers ``cmd/recipe`` and ``cmd/reset``, in a thread of its own.
+    """Lets cameras follow what their line shows, and answers ``cmd/reset``, in a thread of its own.
 
     Args:
         store: of followers and snapshots.
@@ -64,7 +67,7 @@ class Adaptation:
         self.owner = DriftOwner()
         self._store, self._versions, self._notify, self._clock = store, versions, notify, clock
         self._answer: Callable[..., None] = _nobody
-        self._waiting: queue.Queue[RecipeCommand | ResetCommand | None] = queue.Queue(MAX_WAITING)
+        self._waiting: queue.Queue[tuple[RecipeCommand | ResetCommand, Done | None] | None] = queue.Queue(MAX_WAITING)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._not_followed: dict[str, str] = {}
@@ -76,16 +79,22 @@ class Adaptation:
     def attach(self, publisher: Publisher) -> None:
         """Have commands brought, and answers taken."""
         self._answer = publisher.answer
-        for verb in (RECIPE_VERB, RESET_VERB):
-            publisher.on_command(verb, self.command)
+        publisher.on_command(RESET_VERB, self.command)
 
-    def follow(self, camera: str, settings: AdaptationSettings | None, detector: Detector) -> FollowedCamera | None:
+    def follow(
+        self,
+        camera: str,
+        settings: AdaptationSettings | None,
+        detector: Detector,
+        products: CameraProducts | None = None,
+    ) -> FollowedCamera | None:
         """Make the follower of a camera, from what is kept of it under this bundle, in place of the one before.
 
         Args:
             camera: its name.
             settings: of its adaptation; None for none.
             detector: that judges it from now on.
+            products: of the camera, with its recipes; where None its follower has recipes of its own.
 
         Returns:
             The camera; None where it shall not follow, or its bundle was packed without moments.
@@ -113,10 +122,10 @@ class Adaptation:
         else:
             kept, version = self._kept(camera, bundle)
         try:
-            follower = Follower(reference, settings, kept, given=version)
+            follower = Follower(reference, settings, kept, given=version, products=products)
         except AdaptationError as error:
             self._tell_damage(f"camera {camera}: {error}")
-            follower = Follower(reference, settings, given=version)
+            follower = Follower(reference, settings, given=version, products=products)
         if before is not None and not before.closed:
             # Until the switch its frames still come from the bundle before.
             follower.part_from_former()
@@ -144,10 +153,28 @@ class Adaptation:
         """Take a command; the answer follows. Never waits."""
         assert isinstance(command, (RecipeCommand, ResetCommand))
         try:
-            self._waiting.put_nowait(command)
+            self._waiting.put_nowait((command, None))
         except queue.Full:
             return {"ok": False, "id": command.id, "reason": "too many commands wait; send it again"}
         return None
+
+    def settle(self, command: RecipeCommand, done: Done) -> None:
+        """Have the cameras meant settle under a recipe that holds already; never waits.
+
+        Args:
+            command: that :meth:`why_not` had nothing against.
+            done: called with the fields of its result, at once or later, in a thread of the box.
+        """
+        try:
+            self._waiting.put_nowait((command, done))
+        except queue.Full:
+            done({"ok": False, "reason": "the recipe holds, but moments do not settle: too many commands wait"})
+
+    def why_not(self, command: RecipeCommand | ResetCommand) -> str:
+        """Say why a command cannot be obeyed; empty where it can."""
+        recipe = (command.recipe or "") if isinstance(command, RecipeCommand) else None
+        meant = [one for one in self.owner.cameras if command.camera in (None, one.name)]
+        return self._why_not(command.camera, recipe, meant)
 
     def start(self) -> None:
         """Begin to look after the followers."""
@@ -240,8 +267,8 @@ class Adaptation:
             whom = "no camera follows" if camera is None else f"camera {camera!r} does not exist, or does not follow"
             return f"{whom} its line{f' ({why})' if why else ''}; following are: {known}"
         for followed in meant:
-            names = [name for name in followed.subclasses if name]
-            if recipe and len(followed.subclasses) > 1 and recipe not in names:
+            names = [name for name in followed.products if name]
+            if recipe and len(followed.products) > 1 and recipe not in names:
                 return f"camera {followed.name}: its bundle has no sub-class {recipe!r}; it has: {', '.join(names)}"
         return ""
 
@@ -296,17 +323,21 @@ class Adaptation:
 
     def _obey_next(self) -> None:
         try:
-            command = self._waiting.get(timeout=LOOK_S)
+            taken = self._waiting.get(timeout=LOOK_S)
         except queue.Empty:
             return
-        if command is not None:
+        if taken is not None:
+            command, done = taken
             verb = RECIPE_VERB if isinstance(command, RecipeCommand) else RESET_VERB
             try:
                 values = self.obey(command)
             except Exception as error:  # noqa: BLE001 (whoever asked gets an answer)
                 _LOG.exception("%s failed", verb)
                 values = {"ok": False, "reason": f"{type(error).__name__}, see the log"}
-            self._answer(verb, id=command.id, **values)
+            if done is None:
+                self._answer(verb, id=command.id, **values)
+            else:
+                done(values)
 
     def _close(self) -> None:
         for followed in self.owner.cameras:

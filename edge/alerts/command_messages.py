@@ -104,14 +104,19 @@ class ThresholdCommand(CommandMessage):
     value: float | None = Field(description="Raw score at and above which a frame is NOK; null for the budget's.")
     bundle_id: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of the bundle that the value was chosen for.")
     memory_version: Count = Field(description="Of the memory that the value was chosen for; 0 is the packed one.")
+    product: str | None = Field(
+        None, max_length=200, description="Needed of a bundle for several products: the one whose threshold it is."
+    )
 
 
 class RecipeCommand(CommandMessage):
-    """Says which product runs from now on, and settles the camera's moments anew; published to ``cmd/recipe``."""
+    """Says which product frames show from now on, and settles moments anew; published to ``cmd/recipe``."""
 
-    camera: str | None = Field(None, description="Every camera that follows its line where absent.")
+    camera: str | None = Field(
+        None, description="Every camera that has several products or follows its line where absent."
+    )
     recipe: str | None = Field(
-        max_length=200, description="Name of a sub-class of the bundle; null leaves it to the router again."
+        max_length=200, description="Name of a product or sub-class of the bundle; null leaves it to the router again."
     )
 
 

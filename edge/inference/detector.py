@@ -19,7 +19,7 @@ from edge.inference.choice import attempts, choose, key, tolerance
 from edge.inference.engines import Accelerator, Provider
 from edge.inference.preprocessing import cut_tiles, join_maps
 from edge.inference.seeing import InForce, PendingPrediction, Seeing, with_product
-from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE, PRODUCT, Head, Runtime, shared_trunk
+from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE, PRODUCT, ROUTE, Head, Runtime, shared_trunk
 from edge.inference.state import check_state, stored_state
 from edge.judgement.score import pool_score
 from edge.products.product_file import with_products
@@ -282,6 +282,16 @@ class Detector:
         No index ever means another product: products are added behind, and none is taken away.
         """
         return self._in_force.products
+
+    @property
+    def added(self) -> tuple[ProductFile, ...]:
+        """Products that were added, in the order of their indices."""
+        return tuple(self._added.values())
+
+    @property
+    def has_router(self) -> bool:
+        """Whether the head says which product or sub-class it sees."""
+        return ROUTE in self._in_force.head.outputs
 
     def add_products(self, products: Sequence[ProductFile]) -> Future[None]:
         """Build a head with the rows of more products in the background and switch to it in one step.

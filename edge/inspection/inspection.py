@@ -104,6 +104,11 @@ class Inspection:
             if station is not before.get(station.plan.name) and not station.plan.own:
                 self._reporter.state(station.plan.name, "not_judged", reason="starting")
 
+    @property
+    def registers(self) -> Registers:
+        """What a PLC reads and writes, whether there is a server for it or not."""
+        return self._registers
+
     def station_of(self, camera: str) -> Station | None:
         """The station that a camera belongs to; None for a camera that is not triggered."""
         with self._lock:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from edge.inspection.parts import PartVerdict
 
+Choose = Callable[[str, int], bool]
+"""Called with a station and the number in its recipe register; returns whether it will be answered."""
 Trigger = Callable[[int, int], str]
 """Called with a part's number and the trigger counter; returns why the part is refused, empty where it is not."""
 
@@ -37,6 +39,11 @@ RING_BASE = 20
 TRIGGER_BASE = 10_000
 TRIGGER_WORDS = 10
 WRITABLE_WORDS = 3
+# In a station's block: the recipe in force, what became of the last number written, and a count of answers.
+RECIPE, RECIPE_ANSWER, RECIPE_ANSWERS = 2, 3, 4
+# In its trigger's block: the number of the product to come.
+RECIPE_WRITTEN = 5
+NO_NUMBER = 0xFFFF
 _COUNTER = 2
 _NO_NUMBER = 0x7FC0_0000
 _LIMIT = 0x1_0000
@@ -58,6 +65,17 @@ class Trouble(IntEnum):
     DEADLINES = 2
 
 
+class RecipeAnswer(IntEnum):
+    """Of register 3 of a station: what became of the number that was written last."""
+
+    NONE = 0
+    IN_FORCE = 1
+    UNKNOWN_NUMBER = 2
+    NO_SUCH_PRODUCT = 3
+    NOT_KEPT = 4
+    BUSY = 5
+
+
 class Refused(Enum):
     """Why a request cannot be granted; Modbus has an exception code for each."""
 
@@ -76,6 +94,8 @@ class _Block:
     words: list[int] = field(default_factory=lambda: [0] * STATION_WORDS)
     written: list[int] = field(default_factory=lambda: [0] * WRITABLE_WORDS)
     verdicts: int = 0
+    recipe_written: int = 0
+    recipes_open: int = 0
 
 
 class Registers:
@@ -92,6 +112,7 @@ class Registers:
         self._state = BoxState.STARTING
         self._trouble = 0
         self._session = 0
+        self._choose: Choose | None = None
         self._started_s = time.monotonic()
 
     def lay_out(self, stations: Sequence[tuple[str, Trigger | None]]) -> None:
@@ -111,6 +132,27 @@ class Registers:
                 self._blocks[name] = block
             self._order = tuple(self._blocks)
             self._session = self._session % 0xFFFF + 1 if self._session else secrets.randbelow(0xFFFF) + 1
+
+    def on_recipe(self, choose: Choose) -> None:
+        """Have numbers written to recipe registers handed on; without this there are none."""
+        self._choose = choose
+
+    def show_recipe(self, station: str, number: int, answer: RecipeAnswer | None = None) -> None:
+        """Show which recipe a station runs.
+
+        Args:
+            station: its name.
+            number: of the product, 0 for the router's choice, ``NO_NUMBER`` where none says it.
+            answer: to a number that was written; None where nobody wrote one.
+        """
+        with self._lock:
+            block = self._blocks.get(station)
+            if block is None:
+                return
+            block.words[RECIPE] = number
+            if answer is not None:
+                block.recipes_open = max(0, block.recipes_open - 1)
+                _answer(block, answer)
 
     def beat(self, state: BoxState, trouble: int) -> None:
         """Show how the box is doing; the heartbeat counts on only while it is running."""
@@ -140,6 +182,8 @@ class Registers:
                 return self._box()[address:end]
             if address >= TRIGGER_BASE:
                 block, offset = self._block_at(address - TRIGGER_BASE, TRIGGER_WORDS)
+                if block is not None and self._choose is not None and (offset, count) == (RECIPE_WRITTEN, 1):
+                    return [block.recipe_written]
                 if block is None or block.trigger is None or offset + count > WRITABLE_WORDS:
                     return Refused.ADDRESS
                 return block.written[offset : offset + count]
@@ -149,14 +193,19 @@ class Registers:
             return block.words[offset : offset + count]
 
     def write(self, address: int, values: Sequence[int]) -> Refused | None:
-        """Write words; a trigger counter that changes announces a part.
+        """Write words; a trigger counter that changes announces a part, a recipe number chooses the product to come.
 
-        A repeated write, such as a client's retry, changes nothing and so triggers nothing.
+        A repeated write, such as a client's retry, changes nothing and so triggers nothing. While a recipe is being
+        changed no part is announced: nobody could say which product it is.
         """
+        if address >= TRIGGER_BASE and (address - TRIGGER_BASE) % TRIGGER_WORDS == RECIPE_WRITTEN and len(values) == 1:
+            return self._write_recipe(address, values[0])
         with self._lock:
             block, offset = self._block_at(address - TRIGGER_BASE, TRIGGER_WORDS)
             if block is None or block.trigger is None or offset + len(values) > WRITABLE_WORDS:
                 return Refused.ADDRESS
+            if block.recipes_open:
+                return Refused.BUSY
             before = list(block.written)
             block.written[offset : offset + len(values)] = values
             high, low, counter = block.written
@@ -172,6 +221,26 @@ class Registers:
             block.written, block.words[0] = before, accepted
         return Refused.BUSY
 
+    def _write_recipe(self, address: int, number: int) -> Refused | None:
+        with self._lock:
+            block, _ = self._block_at(address - TRIGGER_BASE, TRIGGER_WORDS)
+            choose = self._choose
+            if block is None or choose is None:
+                return Refused.ADDRESS
+            station = self._order[(address - TRIGGER_BASE) // TRIGGER_WORDS]
+            block.recipe_written = number
+            if not block.recipes_open and number == block.words[RECIPE] != NO_NUMBER:
+                # It is in force: a PLC that writes in every cycle costs nothing.
+                _answer(block, RecipeAnswer.IN_FORCE)
+                return None
+            block.recipes_open += 1
+            block.words[RECIPE_ANSWER] = RecipeAnswer.NONE
+        if not choose(station, number):
+            with self._lock:
+                block.recipes_open = max(0, block.recipes_open - 1)
+                _answer(block, RecipeAnswer.BUSY)
+        return None
+
     def _box(self) -> list[int]:
         uptime = int(time.monotonic() - self._started_s) & 0xFFFF_FFFF
         return [
@@ -184,6 +253,11 @@ class Registers:
         if offset < 0 or index >= len(self._order):
             return None, 0
         return self._blocks[self._order[index]], inner
+
+
+def _answer(block: _Block, answer: RecipeAnswer) -> None:
+    block.words[RECIPE_ANSWER] = int(answer)
+    block.words[RECIPE_ANSWERS] = (block.words[RECIPE_ANSWERS] + 1) % _LIMIT
 
 
 def _entry(counter: int, verdict: PartVerdict, score: float) -> list[int]:

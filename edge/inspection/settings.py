@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -129,6 +129,20 @@ class ModbusSettings(BaseModel):
     idle_s: float = Field(
         60.0, ge=1, le=86_400, title="Idle time [s]", description="A connection that is silent for longer is closed."
     )
+    products: dict[Annotated[int, Field(ge=1, le=65_534)], str] = Field(
+        {},
+        title="Products by number",
+        description="What a number in a recipe register means; 1, 2, ... in the bundle's order where absent.",
+    )
+
+    @field_validator("products")
+    @classmethod
+    def _products_differ(cls, products: dict[int, str]) -> dict[int, str]:
+        names = list(products.values())
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"product {twice[0]!r} has two numbers; give it one")
+        return products
 
 
 def check_station(station: StationSettings, cameras: Sequence[CameraSettings], *, modbus: bool) -> None:

@@ -30,8 +30,13 @@ class _File(BaseModel):
     cameras: dict[str, RunTimeThreshold]
 
 
+def place(camera: str, product: str) -> str:
+    """Name a camera, or one product at it: a camera's name has no slash."""
+    return f"{camera}/{product}" if product else camera
+
+
 class GivenThresholds:
-    """One threshold per camera, in one file that is replaced whole. Safe to call from several threads.
+    """One threshold per camera and product, in one file that is replaced whole. Safe to call from several threads.
 
     A file that is damaged is put aside and its thresholds are forgotten: budgets decide again, and ``damage`` says so.
 
@@ -53,13 +58,18 @@ class GivenThresholds:
             self.damage = self._put_aside(error)
             _LOG.error("%s", self.damage)
 
-    def of(self, camera: str) -> RunTimeThreshold | None:
-        """Return what was given for a camera, whether it holds now or not; None where nothing was."""
+    def of(self, camera: str, product: str = "") -> RunTimeThreshold | None:
+        """Return what was given for a camera, whether it holds now or not; None where nothing was.
+
+        Args:
+            camera: its name.
+            product: of a bundle for several; empty for what was given without one.
+        """
         with self._lock:
-            return self._cameras.get(camera)
+            return self._cameras.get(place(camera, product))
 
     def all(self) -> dict[str, RunTimeThreshold]:
-        """Return what was given, by camera."""
+        """Return what was given, by :func:`place`."""
         with self._lock:
             return dict(self._cameras)
 
@@ -70,7 +80,7 @@ class GivenThresholds:
             StoreError: it cannot be written; the one before stays.
         """
         with self._lock:
-            cameras = self._cameras | {camera: given}
+            cameras = self._cameras | {place(camera, given.product or ""): given}
             content = _File(schema="lineward.thresholds/1", cameras=cameras).model_dump_json(by_alias=True, indent=1)
             try:
                 replace_file(self._path, content.encode() + b"\n")

@@ -16,10 +16,11 @@ from edge.alerts.message import NoticeKind, Severity
 from edge.alerts.topics import THRESHOLD_VERB
 from edge.alerts.wire import format_utc
 from edge.errors import LinewardError
+from edge.judgement.given_thresholds import place
 from edge.judgement.threshold import RunTimeThreshold
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from edge.alerts.message import AnyMessage
     from edge.alerts.publisher import Publisher
@@ -39,10 +40,14 @@ class ThresholdCamera(Protocol):
 
     @property
     def judge(self) -> Judge:
-        """Whose thresholds its next frame meets."""
+        """Whose thresholds its last frame met."""
 
-    def set_threshold(self, given: RunTimeThreshold | None) -> Judge:
-        """Have frames from the next one on meet a threshold given at run time."""
+    @property
+    def judges(self) -> tuple[Judge, ...]:
+        """Whose thresholds its next frame may meet: one for each product."""
+
+    def set_threshold(self, given: RunTimeThreshold | None, product: str = "") -> Judge:
+        """Have frames of a product from the next one on meet a threshold given at run time."""
 
 
 class ThresholdCommands:
@@ -118,7 +123,7 @@ class ThresholdCommands:
         given = self._kept.all()
         if not given and not any(self._counts.values()):
             return {}
-        judges = {camera.name: camera.judge for camera in self._cameras}
+        judges = {place(camera.name, one.product): one for camera in self._cameras for one in camera.judges}
         return {
             "counters": dict(self._counts),
             "cameras": {
@@ -135,14 +140,17 @@ class ThresholdCommands:
     def look(self) -> None:
         """Give cameras what is kept for them, and tell once which thresholds do not hold."""
         for camera in self._cameras:
-            given = self._kept.of(camera.name)
-            judge = camera.judge
-            if judge.run_time != given:
-                judge = camera.set_threshold(given)
-            if judge.notice and judge.notice != self._told.get(camera.name):
-                text = f"camera {camera.name}: {judge.notice}"
-                self._notify(NoticeKind.THRESHOLD_IGNORED, Severity.WARNING, text, **_figures(camera.name, judge))
-            self._told[camera.name] = judge.notice
+            for judge in camera.judges:
+                self._look_at(camera, judge)
+
+    def _look_at(self, camera: ThresholdCamera, judge: Judge) -> None:
+        given, where = self._kept.of(camera.name, judge.product), place(camera.name, judge.product)
+        if judge.run_time != given:
+            judge = camera.set_threshold(given, judge.product)
+        if judge.notice and judge.notice != self._told.get(where):
+            text = f"camera {where}: {judge.notice}"
+            self._notify(NoticeKind.THRESHOLD_IGNORED, Severity.WARNING, text, **_figures(camera.name, judge))
+        self._told[where] = judge.notice
 
     def obey(self, command: ThresholdCommand) -> dict[str, Any]:
         """Keep a threshold and have it hold; what does not fit the camera now is neither kept nor used.
@@ -155,17 +163,27 @@ class ThresholdCommands:
         if camera is None:
             known = ", ".join(sorted(cameras)) or "none"
             return self._refused(f"no camera {command.camera!r} is running; running are: {known}")
-        before = camera.judge
+        judges = {one.product: one for one in camera.judges}
+        before = judges.get(command.product or "")
+        if before is None:
+            return self._refused(_which_product(command, judges))
         given = RunTimeThreshold(
             value=command.value,
             bundle_id=command.bundle_id,
             memory_version=command.memory_version,
+            product=command.product or None,
             scope=before.scope,
             given_at=format_utc(datetime.now(timezone.utc)),
         )
-        other = given.mismatch(bundle_id=before.bundle_id, memory_version=before.memory_version, scope=before.scope)
+        other = given.mismatch(
+            bundle_id=before.bundle_id,
+            memory_version=before.memory_version,
+            scope=before.scope,
+            product=before.product,
+        )
+        where = place(camera.name, before.product)
         if other:
-            text = f"camera {camera.name}: {other}"
+            text = f"camera {where}: {other}"
             self._notify(NoticeKind.THRESHOLD_IGNORED, Severity.WARNING, text, **_figures(camera.name, before))
             return self._refused(other)
         try:
@@ -173,10 +191,10 @@ class ThresholdCommands:
             self._kept.put(camera.name, given)
         except LinewardError as error:
             return self._refused(str(error))
-        judge = camera.set_threshold(given)
+        judge = camera.set_threshold(given, before.product)
         self._counts["given"] += 1
         was, now = before.threshold.value, judge.threshold.value
-        text = f"camera {camera.name}: threshold {now:.6g} by {judge.threshold_source} in place of {was:.6g}"
+        text = f"camera {where}: threshold {now:.6g} by {judge.threshold_source} in place of {was:.6g}"
         self._notify(NoticeKind.THRESHOLD_SET, Severity.INFO, text, before=was, **_figures(camera.name, judge))
         return {"ok": True, "count": 1, "detail": {"before": was, **_figures(camera.name, judge)}}
 
@@ -201,8 +219,18 @@ class ThresholdCommands:
                 _LOG.exception("thresholds could not be looked after")
 
 
+def _which_product(command: ThresholdCommand, judges: Mapping[str, Judge]) -> str:
+    if "" in judges:
+        return f"the bundle of camera {command.camera!r} is for one product; leave the product out"
+    known = f"its bundle has: {', '.join(judges)}"
+    if command.product is None:
+        return f"camera {command.camera!r} has a threshold for each product; name one of them, {known}"
+    return f"camera {command.camera!r} has no product {command.product!r}; {known}"
+
+
 def _figures(camera: str, judge: Judge) -> dict[str, Any]:
     return {
+        **({"product": judge.product} if judge.product else {}),
         "camera": camera,
         "threshold": judge.threshold.value,
         "source": judge.threshold_source,

@@ -1,4 +1,4 @@
-"""ThresholdVersions: counts, per camera and across restarts, how often the threshold in force has changed.
+"""ThresholdVersions: counts, per camera, product and across restarts, how often the threshold in force has changed.
 
 It must not know why one changes: what a judge says of itself is compared with what it said before.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from edge.durable_files import replace_file
+from edge.judgement.given_thresholds import place
 from edge.judgement.kept_file import put_damaged_aside, read_kept
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class _Met(NamedTuple):
 
 
 class ThresholdVersions:
-    """One count per camera, in one file that is replaced whole. Safe to call from several threads.
+    """One count per camera and product, in one file that is replaced whole. Safe to call from several threads.
 
     A count is on disk before a message names it: a box that is killed comes back with it. Where the disk refuses it
     goes on in memory, is written with the next change or by :meth:`save`, and ``trouble`` says so.
@@ -88,6 +89,8 @@ class ThresholdVersions:
             camera: its name.
             judge: that has judged the frame.
         """
+        # A change of product is none of the threshold: each has a count of its own.
+        camera = place(camera, judge.product)
         met, threshold = self._met.get(camera), judge.threshold
         if met is not None and met.judge is judge and met.threshold is threshold:
             return met.version
@@ -103,9 +106,14 @@ class ThresholdVersions:
         self._met[camera] = _Met(judge, threshold, version)
         return version
 
-    def of(self, camera: str) -> int:
-        """Return the version of the threshold that a camera's last frame met, in this run or an earlier one."""
-        known = self._cameras.get(camera)
+    def of(self, camera: str, product: str = "") -> int:
+        """Return the version of the threshold that a camera's last frame met, in this run or an earlier one.
+
+        Args:
+            camera: its name.
+            product: of a bundle for several.
+        """
+        known = self._cameras.get(place(camera, product))
         return self._first if known is None else known.version
 
     def save(self) -> None:

@@ -99,6 +99,7 @@ class Judge:
         bundle_id: str = "",
         memory_version: int = 0,
         product: str = "",
+        remark: str = "",
         max_regions: int = 16,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
@@ -119,6 +120,7 @@ class Judge:
             bundle_id: of the bundle in use.
             memory_version: of the memory whose predictions are judged, 0 for the one packed in the bundle.
             product: whose good scores these are; empty in a bundle of one.
+            remark: what an operator should know of these scores.
             max_regions: most regions in a verdict.
             clock_ns: the monotonic clock.
 
@@ -138,6 +140,7 @@ class Judge:
         self.bundle_id = bundle_id
         self.memory_version = memory_version
         self.product = product
+        self._remark = remark
         self.run_time = run_time
         self.threshold_version = 0
         self._chosen = choose_threshold(
@@ -181,7 +184,8 @@ class Judge:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What an operator should know of the thresholds, the mask and the smallest area."""
-        return (*([self.notice] if self.notice else []), *(() if self._view is None else self._view.notes))
+        told = (self._remark, self.notice, *(() if self._view is None else self._view.notes))
+        return tuple(text for text in told if text)
 
     @property
     def calibration_count(self) -> int:
@@ -245,6 +249,7 @@ class Judge:
             bundle_id=self.bundle_id,
             memory_version=memory_version,
             product=self.product,
+            remark=self._remark,
             max_regions=self._max_regions,
             clock_ns=self._clock_ns,
         )

@@ -35,7 +35,12 @@ class Camera:
         self.name = name
         self.judge: Judge = judge(bundle_id=ONE, **judging)
 
-    def set_threshold(self, given: RunTimeThreshold | None) -> Judge:
+    @property
+    def judges(self) -> tuple[Judge, ...]:
+        return (self.judge,)
+
+    def set_threshold(self, given: RunTimeThreshold | None, product: str = "") -> Judge:
+        assert product == self.judge.product
         self.judge = self.judge.with_threshold(given)
         return self.judge
 
@@ -62,7 +67,7 @@ def bench(tmp_path: Path) -> Bench:
 
 def test_given_threshold_is_kept_before_it_holds(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(Camera, "set_threshold", lambda self, _: seen.append(bench.path.read_text()) or self.judge)
+    monkeypatch.setattr(Camera, "set_threshold", lambda self, _, __: seen.append(bench.path.read_text()) or self.judge)
 
     bench.give(7.5)
 
