@@ -80,7 +80,7 @@ class Size:
     batch: int = 18
 
 
-TINY = Size(side=96, train=4, test=2, steps=16, batch=6)
+TINY = Size(side=64, train=2, test=1, steps=8, batch=4)
 
 
 @dataclass(frozen=True)
