@@ -168,7 +168,8 @@ class Box:
         status = self.status()
         key = (
             status["engine"], status["precision"], status["warnings"], self._link_kind(),
-            tuple((name, camera["state"]) for name, camera in status["cameras"].items()), status["memory"],
+            tuple((name, camera["state"], str(camera.get("recipe"))) for name, camera in status["cameras"].items()),
+            status["memory"],
         )  # fmt: skip
         self._tell_outbox_drops()
         self._tell_outbox_damage()
@@ -229,14 +230,19 @@ class Box:
             _LOG.warning("the box ends, to be started again: %s", self.restart_reason)
             self._stop.set()
             return
+        self._contents.add_products(settings, detectors)
         judges = self._contents.judges(detectors, (*plan.begun, *plan.switched))
+        # Of cameras that go on, too: products may have been added for them.
+        added = self._contents.added_judges(settings, detectors)
         assert self._contents.inspection is not None
         self._contents.inspection.change(settings)
         begun = [self._contents.worker(camera, detectors, judges[camera.name], settings) for camera in plan.begun]
         # Nothing can fail any more.
         for camera in plan.switched:
-            follower = self._contents.follower(camera, detectors, settings)
-            self.cameras[camera.name].replace_detector(detectors.of(camera.name), judges[camera.name], follower)
+            guide = self._contents.guide(camera, detectors, settings)
+            self.cameras[camera.name].replace_detector(detectors.of(camera.name), judges[camera.name], guide)
+        for name, judge in added:
+            self.cameras[name].install_judge(judge)
         self.cameras.change(settings.cameras, ended=plan.ended, begun=begun)
         assert self._contents.adaptation is not None
         self._contents.adaptation.keep_only(camera.name for camera in settings.cameras if camera.enabled)

@@ -16,7 +16,7 @@ from edge.alerts.publisher import Publisher
 from edge.alerts.topics import Identity
 from edge.camera import CameraWorker
 from edge.cameras import Cameras, make_judge
-from edge.errors import LinewardError, OutboxError
+from edge.errors import LinewardError, OutboxError, SettingsError
 from edge.health.camera_watch import HEALTH_FOLDER, CameraWatches
 from edge.health.metrics import Metrics
 from edge.health.watchdog import Watchdog
@@ -27,6 +27,10 @@ from edge.judgement.given_thresholds import THRESHOLDS_FILE, GivenThresholds
 from edge.judgement.threshold_commands import ThresholdCommands
 from edge.judgement.threshold_versions import VERSIONS_FILE, ThresholdVersions
 from edge.memory.box_memory import BoxMemory
+from edge.products.book import RECIPES_FILE, RecipeBook
+from edge.products.files import add_products
+from edge.products.judging import product_judges
+from edge.products.part import Recipes
 from edge.reporter import Reporter
 from edge.slots.slots import Slots
 from edge.slots.watch import SlotWatch
@@ -34,11 +38,12 @@ from edge.slots.watch import SlotWatch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from edge.adaptation.follower import Follower
+    from edge.adaptation.guided import Guide
     from edge.bundle import Bundle, CalibrationScores
     from edge.camera import Observer, OnVerdict
     from edge.evidence.keeper import EvidenceKeeper
     from edge.federation.link import FleetLink
+    from edge.inference.detector import Detector
     from edge.judgement.verdicts import Judge
     from edge.part import BoxPart
     from edge.settings import BoxSettings, CameraSettings
@@ -68,6 +73,7 @@ class BoxContents:
         reporter: where cameras hand in what they found.
         memory: the one that may change, if any.
         adaptation: followers of what cameras show.
+        recipes: which product each camera runs.
         inspection: the stations of triggered cameras.
     """
 
@@ -86,11 +92,14 @@ class BoxContents:
         self.reporter: Reporter | None = None
         self.memory: BoxMemory | None = None
         self.adaptation: Adaptation | None = None
+        self.recipes: Recipes | None = None
         self.inspection: Inspection | None = None
         self._on_verdict, self._link = on_verdict, link
         self._identity = Identity(site=settings.site, box=settings.box, prefix=settings.broker.prefix)
         self._given = GivenThresholds(settings.state_dir / THRESHOLDS_FILE)
         self._thresholds = ThresholdVersions(settings.state_dir / VERSIONS_FILE)
+        self._book = RecipeBook(settings.state_dir / RECIPES_FILE)
+        self._refused_files: list[str] = []
         self._evidence: EvidenceKeeper | None = None
         self._slot_watch: SlotWatch | None = None
         self._watches: CameraWatches | None = None
@@ -141,16 +150,31 @@ class BoxContents:
             raise refused[0]
 
     def camera_status(self) -> dict[str, dict[str, Any]]:
-        """What the status says of each camera, with the version of its moments; 0 where it does not follow its line."""
+        """What the status says of each camera, with its recipe and the version of its moments.
+
+        The version is 0 where it does not follow its line; the recipe is told where it may have one.
+        """
         owner = None if self.adaptation is None else self.adaptation.owner
         followed = {} if owner is None else {one.name: one.follower.version for one in owner.cameras}
-        return {name: said | {"moments_version": followed.get(name, 0)} for name, said in self.cameras.status().items()}
+        recipes = {} if self.recipes is None else self.recipes.of_cameras()
+        return {
+            name: said
+            | {"moments_version": followed.get(name, 0)}
+            | ({"recipe": recipes[name]} if name in recipes else {})
+            for name, said in self.cameras.status().items()
+        }
 
-    def judges(self, detectors: Detectors, settings: Sequence[CameraSettings]) -> dict[str, Judge]:
-        """A judge per enabled camera, of the memory that judged last; of the packed one where that cannot be used."""
-        found: dict[str, Judge] = {}
+    def judges(self, detectors: Detectors, settings: Sequence[CameraSettings]) -> dict[str, tuple[Judge, ...]]:
+        """The judges of each enabled camera, one for each product.
+
+        They are of the memory that judged last; of the packed one where that cannot be used.
+        """
+        found: dict[str, tuple[Judge, ...]] = {}
         for detector in detectors:
             cameras = [c for c in settings if c.enabled and detectors.of(c.name) is detector]
+            if detector.products:
+                found |= {camera.name: product_judges(camera, detector, self._given.of) for camera in cameras}
+                continue
 
             def make(
                 calibration: CalibrationScores,
@@ -165,23 +189,23 @@ class BoxContents:
             judges = self.memory.restore(make) if self.memory is not None and has_memory else None
             if judges is None:
                 judges = make(detector.bundle.calibration(detector.status.engine, detector.status.precision), 0)
-            found |= {camera.name: judge for camera, judge in zip(cameras, judges, strict=True)}
+            found |= {camera.name: (judge,) for camera, judge in zip(cameras, judges, strict=True)}
         return found
 
     def worker(
-        self, camera: CameraSettings, detectors: Detectors, judge: Judge, settings: BoxSettings | None = None
+        self, camera: CameraSettings, detectors: Detectors, judge: Sequence[Judge], settings: BoxSettings | None = None
     ) -> CameraWorker:
-        """Make the worker of one camera, and its follower.
+        """Make the worker of one camera, and its guide.
 
         Args:
             camera: its settings.
             detectors: that judge.
-            judge: of this camera.
+            judge: of this camera, one for each product.
             settings: of the box; those in force where None.
         """
         assert self.reporter is not None
         assert self.inspection is not None
-        follower = self.follower(camera, detectors, settings or self.settings)
+        guide = self.guide(camera, detectors, settings or self.settings)
         return CameraWorker(
             settings=camera,
             detector=detectors.of(camera.name),
@@ -196,22 +220,50 @@ class BoxContents:
             station=self.inspection.station_of(camera.name),
             health=None if self._watches is None else self._watches.watch(camera),
             number_threshold=self._thresholds.number,
-            follower=follower,
+            follower=guide,
         )
 
-    def follower(self, camera: CameraSettings, detectors: Detectors, settings: BoxSettings) -> Follower | None:
-        """Make the follower of one camera under the bundle that judges it from now on; None where it shall not follow.
+    def add_products(self, settings: BoxSettings, detectors: Detectors) -> None:
+        """Add the products of the settings' files to the detectors of their bundles; tell of those that are refused."""
+        self._refused_files = add_products(settings.products, detectors)
+        if self.recipes is not None:
+            self.recipes.refuse_files(self._refused_files)
+
+    def added_judges(self, settings: BoxSettings, detectors: Detectors) -> list[tuple[str, Judge]]:
+        """Make judges of products that running cameras can judge since they were added, each with its camera's name."""
+        found: list[tuple[str, Judge]] = []
+        before, cameras = self.detectors, {camera.name: camera for camera in settings.cameras if camera.enabled}
+        for worker in self.cameras:
+            camera, known = cameras.get(worker.name), {one.product: one.calibration for one in worker.judges}
+            if camera is None or before is None or detectors.of(camera.name) is not before.of(camera.name):
+                continue
+            detector = detectors.of(camera.name)
+            new = {one.product for one in detector.added if known.get(one.product) is not one.calibration}
+            if new:
+                judges = product_judges(camera, detector, self._given.of)
+                found += [(worker.name, judge) for judge in judges if judge.product in new]
+        return found
+
+    def guide(self, camera: CameraSettings, detectors: Detectors, settings: BoxSettings) -> Guide | None:
+        """Make what says how the frames of a camera are seen under the bundle that judges it from now on.
 
         Args:
             camera: its settings.
             detectors: that judge.
             settings: of the box.
+
+        Returns:
+            Its follower; where it shall not follow its line, the guide by its recipe; None where the bundle has one
+            product.
         """
         assert self.adaptation is not None
-        followed = self.adaptation.follow(camera.name, settings.adaptation_of(camera), detectors.of(camera.name))
-        return None if followed is None else followed.follower
+        assert self.recipes is not None
+        name, detector = camera.name, detectors.of(camera.name)
+        products = self.recipes.products(name, detector)
+        followed = self.adaptation.follow(name, settings.adaptation_of(camera), detector, products)
+        return self.recipes.guide(name, detector) if followed is None else followed.follower
 
-    def _open_bundles(self) -> tuple[Detectors, dict[str, Judge]]:
+    def _open_bundles(self) -> tuple[Detectors, dict[str, tuple[Judge, ...]]]:
         """Open what judges; a bundle on trial that cannot be opened makes way for the one before."""
         settings, slots = self.settings, Slots.of(self.settings.bundle)
         watch = None if slots is None else SlotWatch(slots, settings.trial)
@@ -226,9 +278,15 @@ class BoxContents:
                 raise
             return self._open_once(settings)
 
-    def _open_once(self, settings: BoxSettings) -> tuple[Detectors, dict[str, Judge]]:
+    def _open_once(self, settings: BoxSettings) -> tuple[Detectors, dict[str, tuple[Judge, ...]]]:
         detectors = Detectors.open(settings)
+        self.add_products(settings, detectors)
         if settings.memory is not None:
+            if detectors.default.products:
+                raise SettingsError(
+                    f"memory: {settings.bundle} is for several products, and their memory does not learn on a box; "
+                    "leave the section out, or use a bundle for each product"
+                )
             self.memory = BoxMemory(settings, detectors.default, link=self._link)
         return detectors, self.judges(detectors, settings.cameras)
 
@@ -251,7 +309,7 @@ class BoxContents:
         self.publisher = Publisher(settings=settings.broker, identity=self._identity, outbox=self.outbox)
 
     def _make_parts_and_workers(
-        self, detectors: Detectors, judges: dict[str, Judge], switch: Callable[[], None]
+        self, detectors: Detectors, judges: dict[str, tuple[Judge, ...]], switch: Callable[[], None]
     ) -> None:
         assert self.outbox is not None
         assert self.publisher is not None
@@ -279,6 +337,17 @@ class BoxContents:
         )
         self.adaptation.attach(self.publisher)
         self.parts.append(self.adaptation)
+        modbus = self.settings.modbus
+        self.recipes = Recipes(
+            self._book,
+            cameras=self._detector_of_each,
+            followers=self.adaptation,
+            notify=self.reporter.notice,
+            numbers=None if modbus is None else modbus.products,
+        )
+        self.recipes.attach(self.publisher)
+        self.recipes.refuse_files(self._refused_files)
+        self.parts.append(self.recipes)
         health = self.settings.state_dir / HEALTH_FOLDER
         self._watches = CameraWatches(health, cameras=self.cameras, notify=self.reporter.notice)
         self.parts.append(self._watches)
@@ -286,6 +355,10 @@ class BoxContents:
             self.settings, reporter=self.reporter, publisher=self.publisher, metrics=self.metrics
         )
         self.parts.append(self.inspection)
+        inspection = self.inspection
+        self.recipes.serve(
+            inspection.registers, lambda: {one.plan.name: one.plan.cameras for one in inspection.stations()}
+        )
         workers = [
             self.worker(camera, detectors, judges[camera.name]) for camera in self.settings.cameras if camera.enabled
         ]
@@ -304,6 +377,13 @@ class BoxContents:
                 metrics=self.metrics,
                 drift=self.adaptation.owner,
             )
+
+    def _detector_of_each(self) -> dict[str, Detector]:
+        """The detector of each enabled camera at the moment."""
+        detectors = self.detectors
+        if detectors is None:
+            return {}
+        return {name: detectors.of(name) for name in detectors.cameras}
 
     def _observers(self, camera: CameraSettings, detectors: Detectors) -> list[Observer]:
         found: list[Observer] = []

@@ -170,6 +170,10 @@ class Adaptation:
         except queue.Full:
             done({"ok": False, "reason": "the recipe holds, but moments do not settle: too many commands wait"})
 
+    def following(self) -> list[str]:
+        """Names of the cameras that follow their line."""
+        return [one.name for one in self.owner.cameras]
+
     def why_not(self, command: RecipeCommand | ResetCommand) -> str:
         """Say why a command cannot be obeyed; empty where it can."""
         recipe = (command.recipe or "") if isinstance(command, RecipeCommand) else None

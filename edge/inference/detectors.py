@@ -115,6 +115,11 @@ class Detectors:
         """Return the detector of a bundle's folder, links followed; None where it was not opened."""
         return self._by_path.get(path.resolve())
 
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Names of the enabled cameras."""
+        return tuple(self._cameras)
+
     def of(self, camera: str) -> Detector:
         """Return the detector that judges an enabled camera.
 
