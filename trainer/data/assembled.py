@@ -130,8 +130,7 @@ class Assembly:
         plate = tuple(float(level + shift) for shift in rng.uniform(-14, 14, 3))
         looks = {kind: tuple(float(value) for value in rng.uniform(0.8, 1.2, 3)) for kind in COMPONENTS}
         nominal = tuple(
-            Component(kind, x, y, float(turn))
-            for kind, (x, y), turn in zip(COMPONENTS, places, turns, strict=True)
+            Component(kind, x, y, float(turn)) for kind, (x, y), turn in zip(COMPONENTS, places, turns, strict=True)
         )
         return cls(nominal, (plate[0], plate[1], plate[2]), slack=slack, looks=looks)
 
@@ -250,9 +249,7 @@ def _apart(rng: np.random.Generator) -> list[tuple[float, float]]:
     return places
 
 
-def _assembled_wrongly(
-    good: tuple[Component, ...], fault: Fault, rng: np.random.Generator
-) -> tuple[Component, ...]:
+def _assembled_wrongly(good: tuple[Component, ...], fault: Fault, rng: np.random.Generator) -> tuple[Component, ...]:
     """Return the components of the faulty part; of a scratched one they are the good part's."""
     first, second = (int(v) for v in rng.permutation(len(good))[:2])
     if fault is Fault.MISSING:

@@ -11,7 +11,9 @@ from trainer.methods.fader.fit import FaderMethod
 from trainer.methods.feddymem.fit import FedDyMemMethod
 from trainer.methods.hetnet.fit import HetNetMethod
 from trainer.methods.memory.fit import MemoryMethod
+from trainer.methods.onenip.fit import OneNipMethod
 from trainer.methods.pbas.fit import PbasMethod
+from trainer.methods.prototypes.fit import PrototypesMethod
 from trainer.methods.uniad.fit import UniADMethod
 
 if TYPE_CHECKING:
@@ -34,7 +36,17 @@ class Builder(Protocol):
 
 def methods() -> dict[str, type[Method]]:
     """Return every method by name."""
-    every = (PbasMethod, MemoryMethod, FaderMethod, HetNetMethod, FedDyMemMethod, AdaptedMoEMethod, UniADMethod)
+    every = (
+        PbasMethod,
+        MemoryMethod,
+        FaderMethod,
+        HetNetMethod,
+        FedDyMemMethod,
+        AdaptedMoEMethod,
+        UniADMethod,
+        OneNipMethod,
+        PrototypesMethod,
+    )
     return {method.name: method for method in every}
 
 

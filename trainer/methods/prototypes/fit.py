@@ -5,15 +5,27 @@ No gradient anywhere. Knows features, never images; the trunk is frozen and belo
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from edge.errors import DataError, UsageError
+from edge.memory.rows import RowsPrecision
 from trainer.methods.base import FitContext, Method, MethodConfig
-from trainer.methods.prototypes.model import STRIDES, PrototypeHead, costs, places, unit_rows
+from trainer.methods.memory.reduce import whitening
+from trainer.methods.prototypes.model import (
+    FARTHEST,
+    STATE,
+    STRIDES,
+    Metric,
+    PrototypeHead,
+    PrototypeSet,
+    feature_costs,
+    unit_rows,
+)
 from trainer.methods.prototypes.sinkhorn import barycentres, sinkhorn
 
 if TYPE_CHECKING:
@@ -21,38 +33,62 @@ if TYPE_CHECKING:
 
 _BATCH = 16
 _TINY = 1e-6
+_WITH_PRODUCTS = 3  # dimensions of prototypes, [P, K, C]
+
+
+class SetConfig(MethodConfig):
+    """One set of prototypes."""
+
+    tap: str = Field(description="s4, s8 or s16.")
+    alpha: float = Field(0.0, ge=0, lt=1, description="Share of the place in the cost; 0 knows no places.")
+    cells: int = Field(14, ge=1, le=64, description="Rows and columns of the prototype grid at most.")
+    copies: int = Field(2, ge=1, le=64, description="Prototypes of each cell.")
+    weight: float = Field(1.0, gt=0, description="In the map.")
+
+    @model_validator(mode="after")
+    def _known(self) -> SetConfig:
+        if self.tap not in STRIDES:
+            raise ValueError(f"tap {self.tap}: unknown; choose one of {', '.join(STRIDES)}")
+        return self
 
 
 class PrototypesConfig(MethodConfig):
     """Settings of prototypes; the README says which values are the paper's, which inferred and which measured."""
 
-    taps: tuple[str, ...] = Field(("s8", "s16"), description="Taps that prototypes are made of: s8, s16 or both.")
-    alphas: tuple[float, ...] = Field(
-        (0.0, 0.3), description="Shares of the place in the cost, a set of prototypes for each: 0 knows no places."
+    sets: tuple[SetConfig, ...] = Field(
+        (
+            SetConfig(tap="s8", alpha=0.0, copies=2),
+            SetConfig(tap="s16", alpha=0.3, copies=2),
+        ),
+        min_length=1,
+        description="Sets of prototypes, whose maps are added; on a command line as JSON.",
     )
-    copies: int = Field(2, ge=1, le=64, description="Prototypes of each cell of the prototype grid.")
-    cells: int = Field(14, ge=1, le=64, description="Rows and columns of the prototype grid at most.")
+    metric: Metric = Field(Metric.EUCLID, description="How patches are compared with prototypes.")
+    pooled: bool = Field(True, description="Patches of s8 and s16 are 3x3 means.")
+    whitening: float = Field(
+        0.3, ge=0, description="Added to every eigenvalue, as a share of their mean; 0 compares raw features."
+    )
+    background: float = Field(0.3, ge=0, le=1, description="Share of its own mean that is taken off a map.")
     epsilon: float = Field(0.01, gt=0, description="Weight of the entropy in the transport.")
-    iterations: int = Field(100, ge=1, description="Of Sinkhorn's algorithm in a step, at most.")
-    tolerance: float = Field(1e-6, ge=0, description="Error of the columns' masses at which they end early.")
+    iterations: int = Field(30, ge=1, description="Of Sinkhorn's algorithm in a step, at most.")
+    tolerance: float = Field(1e-3, ge=0, description="Relative error of the columns' masses at which they end early.")
     follow: float = Field(0.05, gt=0, le=1, description="Share of the way to the barycentre in a step.")
     steps: int = Field(60, ge=1, description="Steps of each set.")
-    batch_tiles: int = Field(4, ge=1, description="Tiles of a step.")
+    batch_tiles: int = Field(8, ge=1, description="Tiles of a step.")
+    batch_rows: int = Field(1024, ge=1, description="Patches of a step at most, drawn from its tiles.")
+    rows_precision: RowsPrecision = Field(RowsPrecision.FLOAT32, description="Numbers that prototypes are stored in.")
 
-    @model_validator(mode="after")
-    def _known(self) -> PrototypesConfig:
-        if not self.taps or not set(self.taps) <= STRIDES.keys() or len(set(self.taps)) < len(self.taps):
-            raise ValueError(f"taps {', '.join(self.taps) or 'none'}: give s8, s16 or both")
-        if not self.alphas or not all(0 <= alpha <= 1 for alpha in self.alphas):
-            raise ValueError(f"alphas {self.alphas}: each must lie in 0..1, and there must be one")
-        return self
+    @field_validator("sets", mode="before")
+    @classmethod
+    def _read(cls, value: object) -> object:
+        return json.loads(value) if isinstance(value, str) else value
 
 
 class PrototypesMethod(Method):
     """Prototypes of patches, with and without places, made by optimal transport."""
 
     name: ClassVar[str] = "prototypes"
-    tap_names: ClassVar[tuple[str, ...]] = ("s8", "s16")
+    tap_names: ClassVar[tuple[str, ...]] = tuple(STRIDES)
 
     @classmethod
     def config(cls, preset: str) -> PrototypesConfig:
@@ -64,28 +100,33 @@ class PrototypesMethod(Method):
         if preset == "quick":
             return PrototypesConfig()
         if preset == "full":
-            return PrototypesConfig(copies=4, steps=400, batch_tiles=8)
+            return PrototypesConfig(steps=200, iterations=100, batch_rows=3136)
         raise UsageError(f"--preset {preset}: unknown; choose quick or full")
 
     @classmethod
     def fit(cls, context: FitContext, config: MethodConfig) -> PrototypeHead:
-        """Learn the prototypes.
+        """Learn the prototypes, of each product from its own images.
 
         Raises:
-            DataError: there are no features, or they are not finite.
+            DataError: there are no features, of a product none, or they are not finite.
         """
         own, features = _own(config), context.features
         if len(features) == 0:
             raise DataError("prototypes got no training features; add good parts to train/good")
-        grids = {tap: (int(features.taps[tap].shape[2]), int(features.taps[tap].shape[3])) for tap in own.taps}
-        channels = {tap: int(features.taps[tap].shape[1]) for tap in own.taps}
-        head = _empty(own, channels, grids)
-        generator = context.generator()
-        for index, (tap, alpha, _) in enumerate(head.sets):
-            made = _Training(context, own, tap, alpha, generator).run(index, len(head.sets))
-            for what in ("prototypes", "where", "mass", "farthest"):
-                head.get_buffer(f"{what}_{index}").copy_(getattr(made, what))
-        return head.eval().requires_grad_(requires_grad=False)
+        grids = {tap: (int(t.shape[2]), int(t.shape[3])) for tap, t in features.taps.items() if tap in _taps(own)}
+        channels = {tap: int(features.taps[tap].shape[1]) for tap in grids}
+        head = _empty(own, channels, grids, len(context.products) or None).to(context.device)
+        if own.whitening:
+            _whiten(head, context, own.whitening)
+        generator, total = context.generator(), len(head.sets) * max(1, len(context.products))
+        for product, tiles in enumerate(_tiles(context)):
+            for index in range(len(head.sets)):
+                done = product * len(head.sets) + index
+                made = _Training(context, own, head, index, tiles, generator=generator).run(done, total)
+                for what in STATE:
+                    buffer = head.get_buffer(f"{what}_{index}")
+                    (buffer[product] if head.takes_product else buffer).copy_(getattr(made, what))
+        return head.cpu().eval().requires_grad_(requires_grad=False)
 
     @classmethod
     def build(cls, config: MethodConfig, tensors: dict[str, torch.Tensor]) -> PrototypeHead:
@@ -96,12 +137,13 @@ class PrototypesMethod(Method):
         """
         own = _own(config)
         try:
-            channels, grids = {}, {}
-            for index, (tap, _) in enumerate(_sets(own)):
-                channels[tap] = int(tensors[f"prototypes_{index}"].shape[1])
+            first = tensors["prototypes_0"]
+            channels = {one.tap: int(tensors[f"prototypes_{i}"].shape[-1]) for i, one in enumerate(own.sets)}
+            grids = {}
+            for tap in channels:
                 height, width = tensors[f"grid_{tap}"].tolist()
                 grids[tap] = (int(height), int(width))
-            head = _empty(own, channels, grids)
+            head = _empty(own, channels, grids, int(first.shape[0]) if first.ndim == _WITH_PRODUCTS else None)
             head.load_state_dict(tensors)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"these tensors are no prototype head ({error}); train again") from error
@@ -110,96 +152,192 @@ class PrototypesMethod(Method):
 
 @dataclass(frozen=True)
 class Prototypes:
-    """One set.
+    """One set of one product.
 
     Attributes:
-        prototypes: float32 [K, C] of unit length.
-        where: float32 [K, 2], (y, x) in the unit square.
-        mass: float32 [K], training patches behind each.
-        farthest: float32 [1], largest 1 - cos between a training patch and a prototype.
+        prototypes: float32 [K, C].
+        mass: float32 [K], good patches behind each.
+        farthest: float32 [1], largest distance between a good patch and a prototype.
+        typical: float32 [1], mean cost of good patches.
     """
 
     prototypes: torch.Tensor
-    where: torch.Tensor
     mass: torch.Tensor
     farthest: torch.Tensor
+    typical: torch.Tensor
 
 
 class _Training:
+    """Training of one set on some tiles.
+
+    Args:
+        context: what may be used.
+        config: settings.
+        head: whose patches are compared.
+        index: of the set.
+        tiles: int64 [n], rows of the features.
+        generator: of the batches.
+    """
+
     def __init__(
-        self, context: FitContext, config: PrototypesConfig, tap: str, alpha: float, generator: torch.Generator
+        self,
+        context: FitContext,
+        config: PrototypesConfig,
+        head: PrototypeHead,
+        index: int,
+        tiles: torch.Tensor,
+        *,
+        generator: torch.Generator,
     ) -> None:
-        self.context, self.config, self.tap, self.alpha, self.generator = context, config, tap, alpha, generator
-        self.grid = tuple(int(side) for side in context.features.taps[tap].shape[2:])
+        self.context, self.config, self.head, self.tiles, self.generator = context, config, head, tiles, generator
+        self.set, self.index = head.sets[index], index
+        self.spatial = head.spatial(index).repeat(1, self.set.copies)
 
-    def run(self, index: int, count: int) -> Prototypes:
-        config, device = self.config, self.context.device
-        cells = (min(config.cells, self.grid[0]), min(config.cells, self.grid[1]))
-        where = places(cells).repeat(config.copies, 1).to(device)
-        sites = places((self.grid[0], self.grid[1])).to(device)
-        spatial = (sites[:, None] - where).square().sum(2).sqrt()
-        prototypes = self._begin(spatial)
-        for step, rows in zip(range(config.steps), self._batches()):  # noqa: B905 (endless)
-            farthest = _farthest(rows, prototypes)
-            cost = costs(rows, _unit(prototypes), spatial, alpha=self.alpha, farthest=farthest).flatten(0, 1)
+    @torch.no_grad()
+    def run(self, done: int, total: int) -> Prototypes:
+        """Make the set; ``done`` of ``total`` sets were made before."""
+        config = self.config
+        prototypes, batches = self._begin(), self._batches()
+        for step in range(config.steps):
+            rows, sites = next(batches)
+            feature = feature_costs(rows, self._compared(prototypes), self.head.metric)
+            farthest = feature.amax().clamp_min(_TINY)
+            alpha = self.set.alpha
+            cost = feature * ((1.0 - alpha) / farthest) + self.spatial[sites] * (alpha / FARTHEST)
             plan = sinkhorn(
-                cost, epsilon=config.epsilon, iterations=config.iterations, tolerance=config.tolerance / len(where)
+                cost, epsilon=config.epsilon, iterations=config.iterations, tolerance=config.tolerance / len(prototypes)
             )
-            prototypes = prototypes + config.follow * (barycentres(plan, rows.flatten(0, 1)) - prototypes)
-            self.context.progress("prototypes", index * config.steps + step + 1, count * config.steps)
-        return self._measured(_unit(prototypes), where, spatial)
+            prototypes = prototypes + config.follow * (barycentres(plan, rows) - prototypes)
+            self.context.progress("prototypes", done * config.steps + step + 1, total * config.steps)
+        return self._measured(self._stored(self._compared(prototypes)))
 
-    def _begin(self, spatial: torch.Tensor) -> torch.Tensor:
-        """Return a training patch near each prototype's place, drawn anew for each: equal copies would stay equal."""
-        near = spatial.argmin(0).cpu()
-        tiles = torch.randint(len(self.context.features), (len(near),), generator=self.generator)
-        tap = self.context.features.taps[self.tap]
-        rows = tap.flatten(2)[tiles, :, near].to(self.context.device, torch.float32)
+    def _compared(self, prototypes: torch.Tensor) -> torch.Tensor:
+        return unit_rows(prototypes) if self.head.metric is Metric.COSINE else prototypes
+
+    def _stored(self, prototypes: torch.Tensor) -> torch.Tensor:
+        return prototypes.half().float() if self.head.float16_state else prototypes
+
+    def _rows(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Return patches float32 [n, L, C] of tiles."""
+        (tap,) = next(self.context.features.batches((self.set.tap,), len(tiles), device=self._device, order=tiles))
+        rows = self.head.rows(self.set.tap, tap)
         if not torch.isfinite(rows).all():
             raise DataError("features of the training images are not finite; check the images")
-        return _unit(rows)
+        return rows
 
-    def _batches(self) -> Iterator[torch.Tensor]:
-        features = self.context.features
+    @property
+    def _device(self) -> torch.device:
+        return self.context.device
+
+    def _begin(self) -> torch.Tensor:
+        """Return a training patch near each prototype's place, drawn anew for each: equal copies would stay equal.
+
+        Where prototypes know no places, a patch from anywhere.
+        """
+        count = len(self.spatial.T)
+        if self.set.alpha:
+            near = self.spatial.argmin(0).cpu()
+        else:
+            near = torch.randint(len(self.spatial), (count,), generator=self.generator)
+        tiles = self.tiles[torch.randint(len(self.tiles), (count,), generator=self.generator)]
+        found: torch.Tensor | None = None
+        for tile in tiles.unique():
+            mine = torch.nonzero(tiles == tile)[:, 0]
+            rows = self._rows(tile[None])[0]
+            found = rows.new_zeros(count, rows.shape[1]) if found is None else found
+            found[mine.to(rows.device)] = rows[near[mine].to(rows.device)]
+        assert found is not None
+        return found
+
+    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield patches [n, C] and their sites [n] without end, every tile in turn."""
+        size = self.config.batch_tiles
         while True:
-            order = torch.randperm(len(features), generator=self.generator)
-            batches = features.batches((self.tap,), self.config.batch_tiles, device=self.context.device, order=order)
-            for (tap,) in batches:
-                rows = unit_rows(tap)
-                if not torch.isfinite(rows).all():
-                    raise DataError("features of the training images are not finite; check the images")
-                yield rows
+            order = self.tiles[torch.randperm(len(self.tiles), generator=self.generator)]
+            for tiles in order.split(size):
+                rows = self._rows(tiles)
+                sites = torch.arange(rows.shape[1]).repeat(len(tiles))
+                kept = torch.randperm(len(sites), generator=self.generator)[: self.config.batch_rows]
+                yield rows.flatten(0, 1)[kept.to(rows.device)], sites[kept].to(rows.device)
 
-    def _measured(self, prototypes: torch.Tensor, where: torch.Tensor, spatial: torch.Tensor) -> Prototypes:
-        mass = torch.zeros(len(prototypes), device=prototypes.device)
-        farthest = torch.zeros(1, device=prototypes.device)
-        for (tap,) in self.context.features.batches((self.tap,), _BATCH, device=self.context.device):
-            farthest = torch.maximum(farthest, _farthest(unit_rows(tap), prototypes))
-        for (tap,) in self.context.features.batches((self.tap,), _BATCH, device=self.context.device):
-            rows = unit_rows(tap)
-            nearest = costs(rows, prototypes, spatial, alpha=self.alpha, farthest=float(farthest)).argmin(2)
-            mass += torch.bincount(nearest.flatten(), minlength=len(mass)).float()
-        return Prototypes(prototypes.cpu(), where.cpu(), mass.cpu(), farthest.cpu())
-
-
-def _farthest(rows: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
-    return (1.0 - rows.flatten(0, 1) @ _unit(prototypes).T).amax().clamp_min(_TINY).reshape(1)
-
-
-def _unit(rows: torch.Tensor) -> torch.Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(_TINY)
+    def _measured(self, prototypes: torch.Tensor) -> Prototypes:
+        """Count what stands behind each prototype, and freeze the normalisers."""
+        metric, alpha = self.head.metric, self.set.alpha
+        farthest = torch.zeros(1, device=self._device)
+        for tiles in self.tiles.split(_BATCH):
+            feature = feature_costs(self._rows(tiles), prototypes, metric)
+            farthest = torch.maximum(farthest, feature.amax().reshape(1))
+        farthest = farthest.clamp_min(_TINY)
+        mass, total, count = torch.zeros(len(prototypes), device=self._device), 0.0, 0
+        for tiles in self.tiles.split(_BATCH):
+            cost = feature_costs(self._rows(tiles), prototypes, metric) * ((1.0 - alpha) / farthest)
+            least, index = (cost + self.spatial * (alpha / FARTHEST)).min(2)
+            least = least.clamp_min(0.0).sqrt() if metric is Metric.EUCLID else least
+            mass += torch.bincount(index.flatten(), minlength=len(mass)).float()
+            total, count = total + float(least.sum()), count + least.numel()
+        typical = torch.tensor([max(total / count, _TINY)])
+        return Prototypes(prototypes.cpu(), mass.cpu(), farthest.cpu(), typical)
 
 
-def _sets(config: PrototypesConfig) -> list[tuple[str, float]]:
-    return [(tap, alpha) for tap in config.taps for alpha in config.alphas]
+def _tiles(context: FitContext) -> list[torch.Tensor]:
+    """Return the tiles of each product, or all."""
+    features = context.features
+    if not context.products:
+        return [torch.arange(len(features))]
+    if features.products is None:
+        raise DataError("features of several products do not say which product each tile shows; extract them again")
+    found = [torch.nonzero(features.products == product)[:, 0] for product in range(len(context.products))]
+    for name, tiles in zip(context.products, found, strict=True):
+        if not len(tiles):
+            raise DataError(f"product {name} has no training features; add good parts to its train/good")
+    return found
 
 
-def _empty(config: PrototypesConfig, channels: dict[str, int], grids: dict[str, tuple[int, int]]) -> PrototypeHead:
-    sets = []
-    for tap, alpha in _sets(config):
-        cells = min(config.cells, grids[tap][0]) * min(config.cells, grids[tap][1])
-        sets.append((tap, alpha, config.copies * cells))
-    return PrototypeHead(sets, channels=channels, grids=grids, weights=[1.0 / len(sets)] * len(sets))
+def _whiten(head: PrototypeHead, context: FitContext, share: float) -> None:
+    """Set the convolutions that whiten: of all products together, so that their prototypes live in one space."""
+    for name in head.tap_names:
+        layer = head.get_submodule(f"whiten_{name}")
+        mean, matrix = whitening(_patches(head, context, name), share)
+        if not (torch.isfinite(mean).all() and torch.isfinite(matrix).all()):
+            raise DataError("features of the training images are not finite; check the images")
+        with torch.no_grad():
+            layer.weight.copy_(matrix.T[:, :, None, None])
+            layer.bias.copy_(-(mean @ matrix))
+
+
+def _patches(head: PrototypeHead, context: FitContext, name: str) -> Iterator[torch.Tensor]:
+    for (tap,) in context.features.batches((name,), _BATCH, device=context.device):
+        yield head.patches(name, tap).permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _taps(config: PrototypesConfig) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(one.tap for one in config.sets))
+
+
+def _empty(
+    config: PrototypesConfig, channels: dict[str, int], grids: dict[str, tuple[int, int]], products: int | None
+) -> PrototypeHead:
+    sets = [
+        PrototypeSet(
+            tap=one.tap,
+            alpha=one.alpha,
+            cells=(min(one.cells, grids[one.tap][0]), min(one.cells, grids[one.tap][1])),
+            copies=one.copies,
+            weight=one.weight,
+        )
+        for one in config.sets
+    ]
+    return PrototypeHead(
+        sets,
+        channels=channels,
+        grids=grids,
+        metric=config.metric,
+        pooled=config.pooled,
+        whitened=config.whitening > 0,
+        background=config.background,
+        float16=config.rows_precision is RowsPrecision.FLOAT16,
+        products=products,
+    )
 
 
 def _own(config: MethodConfig) -> PrototypesConfig:

@@ -6,22 +6,63 @@ what differs is in the README.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+from torch.nn.utils import skip_init
 
 from edge.errors import DataError
 from trainer.methods.base import Head
-from trainer.methods.patches import enlarge
+from trainer.methods.patches import enlarge, patch_mean
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MAP_STRIDE = 8
-STRIDES = {"s8": 8, "s16": 16}
+STRIDES = {"s4": 4, "s8": 8, "s16": 16}
 FARTHEST = 2.0**0.5
 """Largest distance between two places of the unit square: what spatial costs are divided by."""
+EMPTY = 1e3
+"""Added to the cost of a prototype that no good patch stands behind: it explains nothing."""
+STATE = ("prototypes", "mass", "farthest", "typical")
+"""State tensors of each set, by their first word."""
 _TINY = 1e-12
+
+
+class Metric(str, Enum):
+    """How patches are compared with prototypes.
+
+    ``cosine``: 1 - cos, as published. ``euclid``: squared distance, which also sees how long a whitened patch is.
+    """
+
+    COSINE = "cosine"
+    EUCLID = "euclid"
+
+
+@dataclass(frozen=True)
+class PrototypeSet:
+    """One set of prototypes.
+
+    Attributes:
+        tap: that its patches are from.
+        alpha: share of the place in the cost; 0 knows no places.
+        cells: rows and columns of the grid that prototypes lie on.
+        copies: prototypes of each cell.
+        weight: in the map.
+    """
+
+    tap: str
+    alpha: float
+    cells: tuple[int, int]
+    copies: int
+    weight: float = 1.0
+
+    @property
+    def size(self) -> int:
+        """K, the number of prototypes: all cells, then all cells again."""
+        return self.copies * self.cells[0] * self.cells[1]
 
 
 def places(grid: tuple[int, int]) -> torch.Tensor:
@@ -30,83 +71,144 @@ def places(grid: tuple[int, int]) -> torch.Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), 2).flatten(0, 1)
 
 
-def unit_rows(tap: torch.Tensor) -> torch.Tensor:
-    """Return patches of unit length float32 [N, h w, C] of a tap [N, C, h, w]; one of no length stays 0."""
-    rows = tap.flatten(2).transpose(1, 2)
-    return rows / rows.norm(dim=2, keepdim=True).clamp_min(_TINY)
+def distances(sites: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Return how far places [K, 2] lie from sites [L, 2], float32 [L, K]."""
+    return (sites[:, None] - where).square().sum(2).sqrt()
 
 
-def costs(
-    rows: torch.Tensor, prototypes: torch.Tensor, spatial: torch.Tensor, *, alpha: float, farthest: float
-) -> torch.Tensor:
-    """Return the costs float32 [..., L, K] that prototypes were trained with and are judged by.
+def unit_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Return rows float32 [..., C] of unit length; one of no length stays 0."""
+    return rows / rows.norm(dim=-1, keepdim=True).clamp_min(_TINY)
 
-    (1 - alpha) (1 - cos) / farthest + alpha distance / sqrt(2).
 
-    Args:
-        rows: [..., L, C] of unit length.
-        prototypes: [K, C] of unit length.
-        spatial: distances [L, K] in the unit square.
-        alpha: share of the place, 0..1.
-        farthest: largest 1 - cos of training patches, frozen: a maximum taken from the image itself would let a defect
-            lower the scores of everything beside it.
+def feature_costs(rows: torch.Tensor, prototypes: torch.Tensor, metric: Metric) -> torch.Tensor:
+    """Return costs float32 [..., L, K] of rows [..., L, C] at prototypes [..., K, C], not divided by anything.
+
+    Of the cosine both must be of unit length already.
     """
-    feature = 1.0 - rows @ prototypes.transpose(-1, -2)
-    return feature * ((1.0 - alpha) / farthest) + spatial * (alpha / FARTHEST)
+    products = rows @ prototypes.transpose(-1, -2)
+    if metric is Metric.COSINE:
+        return 1.0 - products
+    lengths = (prototypes * prototypes).sum(-1)
+    return (rows * rows).sum(-1, keepdim=True) + (lengths[..., None, :] - 2.0 * products)
 
 
 class PrototypeHead(Head):
-    """Cost of each patch to its nearest prototype, summed over sets of prototypes, on the stride-8 grid.
+    """Cost of each patch to its nearest prototype, summed over sets of prototypes.
 
-    State, per set i: ``prototypes_i`` float32 [K, C] of unit length, ``where_i`` [K, 2] in the unit square,
-    ``mass_i`` [K] (patches that stand behind each, for merging; not judged by), ``farthest_i`` [1].
+    ``min_k (1 - alpha) D(f, p_k) / farthest + alpha |g - c_k| / sqrt 2``: f a patch at place g, p_k a prototype at
+    place c_k, D by the metric; its root for ``euclid``; over ``typical``, times the set's weight. Both normalisers are
+    frozen: a maximum taken from the image itself would let a defect lower the scores of everything beside it.
+
+    State, per set i: ``prototypes_i`` float32 [K, C], ``mass_i`` [K] (good patches behind each; one without any is
+    left out), ``farthest_i`` [1] and ``typical_i`` [1]; of several products with an axis of products before. Places are
+    constants: they follow from the grid.
 
     Args:
-        sets: (tap, share of the place, number of prototypes) of each set.
+        sets: of prototypes.
         channels: of each tap.
         grids: (h, w) of each tap.
-        weights: of the sets in the map.
+        metric: see above.
+        pooled: patches of s8 and s16 are 3x3 means.
+        whitened: a 1x1 convolution brings each tap's patches to about equal deviations first.
+        background: share of its own mean that is taken off a map.
+        float16: prototypes are float16 numbers and stored as such.
+        products: None where there is one, and the state has no axis for it.
     """
-
-    map_stride = MAP_STRIDE
 
     def __init__(
         self,
-        sets: Sequence[tuple[str, float, int]],
+        sets: Sequence[PrototypeSet],
         *,
         channels: dict[str, int],
         grids: dict[str, tuple[int, int]],
-        weights: Sequence[float],
+        metric: Metric = Metric.COSINE,
+        pooled: bool = False,
+        whitened: bool = False,
+        background: float = 0.0,
+        float16: bool = False,
+        products: int | None = None,
     ) -> None:
         super().__init__()
-        if not sets or len(sets) != len(weights):
-            raise DataError(f"{len(sets)} sets of prototypes and {len(weights)} weights; give one weight for each set")
-        self.sets, self.weights, self.grids = tuple(sets), tuple(weights), dict(grids)
-        self.tap_names = tuple(dict.fromkeys(tap for tap, _, _ in sets))
-        names = []
-        for index, (tap, _, count) in enumerate(sets):
-            shapes = {"prototypes": (count, channels[tap]), "where": (count, 2), "mass": (count,), "farthest": (1,)}
+        if not sets:
+            raise DataError("a prototype head needs at least one set of prototypes")
+        self.sets, self.metric, self.pooled, self.background = tuple(sets), metric, pooled, background
+        self.grids = dict(grids)
+        self.tap_names = tuple(dict.fromkeys(one.tap for one in sets))
+        self.map_stride = STRIDES["s4"] if "s4" in self.tap_names else STRIDES["s8"]
+        self.takes_product = products is not None
+        abreast = () if products is None else (products,)
+        for index, one in enumerate(sets):
+            shapes = {
+                "prototypes": (one.size, channels[one.tap]),
+                "mass": (one.size,),
+                "farthest": (1,),
+                "typical": (1,),
+            }
             for what, shape in shapes.items():
-                self.register_buffer(f"{what}_{index}", torch.zeros(shape))
-                names.append(f"{what}_{index}")
-        self.state_names = tuple(name for name in names if not name.startswith("mass"))
-        for tap, grid in self.grids.items():
-            self.register_buffer(f"places_{tap}", places(grid), persistent=False)
+                self.register_buffer(f"{what}_{index}", torch.ones(*abreast, *shape))
+            self.register_buffer(f"where_{index}", places(one.cells), persistent=False)
+        self.state_names = tuple(f"{what}_{index}" for index in range(len(sets)) for what in STATE)
+        self.product_state = self.state_names if self.takes_product else ()
+        self.float16_state = tuple(n for n in self.state_names if n.startswith("prototypes")) if float16 else ()
+        # Small directions of the whitened space would drown in the rounding of larger ones.
+        self.float_ops = tuple(f"whiten_{name}" for name in self.tap_names) if whitened else ()
+        self.whitened = whitened
+        for name in self.tap_names:
+            self.register_buffer(f"places_{name}", places(self.grids[name]), persistent=False)
             # What rebuilding needs; the graph has no use for it.
-            self.register_buffer(f"grid_{tap}", torch.tensor(grid))
+            self.register_buffer(f"grid_{name}", torch.tensor(self.grids[name]))
+            if whitened:
+                # skip_init: the global generator is not ours to advance.
+                self.register_module(f"whiten_{name}", skip_init(nn.Conv2d, channels[name], channels[name], 1))
 
-    def forward(self, *taps: torch.Tensor) -> tuple[torch.Tensor]:
-        """Return the map."""
-        rows = {name: unit_rows(tap) for name, tap in zip(self.tap_names, taps, strict=True)}
-        found = torch.zeros(())
-        for index, ((tap, alpha, _), weight) in enumerate(zip(self.sets, self.weights, strict=True)):
-            found = found + weight * self._map(index, tap, alpha, rows[tap])
-        return (found,)
+    def patches(self, name: str, tap: torch.Tensor) -> torch.Tensor:
+        """Return what is whitened, float32 [N, C, h, w]."""
+        # A mean would blur what the finest tap is for, as in trainer/methods/memory.
+        return patch_mean(tap) if self.pooled and name != "s4" else tap
 
-    def _map(self, index: int, tap: str, alpha: float, rows: torch.Tensor) -> torch.Tensor:
-        prototypes, where, farthest = (self.get_buffer(f"{w}_{index}") for w in ("prototypes", "where", "farthest"))
-        apart = self.get_buffer(f"places_{tap}")[:, None] - where
-        spatial = apart.square().sum(2).sqrt()
-        cost = costs(rows, prototypes, spatial, alpha=alpha, farthest=farthest)
-        grid = cost.amin(2).unflatten(1, self.grids[tap])[:, None]
-        return enlarge(grid, STRIDES[tap] // MAP_STRIDE)[:, 0]
+    def rows(self, name: str, tap: torch.Tensor) -> torch.Tensor:
+        """Return what is compared, float32 [N, h w, C] of a tap [N, C, h, w]: of unit length for the cosine."""
+        patches = self.patches(name, tap)
+        if self.whitened:
+            patches = self.get_submodule(f"whiten_{name}")(patches)
+        rows = patches.flatten(2).transpose(1, 2)
+        return unit_rows(rows) if self.metric is Metric.COSINE else rows
+
+    def spatial(self, index: int) -> torch.Tensor:
+        """Return the distances of a set's cells from the sites of its tap, float32 [L, cells]."""
+        return distances(self.get_buffer(f"places_{self.sets[index].tap}"), self.get_buffer(f"where_{index}"))
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor]:
+        """Return the map float32 [N, H / stride, W / stride] of taps, and of the products where it takes them."""
+        taps = inputs[:-1] if self.takes_product else inputs
+        product = inputs[-1] if self.takes_product else None
+        rows = {name: self.rows(name, tap) for name, tap in zip(self.tap_names, taps, strict=True)}
+        found = None
+        for index, one in enumerate(self.sets):
+            cost = self.nearest(index, rows[one.tap], product)
+            typical = self._state("typical", index, product)
+            grid = cost.unflatten(1, self.grids[one.tap])[:, None] * (one.weight / typical[..., None, None])
+            level = enlarge(grid, STRIDES[one.tap] // self.map_stride)
+            found = level if found is None else found + level
+        assert found is not None
+        return ((found - self.background * found.mean((1, 2, 3), keepdim=True))[:, 0],)
+
+    def nearest(self, index: int, rows: torch.Tensor, product: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the cost of each row's nearest prototype, float32 [N, L] of rows [N, L, C]."""
+        one = self.sets[index]
+        prototypes = self._state("prototypes", index, product)
+        feature = feature_costs(rows, prototypes, self.metric)
+        farthest, mass = self._state("farthest", index, product), self._state("mass", index, product)
+        scaled = feature * ((1.0 - one.alpha) / farthest[..., None])
+        scaled = scaled + (mass <= 0).to(torch.float32)[..., None, :] * EMPTY
+        # The nearest copy of each cell first: its place is the same.
+        cost = scaled.unflatten(2, (one.copies, one.cells[0] * one.cells[1])).amin(2)
+        if one.alpha:
+            cost = cost + self.spatial(index) * (one.alpha / FARTHEST)
+        least = cost.amin(2)
+        return least.clamp_min(0.0).sqrt() if self.metric is Metric.EUCLID else least
+
+    def _state(self, what: str, index: int, product: torch.Tensor | None) -> torch.Tensor:
+        state = self.get_buffer(f"{what}_{index}")
+        return state if product is None else state.index_select(0, product)
