@@ -45,7 +45,7 @@ RULES = ParityRules(
 )
 
 # What takes long to learn learns less: the path is tried here, not how good a method is.
-BRIEF = {"uniad": {"steps": 200}}
+BRIEF = {"uniad": {"steps": 200}, "onenip": {"steps": 150, "anomalies": 48}}
 
 IMAGES = 2 * LEAST_GOOD_IMAGES
 

@@ -47,7 +47,7 @@ def fit(method: str, data: Path, out: Path, **options: Any) -> Run:
 @pytest.fixture(scope="module", autouse=True)
 def brief_methods(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fewer steps and rows, and no cache in the home folder: these tests are of what surrounds a method."""
-    small = {"steps": 8, "rows": 40, "candidates": 400, "batch_rows": 256}
+    small = {"steps": 8, "rows": 40, "candidates": 400, "batch_rows": 256, "anomalies": 12}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LINEWARD_CACHE", str(request.config.cache.mkdir("lineward")))
         for method in methods().values():

@@ -42,8 +42,8 @@ class OneNipConfig(MethodConfig):
     hidden: int = Field(512, ge=8, description="Of feed-forward networks.")
     neighbours: int | None = Field(None, ge=0, description="Side of the hidden square; null for half of the grid.")
     jitter: float | None = Field(None, ge=0, description="alpha; null keeps the paper's noise for the channels here.")
-    dropout: float = Field(0.1, ge=0, lt=1, description="Of the encoder, in training.")
-    standardise: bool = Field(False, description="Give every channel mean 0 and deviation 1 on good patches first.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Of the encoder, in training.")
+    standardise: bool = Field(True, description="Give every channel mean 0 and deviation 1 on good patches first.")
     refiner: int = Field(64, ge=1, description="Channels inside the refiner.")
     restore: float = Field(1.0, ge=0, description="Weight of restoring pseudo anomalies to what was there.")
     dice: float = Field(0.5, ge=0, description="Weight of the refiner's Dice loss.")
@@ -72,7 +72,9 @@ class OneNipMethod(Method):
         if preset == "quick":
             return OneNipConfig()
         if preset == "full":
-            return OneNipConfig(width=256, layers=4, hidden=1024, refiner=128, anomalies=4000, steps=40_000, rate=1e-4)
+            return OneNipConfig(
+                width=256, layers=4, hidden=1024, dropout=0.1, refiner=128, anomalies=4000, steps=40_000, rate=1e-4
+            )
         raise UsageError(f"--preset {preset}: unknown; choose quick or full")
 
     @classmethod
@@ -126,9 +128,10 @@ class OneNipMethod(Method):
             grid = (len(tensors["reconstructor.rows"]), len(tensors["reconstructor.columns"]))
             channels = int(tensors["reconstructor.enter.weight"].shape[1])
             network, refiner = empty_networks(own, grid, channels)
-            none = torch.zeros(channels)
-            prompts = torch.zeros_like(tensors["prompts"])
-            head = OneNipHead(network, refiner, mean=none, scale=none, prompts=prompts, share=own.share, level=1.0)
+            head = OneNipHead(
+                network, refiner, mean=torch.zeros(channels), scale=torch.ones(channels), share=own.share, level=1.0,
+                prompts=torch.zeros_like(tensors["prompts"]),
+            )  # fmt: skip
             head.load_state_dict(tensors)
         except (KeyError, IndexError, TypeError, RuntimeError) as error:
             raise DataError(f"these tensors are no OneNIP head ({error}); train again") from error
@@ -260,7 +263,7 @@ def train(
     network.train()
     refiner.train()
     losses = []
-    for step, batch in zip(range(config.steps), _batches(material, config.batch_tiles, generator)):  # noqa: B905 (endless)
+    for step, batch in zip(range(config.steps), batches(material, config.batch_tiles, generator)):  # noqa: B905 (endless)
         features, target, prompt = (
             normalise(one.to(device, torch.float32)) for one in (batch.features, batch.target, batch.prompt)
         )
@@ -349,14 +352,23 @@ def error_level(head: OneNipHead, good: TapFeatures, device: torch.device) -> fl
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class Drawn:
+    """What one step learns from.
+
+    Attributes:
+        features: float16 [2 n, L, C], n good tiles, then n with pseudo anomalies of the same products.
+        target: float16 [2 n, L, C], what they should be rebuilt to.
+        masks: float16 [2 n, 4 h, 4 w], as in :class:`Material`; of good tiles 0.
+        prompt: float16 [n, L, C], good tiles of the same products, for both halves.
+    """
+
     features: torch.Tensor
     target: torch.Tensor
     masks: torch.Tensor
     prompt: torch.Tensor
 
 
-def _batches(material: Material, size: int, generator: torch.Generator) -> Iterator[_Drawn]:
+def batches(material: Material, size: int, generator: torch.Generator) -> Iterator[Drawn]:
     """Draw good tiles and, for each, a tile with a pseudo anomaly and a prompt, both of the same product."""
     of_product = [(material.products == product).nonzero()[:, 0] for product in range(int(material.products.max()) + 1)]
     product_of = material.products[material.sources]
@@ -371,7 +383,7 @@ def _batches(material: Material, size: int, generator: torch.Generator) -> Itera
             prompts = torch.cat([one_of(of_product[product]) for product in products])
             spoilt = torch.cat([one_of(made[product]) for product in products])
             good = material.clean[rows]
-            yield _Drawn(
+            yield Drawn(
                 features=torch.cat([good, material.anomalous[spoilt]]),
                 target=torch.cat([good, material.clean[material.sources[spoilt]]]),
                 masks=torch.cat([torch.zeros_like(material.masks[spoilt]), material.masks[spoilt]]),
