@@ -35,7 +35,7 @@ class UniADConfig(MethodConfig):
     hidden: int = Field(512, ge=8, description="Of feed-forward networks.")
     neighbours: int | None = Field(None, ge=0, description="Side of the hidden square; null for half of the grid.")
     jitter: float | None = Field(None, ge=0, description="alpha; null keeps the paper's noise for the channels here.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="In training; in attention it costs a processor 40 % of a step.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="In training; of attention it is 40 % of a step on a CPU.")
     queries: bool = Field(True, description="A query in each decoder layer; without them it is a plain transformer.")
     sampling: Sampling = Field(Sampling.ALIGNED, description="How finer taps come to the grid of the deepest.")
     standardise: bool = Field(True, description="Give every channel mean 0 and deviation 1 on good patches first.")
