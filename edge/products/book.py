@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -19,7 +20,7 @@ from edge.judgement.kept_file import put_damaged_aside, read_kept
 from edge.products.recipes import RecipeHistory
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 _LOG = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class _Kept(BaseModel):
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_: Literal["lineward.recipes/1"] = Field(_FORMAT, alias="schema")
+    schema_: Literal["lineward.recipes/1"] = Field(alias="schema")
     cameras: dict[str, _Kept]
 
 
@@ -63,13 +64,14 @@ class RecipeBook:
 
     Args:
         path: of the file.
+        clock_ns: monotonic, the one that frames are captured by.
 
     Attributes:
         damage: what was found damaged or unreadable at the opening; empty where nothing was.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._path, self._clock_ns = path, clock_ns
         self._lock = threading.Lock()
         self._histories: dict[str, RecipeHistory] = {}
         self._cameras: dict[str, _Kept] = {}
@@ -87,7 +89,7 @@ class RecipeBook:
 
     def history(self, camera: str) -> RecipeHistory:
         """Return the recipes of a camera, which go on changing; the same object at each call."""
-        return self._histories.setdefault(camera, RecipeHistory())
+        return self._histories.setdefault(camera, RecipeHistory(clock_ns=self._clock_ns))
 
     def of(self, camera: str) -> tuple[str, datetime | None]:
         """Return the recipe of a camera, empty for none, and when it was given; None where none ever was."""
