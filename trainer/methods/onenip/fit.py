@@ -130,7 +130,7 @@ class OneNipMethod(Method):
             network, refiner = empty_networks(own, grid, channels)
             head = OneNipHead(
                 network, refiner, mean=torch.zeros(channels), scale=torch.ones(channels), share=own.share, level=1.0,
-                prompts=torch.zeros_like(tensors["prompts"]),
+                prompts=torch.zeros(len(tensors["prompts"]), grid[0] * grid[1], own.width),
             )  # fmt: skip
             head.load_state_dict(tensors)
         except (KeyError, IndexError, TypeError, RuntimeError) as error:
