@@ -1,0 +1,1 @@
+"""MMAE-ECG: rebuild hidden segments of a signal from the segments around them, at two scales."""

@@ -1,0 +1,298 @@
+"""MMAE-ECG: an autoencoder of segments that are hidden at two scales; how badly it rebuilds them is the anomaly.
+
+Pure modules from a signal to an anomaly map; they do not know how they are trained, nor what the signal is of. Source:
+Zhou et al., arXiv 2502.05494.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from edge.errors import DataError
+from trainer.methods.base import Head
+from trainer.methods.mmae_ecg.masks import Masks
+
+if TYPE_CHECKING:
+    from trainer.methods.mmae_ecg.masks import Scales
+
+SIGNAL = "signal"
+"""The tap: float32 [N, 1, K, Q], the scaled samples."""
+EPSILON = 1e-6
+_LEAST = 1e-12
+
+
+class Space(str, Enum):
+    """What an error is measured in.
+
+    ``normalised``: each segment of each channel has mean 0 and deviation 1, so that a segment counts by its shape.
+    ``raw``: in the scaled signal, so that it counts by its size too. ``both``: the map is the raw one, multiplied so
+    that its mean is that of the normalised one: where from the first, how much from the second.
+    """
+
+    NORMALISED = "normalised"
+    RAW = "raw"
+    BOTH = "both"
+
+
+class Attention(nn.Module):
+    """Self-attention over tokens [N, n, d]."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.together = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return tokens [N, n, d]."""
+        count, width = tokens.shape[1:]
+        depth = width // self.heads
+        split = self.together(tokens).reshape(-1, count, 3, self.heads, depth).permute(2, 0, 3, 1, 4)
+        query, key, value = split[0], split[1], split[2]
+        weights = (query * depth**-0.5) @ key.transpose(2, 3)
+        mixed = weights.softmax(-1) @ value
+        return self.out(mixed.transpose(1, 2).reshape(-1, count, width))
+
+
+class Block(nn.Module):
+    """A transformer block that normalises before each part."""
+
+    def __init__(self, width: int, heads: int, ratio: int) -> None:
+        super().__init__()
+        self.first = nn.LayerNorm(width, EPSILON)
+        self.attention = Attention(width, heads)
+        self.second = nn.LayerNorm(width, EPSILON)
+        self.enter = nn.Linear(width, ratio * width)
+        self.leave = nn.Linear(ratio * width, width)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return tokens [N, n, d]."""
+        tokens = tokens + self.attention(self.first(tokens))
+        return tokens + self.leave(nn.functional.gelu(self.enter(self.second(tokens))))
+
+
+class Autoencoder(nn.Module):
+    """Rebuilds hidden segments from visible ones, of the whole window and of a run of it in one sequence.
+
+    Args:
+        channels: K.
+        samples: Q, a multiple of ``scales.segments``.
+        scales: how a window is cut and hidden.
+        width: d of tokens.
+        depth: blocks of the encoder; the decoder has one.
+        heads: of every attention.
+        ratio: how much wider the hidden layer of a block is.
+
+    Raises:
+        DataError: the window cannot be cut into the segments.
+    """
+
+    def __init__(
+        self, *, channels: int, samples: int, scales: Scales, width: int, depth: int, heads: int, ratio: int = 4
+    ) -> None:
+        super().__init__()
+        if samples % scales.segments:
+            raise DataError(
+                f"a window of {samples} samples is not cut into {scales.segments} equal segments; choose --set segments"
+            )
+        if width % heads:
+            raise DataError(f"width {width} is no multiple of {heads} heads")
+        self.scales, self.channels, self.length = scales, channels, samples // scales.segments
+        inner = channels * self.length
+        self.embed = nn.Linear(inner, width)
+        self.encoder_global = nn.Parameter(torch.empty(scales.segments, width))
+        self.encoder_local = nn.Parameter(torch.empty(scales.segments, width))
+        self.encoder = nn.ModuleList(Block(width, heads, ratio) for _ in range(depth))
+        self.encoder_norm = nn.LayerNorm(width, EPSILON)
+        self.enter = nn.Linear(width, width)
+        self.hidden = nn.Parameter(torch.empty(width))
+        self.decoder_global = nn.Parameter(torch.empty(scales.segments, width))
+        self.decoder_local = nn.Parameter(torch.empty(scales.segments, width))
+        self.decoder = Block(width, heads, ratio)
+        self.decoder_norm = nn.LayerNorm(width, EPSILON)
+        self.leave = nn.Linear(width, inner)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw first weights: positions and the token of hidden segments with deviation 0.02, matrices as Xavier."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+        for table in (
+            self.encoder_global, self.encoder_local, self.decoder_global, self.decoder_local, self.hidden
+        ):  # fmt: skip
+            nn.init.trunc_normal_(table, std=0.02, generator=generator)
+
+    def cut(self, signal: torch.Tensor) -> torch.Tensor:
+        """Return the segments float32 [N, T, K, P] of a signal [N, K, Q]."""
+        return signal.unflatten(2, (self.scales.segments, self.length)).transpose(1, 2)
+
+    def forward(self, segments: torch.Tensor, masks: Masks) -> torch.Tensor:
+        """Rebuild the hidden segments of training windows, each under a mask of its own.
+
+        Args:
+            segments: float32 [N, T, K, P].
+            masks: N rows.
+
+        Returns:
+            float32 [N, n_g + n_l, K, P]: the globally hidden ones, then the locally hidden ones, normalised.
+        """
+        tokens = self.embed(segments.flatten(2))
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        return self.rebuild(tokens[rows, masks.global_visible], tokens[rows, masks.local_visible], masks)
+
+    def rebuild(self, of_window: torch.Tensor, of_run: torch.Tensor, masks: Masks) -> torch.Tensor:
+        """Rebuild hidden segments from the embedded visible ones.
+
+        Args:
+            of_window: float32 [M, T - n_g, d].
+            of_run: float32 [M, delta - n_l, d].
+            masks: their rows: M, or as many as divide M, which are then repeated.
+
+        Returns:
+            float32 [M, n_g + n_l, K, P].
+        """
+        repeat = (-1, len(masks))
+        known = torch.cat(
+            [
+                (of_window.unflatten(0, repeat) + self.encoder_global[masks.global_visible]).flatten(0, 1),
+                (of_run.unflatten(0, repeat) + self.encoder_local[masks.local_visible]).flatten(0, 1),
+            ],
+            1,
+        )
+        for block in self.encoder:
+            known = block(known)
+        known = self.enter(self.encoder_norm(known))
+        places = torch.cat([self.decoder_global[masks.global_visible], self.decoder_local[masks.local_visible]], 1)
+        unknown = self.hidden + torch.cat(
+            [self.decoder_global[masks.global_hidden], self.decoder_local[masks.local_hidden]], 1
+        )
+        known = known.unflatten(0, repeat) + places
+        # Where a token stands in the sequence says nothing: its position is added to it.
+        unknown = unknown.expand(known.shape[0], -1, -1, -1)
+        tokens = self.decoder(torch.cat([known, unknown], 2).flatten(0, 1))
+        hidden = self.decoder_norm(tokens[:, known.shape[2] :])
+        return self.leave(hidden).unflatten(2, (self.channels, self.length))
+
+
+def normalised(segments: torch.Tensor, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give every segment of every channel mean 0 and deviation 1; a flat one keeps its noise small.
+
+    Args:
+        segments: float32 [..., P].
+        floor: what is added to the variance, squared, in units of the scaled signal.
+
+    Returns:
+        The same shape, and the variance that it was divided by [..., 1].
+    """
+    mean = segments.mean(-1, keepdim=True)
+    centred = segments - mean
+    variance = centred.square().mean(-1, keepdim=True) + floor**2
+    return centred * variance.rsqrt(), variance
+
+
+def hidden_errors(
+    rebuilt: torch.Tensor, segments: torch.Tensor, masks: Masks, floor: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss of each scale: mean squared errors of normalised hidden segments.
+
+    Args:
+        rebuilt: as :meth:`Autoencoder.forward` returns it.
+        segments: float32 [N, T, K, P].
+        masks: N rows.
+        floor: as for :func:`normalised`.
+    """
+    target = normalised(segments, floor)[0]
+    rows = torch.arange(len(segments), device=segments.device)[:, None]
+    hidden = torch.cat([target[rows, masks.global_hidden], target[rows, masks.local_hidden]], 1)
+    errors = (rebuilt - hidden).square()
+    return errors[:, : masks.global_hidden.shape[1]].mean(), errors[:, masks.global_hidden.shape[1] :].mean()
+
+
+class MmaeHead(Head):
+    """The exported part: every window is judged by fixed passes in one batch.
+
+    Args:
+        network: fitted.
+        masks: H rows.
+        floor: as for :func:`normalised`.
+        space: what errors are measured in.
+        cell: samples per cell of the map, a divisor of the segments' length.
+        seed: that the masks were made from, kept to make them again.
+
+    Raises:
+        DataError: the cell does not divide a segment.
+    """
+
+    tap_names: tuple[str, ...] = (SIGNAL,)
+    float_ops: tuple[str, ...] = ()
+    rows: torch.Tensor
+    counts: torch.Tensor
+
+    def __init__(
+        self, network: Autoencoder, masks: Masks, *, floor: float, space: Space, cell: int, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if network.length % cell:
+            raise DataError(f"a segment of {network.length} samples is not cut into cells of {cell}")
+        self.network, self.floor, self.space, self.map_stride = network, floor, space, cell
+        for name in Masks.__slots__:
+            self.register_buffer(name, getattr(masks, name), persistent=False)
+        segments = network.scales.segments
+        self.register_buffer("shape", torch.tensor([network.channels, segments * network.length, seed]))
+        self.register_buffer("rows", _gathering(masks, segments), persistent=False)
+        self.register_buffer("counts", masks.counts(segments).float(), persistent=False)
+
+    @property
+    def masks(self) -> Masks:
+        """The passes' masks, H rows."""
+        return Masks(*(getattr(self, name) for name in Masks.__slots__))
+
+    def forward(self, signal: torch.Tensor) -> tuple[torch.Tensor]:
+        """Return the anomaly map float32 [N, K, Q / cell] of tap ``signal`` float32 [N, 1, K, Q]."""
+        raw, shape = self.point_scores(signal)
+        found = shape if self.space is Space.NORMALISED else raw
+        if self.space is Space.BOTH:
+            found = raw * (shape.mean((1, 2), keepdim=True) / (raw.mean((1, 2), keepdim=True) + _LEAST))
+        return (found,)
+
+    def point_scores(self, signal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mean squared error of each point over the passes that hid it, raw and normalised.
+
+        Args:
+            signal: tap, float32 [N, 1, K, Q].
+
+        Returns:
+            float32 [N, K, Q / cell] each; exactly 0 where no pass hid a segment.
+        """
+        segments = self.network.cut(signal[:, 0])
+        tokens, masks = self.network.embed(segments.flatten(2)), self.masks
+        # One batch of N H rows, the passes of a window side by side: each segment is embedded once for all of them.
+        rebuilt = self.network.rebuild(
+            tokens[:, masks.global_visible].flatten(0, 1), tokens[:, masks.local_visible].flatten(0, 1), masks
+        )
+        hidden = torch.cat([masks.global_hidden, masks.local_hidden], 1)
+        target, variance = normalised(segments, self.floor)
+        errors = (rebuilt.unflatten(0, (-1, len(masks))) - target[:, hidden]).square()
+        cells = errors.unflatten(4, (-1, self.map_stride)).mean(5).flatten(1, 2)
+        nothing = torch.zeros_like(cells[:, :1])
+        total = torch.cat([cells, nothing], 1)[:, self.rows].sum(2)
+        mean = total / self.counts.clamp_min(1)[:, None, None]
+        return tuple(part.transpose(1, 2).flatten(2) for part in (mean * variance, mean))
+
+    def sample_scores(self, signal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of all errors over the number of hidden entries, float32 [N], raw and normalised."""
+        weights = (self.counts / self.counts.sum()).repeat_interleave(self.network.length // self.map_stride)
+        return tuple((part.mean(1) * weights).sum(1) for part in self.point_scores(signal))
+
+
+def _gathering(masks: Masks, segments: int) -> torch.Tensor:
+    """Return int64 [T, m]: among all hidden segments of all passes, those that are segment t; filled up with none."""
+    flat = torch.cat([masks.global_hidden, masks.local_hidden], 1).flatten()
+    found = [torch.nonzero(flat == segment).flatten() for segment in range(segments)]
+    most = max(len(one) for one in found)
+    return torch.stack([nn.functional.pad(one, (0, most - len(one)), value=len(flat)) for one in found])

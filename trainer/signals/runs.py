@@ -1,0 +1,178 @@
+"""A run folder of a detector for signals: what training leaves behind, and all that evaluation and export need.
+
+``run.json`` (the record), ``head.safetensors``, ``trunk.safetensors`` (usual value and deviation of each channel),
+``holdout.npz`` (held-out good windows and their groups).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from datetime import datetime  # noqa: TC003 (pydantic needs it at run time)
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from deploy.running import pool_all
+from edge.bundle import Pooling, SignalLayout, load_arrays
+from edge.errors import BundleError, DataError, UsageError
+from trainer.signals.registry import get
+from trainer.signals.trunk import SignalTrunk
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from trainer.methods.base import Head
+
+_RECORD, _WEIGHTS, _TRUNK, _HOLDOUT = "run.json", "head.safetensors", "trunk.safetensors", "holdout.npz"
+_FILES = {_RECORD, _WEIGHTS, _TRUNK, _HOLDOUT}
+_WORK = ".saving-"
+_BATCH = 32
+
+
+class SignalRecord(BaseModel):
+    """run.json.
+
+    Attributes:
+        signal: what a source must give.
+        train_windows: windows that were learned from.
+        loss: reached by methods that have one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    modality: Literal["signal"] = "signal"
+    method: str
+    preset: str
+    config: dict[str, Any]
+    product: str
+    signal: SignalLayout
+    pooling: Pooling
+    seed: int
+    data_sha256: str
+    train_windows: int
+    validation: dict[str, float]
+    seconds: float
+    versions: dict[str, str]
+    created: datetime
+
+
+@dataclass
+class SignalRun:
+    """A trained detector of signals in torch.
+
+    Attributes:
+        path: its folder.
+        record: what run.json says.
+        trunk: scales a window.
+        head: the fitted head, in eval mode on the CPU.
+        holdout: float32 [n, K, Q], good windows that training did not see.
+        groups: unicode [n]; windows of one group overlap.
+    """
+
+    path: Path
+    record: SignalRecord
+    trunk: SignalTrunk
+    head: Head
+    holdout: npt.NDArray[np.float32]
+    groups: npt.NDArray[np.str_]
+
+    @classmethod
+    def load(cls, path: Path) -> SignalRun:
+        """Read a run folder.
+
+        Raises:
+            DataError: the folder is no run of a signal, or a file in it is damaged.
+        """
+        path = Path(path)
+        try:
+            record = SignalRecord.model_validate(json.loads((path / _RECORD).read_bytes()))
+            method = get(record.method)
+            config = type(method.config("quick")).model_validate(record.config)
+        except OSError as error:
+            raise DataError(f"{path / _RECORD}: cannot be read; give the folder that `lineward train` wrote") from error
+        except (ValueError, ValidationError, UsageError) as error:
+            raise DataError(f"{path / _RECORD}: not a run record of this release ({error}); train again") from error
+        try:
+            head = method.build(config, load_file(path / _WEIGHTS))
+            scale = load_file(path / _TRUNK)
+            trunk = SignalTrunk(scale["mean"][:, 0], scale["std"][:, 0]).eval()
+            arrays = load_arrays(path / _HOLDOUT)
+            holdout, groups = arrays["window"], arrays["groups"].astype(np.str_)
+        except (OSError, SafetensorError, KeyError, BundleError) as error:
+            raise DataError(f"{path}: cannot be read ({error}); train again") from error
+        expected = record.signal.preprocessing.canvas_shape
+        if holdout.shape[1:] != expected or holdout.dtype != np.float32 or len(groups) != len(holdout):
+            raise DataError(f"{path / _HOLDOUT}: windows are {holdout.dtype} {holdout.shape}; train again")
+        return cls(path, record, trunk, head, holdout, groups)
+
+    def save(self) -> None:
+        """Write the run folder, in place of an earlier run; run.json comes last.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=_WORK, dir=self.path))
+            try:
+                save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, work / _WEIGHTS)
+                save_file({k: v.contiguous() for k, v in self.trunk.state_dict().items()}, work / _TRUNK)
+                np.savez_compressed(work / _HOLDOUT, allow_pickle=False, window=self.holdout, groups=self.groups)
+                record = json.dumps(self.record.model_dump(mode="json"), indent=1, sort_keys=True)
+                (work / _RECORD).write_text(record + "\n", encoding="utf-8")
+                (self.path / _RECORD).unlink(missing_ok=True)
+                for name in (_WEIGHTS, _TRUNK, _HOLDOUT, _RECORD):
+                    (work / name).replace(self.path / name)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{self.path}: cannot be written ({reason}); free space or choose --out") from error
+
+    @staticmethod
+    def refuse_foreign(path: Path) -> None:
+        """Make sure that a folder to save in holds nothing but what a run leaves.
+
+        Raises:
+            UsageError: it is a file, or holds something else.
+        """
+        if not path.exists():
+            return
+        names = {file.name for file in path.iterdir()} if path.is_dir() else {path.name}
+        foreign = sorted(name for name in names - _FILES if not name.startswith(_WORK))
+        if foreign or not path.is_dir():
+            shown = ", ".join(foreign[:3])
+            raise UsageError(f"--out {path}: holds {shown}, which no run wrote; choose another, nothing was written")
+
+    def maps(self, windows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return the raw anomaly maps float32 [n, K, cells] of windows float32 [n, K, Q] in the record's unit."""
+        return maps_of(self.trunk, self.head, windows)
+
+    def scores(self, windows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Return the pooled raw scores float32 [n] of windows."""
+        return pool_all(self.maps(windows), self.record.pooling)
+
+
+def maps_of(trunk: SignalTrunk, head: Head, windows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return the raw anomaly maps float32 [n, K, cells] of windows float32 [n, K, Q]."""
+    with torch.inference_mode():
+        found = [head(*trunk(part))[0] for part in torch.from_numpy(np.ascontiguousarray(windows)).split(_BATCH)]
+    return torch.cat(found).numpy()
+
+
+def is_signal_run(path: Path) -> bool:
+    """Whether a folder holds a run of a detector for signals; one that cannot be read does not."""
+    try:
+        content = json.loads((Path(path) / _RECORD).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("modality") == "signal"
