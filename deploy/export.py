@@ -20,7 +20,8 @@ from onnx import helper
 
 from edge.bundle import STRIDE_MULTIPLE
 from edge.errors import DataError, EngineError, UsageError
-from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE, ROUTE
+from edge.inference.onnx_file import with_initialisers
+from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE, PRODUCT, ROUTE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,6 +42,13 @@ _FORBIDDEN_OPS = frozenset(
     {"If", "Loop", "Scan", "SequenceMap", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
      "Multinomial", "Bernoulli", "Dropout"}
 )  # fmt: skip
+_OUTPUTS = {
+    (3,): (ANOMALY_MAP,),
+    (3, 3): (ANOMALY_MAP, EMBEDDING),
+    (3, 2): (ANOMALY_MAP, ROUTE),
+    (3, 3, 2): (ANOMALY_MAP, EMBEDDING, ROUTE),
+}
+"""What a head returns, by its axes."""
 _TRUNK_OPS = frozenset({"Conv", "Clip", "Add", "Pad", "Transpose", "Cast", "Sub", "Mul", "Div", "Identity"})
 
 
@@ -71,9 +79,7 @@ def export_trunk(trunk: nn.Module, path: Path, *, size: tuple[int, int]) -> str:
     example = torch.zeros(2, *size, 3, dtype=torch.uint8)
     model = _onnx(trunk, (example,), inputs=(IMAGE,), outputs=names)
     _require_ops(model, allowed=_TRUNK_OPS, what="trunk")
-    strides = {
-        value.name: size[0] // value.type.tensor_type.shape.dim[2].dim_value for value in model.graph.output
-    }
+    strides = {value.name: size[0] // value.type.tensor_type.shape.dim[2].dim_value for value in model.graph.output}
     _set_dims(model.graph.input[0], (BATCH, "height", "width", 3))
     for value in model.graph.output:
         channels = value.type.tensor_type.shape.dim[1].dim_value
@@ -92,8 +98,9 @@ def export_head(head: nn.Module, path: Path, *, tap_shapes: Mapping[str, Sequenc
 
     Args:
         head: ``forward(*taps)`` -> ``(anomaly_map,)`` float32 [N, h, w], ``(anomaly_map, embedding)`` with
-            embedding float32 [N, L, D], or ``(anomaly_map, embedding, route)`` with route float32 [N, E]; attributes
-            ``tap_names``, ``state_names``, ``map_stride``.
+            embedding float32 [N, L, D], or either with a route float32 [N, E] behind it; attributes ``tap_names``,
+            ``state_names``, ``map_stride``. One with ``takes_product`` also takes an int64 [N] after the taps, and
+            may name in ``product_state`` the states whose first axis counts products.
         path: file to write.
         tap_shapes: shape [C, h, w] of each tap; N is dynamic in the file, h and w are not.
 
@@ -101,8 +108,8 @@ def export_head(head: nn.Module, path: Path, *, tap_shapes: Mapping[str, Sequenc
         The sha256 of the file, 64 hex digits.
 
     Raises:
-        DataError: a tap has no shape, a state is no float32 buffer, the head returns something else, or it uses an
-            operator that branches or draws at random.
+        DataError: a tap has no shape, a state is no float32 buffer, the head returns something else, it uses an
+            operator that branches or draws at random, or it cannot do with a state of one more product.
     """
     taps, states = tuple(head.tap_names), tuple(head.state_names)
     missing = [name for name in taps if name not in tap_shapes]
@@ -115,19 +122,27 @@ def export_head(head: nn.Module, path: Path, *, tap_shapes: Mapping[str, Sequenc
     head = head.eval()
     generator = torch.Generator().manual_seed(0)
     examples = tuple(torch.rand((2, *tap_shapes[name]), generator=generator) for name in taps)
+    inputs = taps
+    if getattr(head, "takes_product", False):
+        examples, inputs = (*examples, torch.zeros(2, dtype=torch.int64)), (*taps, PRODUCT)
+    feed = {name: example.numpy() for name, example in zip(inputs, examples, strict=True)}
     with torch.no_grad():
         results = head(*examples)
-    ranks = [result.ndim for result in results] if isinstance(results, tuple) else []
-    if ranks not in ([3], [3, 3], [3, 3, 2]):
+    ranks = tuple(result.ndim for result in results) if isinstance(results, tuple) else ()
+    if ranks not in _OUTPUTS:
         raise DataError(
-            "head: forward must return (map [N, h, w],), (map, embedding [N, L, D]) or (map, embedding, "
-            f"route [N, E]), got ranks {ranks}"
+            "head: forward must return (map [N, h, w],) or (map, embedding [N, L, D]), either with a route [N, E] "
+            f"behind it, got ranks {list(ranks)}"
         )
-    outputs = (ANOMALY_MAP, EMBEDDING, ROUTE)[: len(ranks)]
-    model = _onnx(head, examples, inputs=taps, outputs=outputs, dynamic_batch=True, states=states)
+    outputs = _OUTPUTS[ranks]
+    model = _onnx(head, examples, inputs=inputs, outputs=outputs, dynamic_batch=True, states=states)
     _require_ops(model, allowed=None, what="head")
     _require_state(model, {name: tuple(buffers[name].shape) for name in states})
-    return hashlib.sha256(_write(model, path)).hexdigest()
+    content = _write(model, path)
+    grown = tuple(getattr(head, "product_state", ()))
+    if grown:
+        _check_grown(content, {name: buffers[name].detach().cpu().numpy() for name in states}, grown, feed)
+    return hashlib.sha256(content).hexdigest()
 
 
 def export_fixed_trunk(trunk: nn.Module, path: Path, *, shape: Sequence[int]) -> str:
@@ -277,6 +292,49 @@ def _require_state(model: onnx.ModelProto, expected: Mapping[str, tuple[int, ...
     for name, shape in expected.items():
         if found.get(name) != (shape, onnx.TensorProto.FLOAT):
             raise DataError(f"head: state {name!r} is {found.get(name)} in the graph, expected float32 {shape}")
+
+
+def _check_grown(
+    content: bytes,
+    states: Mapping[str, npt.NDArray[np.float32]],
+    grown: Sequence[str],
+    feed: Mapping[str, npt.NDArray[Any]],
+) -> None:
+    """Make sure that a state of one more product leaves the others' maps alone, and gives the same for a copy."""
+    foreign = sorted(set(grown) - set(states))
+    if foreign:
+        raise DataError(f"head: product_state names {', '.join(foreign)}, not in state_names; add it there")
+    counts = {len(states[name]) for name in grown}
+    if len(counts) != 1:
+        raise DataError(f"head: states of {', '.join(grown)} count {sorted(counts)} products; give each as many rows")
+    count = counts.pop()
+    more = {name: np.concatenate([states[name], states[name][:1]]) for name in grown}
+    wanted, same, copied = (
+        _map_of(with_initialisers(content, state, more_rows=grown), {**feed, PRODUCT: np.full(2, product, np.int64)})
+        for state, product in (({}, 0), (more, 0), (more, count))
+    )
+    error = max(float(np.abs(other - wanted).max()) for other in (same, copied))
+    if not error <= TAP_TOLERANCE * float(np.abs(wanted).max()):
+        raise DataError(
+            "head: its map depends on how many products its state has rows for; choose rows by index_select alone"
+        )
+
+
+def _map_of(content: bytes, feed: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[np.float32]:
+    import onnxruntime  # noqa: PLC0415 (only a head of several products is run here)
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        names = {value.name for value in session.get_inputs()}
+        return np.asarray(session.run([ANOMALY_MAP], {name: feed[name] for name in names})[0])
+    except Exception as error:  # the engine has no error of its own that is public
+        raise DataError(
+            f"head: does not run with a state of one more product ({str(error).splitlines()[0]}); choose rows by "
+            "index_select alone"
+        ) from error
 
 
 def _check_trunk(trunk: nn.Module, content: bytes, names: Sequence[str], shape: tuple[int, ...]) -> None:

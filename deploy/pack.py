@@ -21,6 +21,7 @@ from deploy.embedding import embedding_ids
 from deploy.export import export_head, tap_shapes
 from deploy.moments import reference_images, reference_of
 from deploy.parity import (
+    LEAST_GOOD_IMAGES,
     Jitter,
     MakeDefects,
     ParityReport,
@@ -57,6 +58,7 @@ from edge.bundle import (
 )
 from edge.errors import BundleError, DataError, EngineError, UsageError
 from edge.inference.engines import available_engines, supports
+from edge.inference.sessions import PRODUCT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -87,7 +89,9 @@ class BundleRequest:
             box may replace has an attribute ``memory_layout``, an :class:`edge.bundle.MemoryLayout`; one of several
             experts has ``subclasses``, the name of each.
         method: its name.
-        product: name of the product.
+        product: name of the product, or of all together.
+        products: their names where there are several. ``holdout_subclasses`` then says which one each held-out image
+            shows, and there are at least 6 of each.
         preprocessing: from frame to network inputs.
         provenance: where the data and weights came from.
         holdout: uint8 [n, canvas_height, canvas_width, 3] RGB, good images that nothing was fitted on, n >= 6.
@@ -106,6 +110,7 @@ class BundleRequest:
             be 0; a head without embeddings ignores them.
         commissioning_groups: one name per commissioning image; images of one group are not independent. Without any,
             each image is a group of its own.
+        commissioning_products: which product each shows, where there are several.
         pooling: from map to score.
         trunk_files: built before; None builds them from ``generic`` in the cache.
         generic: uint8 [k, H, W, 3], the fixed generic set; needed where ``trunk_files`` is None.
@@ -134,11 +139,13 @@ class BundleRequest:
     signal: SignalLayout | None = None
     depth: DepthLayout | None = None
     jitter: Jitter | None = None
+    products: Sequence[str] = ()
     holdout_subclasses: Sequence[str] = ()
     reference: Canvases = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
     reference_subclasses: Sequence[str] = ()
     commissioning: Canvases = field(default_factory=lambda: np.empty((0, 0, 0, 3), np.uint8))
     commissioning_groups: Sequence[str] = ()
+    commissioning_products: Sequence[str] = ()
     pooling: Pooling = field(default_factory=Pooling)
     trunk_files: TrunkFiles | None = None
     generic: Canvases | None = None
@@ -200,7 +207,9 @@ class _Packer:
     def __init__(self, request: BundleRequest, work: Path, pairs: Sequence[Pair]) -> None:
         self.request, self.work, self.pairs = request, work, tuple(pairs)
         self.steps, self.done = 5 + 2 * len(pairs), 0
-        self.subclasses: tuple[str, ...] = tuple(getattr(request.head, "subclasses", ("",)))
+        self.products = tuple(request.products)
+        self.subclasses: tuple[str, ...] = self.products or tuple(getattr(request.head, "subclasses", ("",)))
+        self.shown = self._indices(request.holdout_subclasses)
         self.images = None
         if request.modality is Modality.IMAGE:  # moments are of colours and of the shared trunk's taps
             self.images = reference_images(
@@ -218,14 +227,19 @@ class _Packer:
         sample = draw_sample(
             request.holdout,
             request.make_defects,
-            lambda canvases: pool_all(reference_pair.maps(canvases), request.pooling),
+            # Held-out images, or defects on them in turn.
+            lambda canvases: pool_all(reference_pair.maps(canvases, self._in_turn(len(canvases))), request.pooling),
             rules=request.rules,
             seed=request.seed,
             copies=request.jitter,
+            products=self.shown,
         )
         self._step("torch")
         reference = self._scores(
-            lambda canvases: torch_judged(request.trunk, request.head, canvases, request.preprocessing), sample
+            lambda canvases, products: torch_judged(
+                request.trunk, request.head, canvases, request.preprocessing, products=products
+            ),
+            sample,
         )
         report, kept = self._prove(sample, reference)
         calibrations = [self._calibrate(pair) for pair in kept]
@@ -235,6 +249,13 @@ class _Packer:
         self._write_manifest(
             report=report, kept=kept, calibrations=calibrations, golden=golden, commissioning=commissioning
         )
+
+    def _indices(self, names: Sequence[str]) -> npt.NDArray[np.int64] | None:
+        return np.array([self.products.index(name) for name in names], np.int64) if self.products else None
+
+    def _in_turn(self, count: int) -> npt.NDArray[np.int64] | None:
+        """Return which product each of ``count`` rows shows that are held-out images over and over."""
+        return None if self.shown is None else np.resize(self.shown, count)
 
     def _step(self, what: str) -> None:
         self.request.progress(what, self.done, self.steps)
@@ -266,11 +287,15 @@ class _Packer:
         source = self._open((engine, Precision.INT8))
         good = request.commissioning if len(request.commissioning) else request.holdout
         plain = request.make_defects(1.0)
-        images = [*good[: _RANGE_IMAGES], *plain[: _RANGE_IMAGES // 2]]
+        shown = self._indices(request.commissioning_products) if len(request.commissioning) else self.shown
+        # Of several products all take part: a range that one never reaches says nothing of another.
+        images = [
+            *_evenly(good, shown, _RANGE_IMAGES), *_evenly(plain, self._in_turn(len(plain)), _RANGE_IMAGES // 2)
+        ]  # fmt: skip
         names = quantize_head(
             self.work / HEAD,
             self.work / HEAD_INT8,
-            [source.taps(image) for image in images],
+            [source.kept_inputs(image, product) for image, product in images],
             state_names=tuple(request.head.state_names),
             float_ops=tuple(getattr(request.head, "float_ops", ())),
         )
@@ -302,8 +327,8 @@ class _Packer:
         self._step(f"parity {pair[0].value} {pair[1].value}")
         return self._scores(self._open(pair).judged, sample)
 
-    def _scores(self, judged: Callable[[Canvases], Judged], sample: Sample) -> PathScores:
-        good, defective = judged(sample.good), judged(sample.defective)
+    def _scores(self, judged: Callable[[Canvases, npt.NDArray[np.int64] | None], Judged], sample: Sample) -> PathScores:
+        good, defective = judged(sample.good, sample.good_products), judged(sample.defective, sample.defect_products)
         return PathScores(
             good=pool_all(good.maps, self.request.pooling),
             defective=pool_all(defective.maps, self.request.pooling),
@@ -322,11 +347,12 @@ class _Packer:
             taps=self.request.head.tap_names,
             preprocessing=self.request.preprocessing,
             map_stride=self.request.head.map_stride,
+            takes_product=bool(getattr(self.request.head, "takes_product", False)),
         )
 
     def _calibrate(self, pair: Pair) -> Calibration:
         self._step(f"calibrate {pair[0].value} {pair[1].value}")
-        maps = self._open(pair).maps(self.request.holdout)
+        maps = self._open(pair).maps(self.request.holdout, self.shown)
         name = f"calibration/{pair[0].value}-{pair[1].value}.npz"
         half = maps.astype(np.float16)
         if not np.isfinite(half).all():
@@ -334,14 +360,22 @@ class _Packer:
                 f"{name}: anomaly maps reach {np.abs(maps).max():.3g}, beyond float16 (65504); scale the head's map"
             )
         self._save(
-            name, scores=pool_all(maps, self.request.pooling), maps=half, groups=np.array(self.request.groups, np.str_)
+            name,
+            scores=pool_all(maps, self.request.pooling),
+            maps=half,
+            groups=np.array(self.request.groups, np.str_),
+            **self._named(self.request.holdout_subclasses),
         )
         return Calibration(engine=pair[0], precision=pair[1], file=name, count=len(maps))
 
     def _write_golden(self, kept: Sequence[Pair], sample: Sample, iqr: float) -> Golden:
         self._step("golden frames")
-        canvases = np.concatenate([_spread(self.request.holdout), _spread(sample.defective)])
-        scores = {pair: pool_all(self._open(pair).maps(canvases), self.request.pooling) for pair in kept}
+        kinds = ((self.request.holdout, self.shown), (sample.defective, sample.defect_products))
+        drawn = [_spread(*kind) for kind in kinds]
+        canvases = np.concatenate([canvas[rows] for (canvas, _), rows in zip(kinds, drawn, strict=True)])
+        shown = [products[rows] for (_, products), rows in zip(kinds, drawn, strict=True) if products is not None]
+        products = np.concatenate(shown) if shown else None
+        scores = {pair: pool_all(self._open(pair).maps(canvases, products), self.request.pooling) for pair in kept}
         tolerance = {}
         for pair, values in scores.items():
             # Engines that run one file differ by the order of their sums: their difference is the noise to allow.
@@ -352,7 +386,10 @@ class _Packer:
             else:
                 allowed = max(_ROUNDED_TOLERANCE * iqr, 2 * noise)
             tolerance[_key(pair)] = allowed
-        self._save(GOLDEN, canvas=canvases, **{f"score_{_key(pair)}": values for pair, values in scores.items()})
+        named = {} if products is None else {PRODUCT: products}
+        self._save(
+            GOLDEN, canvas=canvases, **{f"score_{_key(pair)}": values for pair, values in scores.items()}, **named
+        )
         return Golden(file=GOLDEN, count=len(canvases), tolerance=tolerance)
 
     def _write_commissioning(self, kept: Sequence[Pair]) -> str | None:
@@ -362,9 +399,11 @@ class _Packer:
             runner = self._open(next(pair for pair in kept if pair[1] is precision))
             if not runner.has_embedding or not len(self.request.commissioning):
                 return None
-            arrays[f"embedding_{precision.value}"] = runner.embeddings(self.request.commissioning)
+            shown = self._indices(self.request.commissioning_products)
+            arrays[f"embedding_{precision.value}"] = runner.embeddings(self.request.commissioning, shown)
         names = self.request.commissioning_groups or [str(index) for index in range(len(self.request.commissioning))]
-        self._save(COMMISSIONING, groups=np.array(names, np.str_), **arrays)
+        own = self._named(self.request.commissioning_products)
+        self._save(COMMISSIONING, groups=np.array(names, np.str_), **own, **arrays)
         return COMMISSIONING
 
     def _write_moments(self, kept: Sequence[Pair]) -> None:
@@ -377,6 +416,10 @@ class _Packer:
             runner = self._open(next(pair for pair in kept if pair[1] is precision))
             tensors |= tensors_of(reference_of(self.images, runner.moments), precision)
         save_file(tensors, self.work / MOMENTS)
+
+    def _named(self, products: Sequence[str]) -> dict[str, npt.NDArray[Any]]:
+        """Return the array of products of a file; none where there is one product."""
+        return {"products": np.array(products, np.str_)} if self.products else {}
 
     def _save(self, name: str, **arrays: npt.NDArray[Any]) -> None:
         (self.work / name).parent.mkdir(parents=True, exist_ok=True)
@@ -422,6 +465,9 @@ class _Packer:
             commissioning_file=commissioning,
             moments_file=MOMENTS if self.images else None,
             subclasses=self.subclasses,
+            products=self.products,
+            takes_product=bool(getattr(request.head, "takes_product", False)),
+            product_state=tuple(getattr(request.head, "product_state", ())),
             memory=getattr(request.head, "memory_layout", None),
             golden=golden,
             parity=report.model_dump(mode="json"),
@@ -431,7 +477,6 @@ class _Packer:
             files=files,
         )
         (work / MANIFEST).write_bytes(manifest_bytes(manifest))
-
 
     def _provenance(self) -> Provenance:
         if self.images is None:
@@ -444,9 +489,25 @@ def _key(pair: Pair) -> str:
     return f"{pair[0].value}_{pair[1].value}"
 
 
-def _spread(canvases: Canvases) -> Canvases:
-    chosen = np.unique(np.linspace(0, len(canvases) - 1, _GOLDEN_EACH).round().astype(int))
-    return np.asarray(canvases[chosen])
+def _spread(canvases: Canvases, products: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
+    """Return which rows are golden frames: a few of all, and at least one of each product."""
+    kinds = np.zeros(len(canvases), np.int64) if products is None else products
+    known = np.unique(kinds)
+    each = -(-_GOLDEN_EACH // len(known))
+    own = [np.flatnonzero(kinds == one) for one in known]
+    return np.sort(
+        np.concatenate([rows[np.unique(np.linspace(0, len(rows) - 1, each).round().astype(int))] for rows in own])
+    )
+
+
+def _evenly(canvases: Canvases, products: npt.NDArray[np.int64] | None, most: int) -> list[tuple[Canvases, int]]:
+    """Return canvases with the product of each: the first of them, or of several products the first of each."""
+    if products is None:
+        return [(canvas, 0) for canvas in canvases[:most]]
+    known = np.unique(products)
+    each = -(-most // len(known))
+    rows = np.concatenate([np.flatnonzero(products == one)[:each] for one in known])
+    return [(canvases[row], int(products[row])) for row in rows]
 
 
 def _refuse_existing(out: Path) -> None:
@@ -469,9 +530,37 @@ def _check(request: BundleRequest) -> None:
             f"{len(request.commissioning_groups)} groups for {len(request.commissioning)} commissioning images; give "
             "one each, or none"
         )
+    _check_products(request)
     for name in request.attachments:
         if name in _OWN_FILES or ".." in name:
             raise UsageError(f"attachment {name!r}: that name belongs to the bundle; choose another")
+
+
+def _check_products(request: BundleRequest) -> None:
+    products, head = tuple(request.products), request.head
+    if not products:
+        if getattr(head, "takes_product", False) or getattr(head, "product_state", ()):
+            raise DataError("the head takes products, but the bundle is for one; name its products")
+        return
+    own = tuple(getattr(head, "subclasses", ())) or products
+    if len(set(products)) < len(products) or own != products:
+        raise DataError(f"products {', '.join(products)} are not those of the head: {', '.join(own)}; train again")
+    for what, labels, canvases in (
+        ("held-out", request.holdout_subclasses, request.holdout),
+        ("commissioning", request.commissioning_products, request.commissioning),
+    ):
+        if len(labels) != len(canvases):
+            raise DataError(f"{len(labels)} products for {len(canvases)} {what} images; give one each")
+        unknown = sorted(set(labels) - set(products))
+        if unknown:
+            raise DataError(f"{what} images of {unknown[0]!r}, which the bundle does not serve; train again with it")
+    for name in products:
+        count = list(request.holdout_subclasses).count(name)
+        if count < LEAST_GOOD_IMAGES:
+            raise DataError(
+                f"{count} held-out good images of {name!r}; the parity gate needs at least {LEAST_GOOD_IMAGES} of "
+                "each product, hold out more"
+            )
 
 
 def _pairs(request: BundleRequest) -> list[Pair]:

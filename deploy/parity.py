@@ -47,6 +47,8 @@ class ParityRules:
         auroc_drop: largest loss of I-AUROC on low-contrast defects.
         auroc_window: where float32 should be on them: neither sure of everything nor guessing.
         map_error: largest |map - torch| of a float32 engine, relative to the largest |torch| value of that image.
+        worst_shift: likewise of a single product, where there are several; ``shift`` is then of their mean.
+        worst_drop: likewise of I-AUROC.
         rerouted: largest share of good samples that a path gives to another expert than torch does.
         unknown: how much larger the share of good samples may be that a path holds for an unknown product.
         good_samples: good samples looked at; jittered copies fill up what the held-out images lack.
@@ -59,17 +61,30 @@ class ParityRules:
     auroc_drop: float = 0.005
     auroc_window: tuple[float, float] = (0.80, 0.95)
     map_error: float = 1e-3
+    worst_shift: float = 0.5
+    worst_drop: float = 0.02
     rerouted: float = 0.01
     unknown: float = 0.02
     good_samples: int = 400
     defect_samples: int = 200
 
 
+class ProductParity(BaseModel):
+    """Figures of one product on one engine and precision, as in :class:`PathParity`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    shift_in_iqr: float
+    auroc: float
+    auroc_drop: float
+
+
 class PathParity(BaseModel):
     """Figures of one engine and precision against torch in float32. None: not measured or not finite.
 
     ``rerouted`` and ``unknown`` are of a head with a router: the share of good samples that go to another expert, and
-    how many more of them are held for an unknown product.
+    how many more of them are held for an unknown product. Of several products ``median_shift``, ``shift_in_iqr``,
+    ``auroc`` and ``auroc_drop`` are means over them, and ``products`` has those of each, by index.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -85,6 +100,7 @@ class PathParity(BaseModel):
     auroc_drop_se: float | None
     rerouted: float | None = None
     unknown: float | None = None
+    products: list[ProductParity] = []
     refusals: list[str]
 
 
@@ -120,6 +136,8 @@ class Sample:
         images: how many held-out images there are.
         contrast: of the defects.
         in_window: whether float32 gave an I-AUROC inside the window at that contrast.
+        good_products: int64 [n], which product each good row shows; None where there is one.
+        defect_products: int64 [m].
     """
 
     good: Canvases
@@ -129,6 +147,24 @@ class Sample:
     images: int
     contrast: float
     in_window: bool
+    good_products: npt.NDArray[np.int64] | None = None
+    defect_products: npt.NDArray[np.int64] | None = None
+
+    def parts(self) -> list[tuple[Sample, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
+        """Return the sample of each product, and which good and defective rows it has; itself where there is one."""
+        if self.good_products is None or self.defect_products is None:
+            whole = np.ones(len(self.good), bool), np.ones(len(self.defective), bool)
+            return [(self, *whole)]
+        found = []
+        for product in np.unique(self.good_products):
+            good, bad = self.good_products == product, self.defect_products == product
+            part = Sample(
+                good=self.good[good], good_base=self.good_base[good], defective=self.defective[bad],
+                defect_base=self.defect_base[bad], images=int(good[: self.images].sum()), contrast=self.contrast,
+                in_window=self.in_window,
+            )  # fmt: skip
+            found.append((part, good, bad))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +214,7 @@ def draw_sample(
     rules: ParityRules | None = None,
     seed: int = 0,
     copies: Jitter | None = None,
+    products: npt.NDArray[np.int64] | None = None,
 ) -> Sample:
     """Choose the contrast on the float32 path and fill the sample up.
 
@@ -191,6 +228,8 @@ def draw_sample(
         rules: limits and counts.
         seed: of the jitter.
         copies: makes the jittered copies; None for images.
+        products: int64 [n], which product each good canvas shows; None where there is one. The window is then of the
+            mean of their I-AUROC, and each has its part of the defects.
 
     Raises:
         DataError: fewer than 6 good images, or the callback returns images of another size.
@@ -208,17 +247,31 @@ def draw_sample(
             raise DataError(
                 f"defects are {canvases.dtype} {canvases.shape}, expected {good.dtype} {good.shape[1:]} each"
             )
-        return _auroc(good_scores, score(canvases))
+        found = score(canvases)
+        if products is None:
+            return _auroc(good_scores, found)
+        shown = np.resize(products, len(found))
+        return float(np.mean([_auroc(good_scores[products == p], found[shown == p]) for p in np.unique(products)]))
 
     low, high = rules.auroc_window
     contrast, reached = _bisect(auroc_at, (low + high) / 2, window=(low, high))
-    defective = make_defects(contrast)[: rules.defect_samples]
-    defect_base = np.arange(len(defective), dtype=np.int64) % len(good)
+    defective = make_defects(contrast)
+    drawn = _drawn(np.resize(np.zeros(1) if products is None else products, len(defective)), rules.defect_samples)
+    defective, defect_base = defective[drawn], (drawn % len(good)).astype(np.int64)
     samples, base = (jitter if copies is None else copies)(good, rules.good_samples, seed)
     return Sample(
         good=samples, good_base=base, defective=defective, defect_base=defect_base, images=len(good),
         contrast=contrast, in_window=low <= reached <= high,
+        good_products=None if products is None else products[base],
+        defect_products=None if products is None else products[defect_base],
     )  # fmt: skip
+
+
+def _drawn(products: npt.NDArray[Any], most: int) -> npt.NDArray[np.int64]:
+    """Return the first rows of each product, in order, ``most`` in all or a few more."""
+    known = np.unique(products)
+    each = -(-most // len(known))
+    return np.sort(np.concatenate([np.flatnonzero(products == one)[:each] for one in known])).astype(np.int64)
 
 
 def _bisect(
@@ -273,10 +326,13 @@ def judge(
         The report; ``passed`` when no path that is not optional was refused.
     """
     rules = rules or ParityRules()
-    quartiles = np.percentile(reference.good[: sample.images], (25, 75))
-    iqr = float(quartiles[1] - quartiles[0])
+    parts = sample.parts()
+    iqr = float(np.mean([_iqr(reference.good[good][: part.images]) for part, good, _ in parts]))
+    auroc = float(
+        np.mean([_auroc(reference.good[good][: part.images], reference.defective[bad]) for part, good, bad in parts])
+    )
     results = [
-        _judge_path(key, scores, reference=reference, sample=sample, iqr=iqr, rules=rules)
+        _judge_path(key, scores, reference=reference, sample=sample, rules=rules)
         for key, scores in sorted(paths.items())
     ]
     failed = [result for result in results if result.refusals]
@@ -285,7 +341,7 @@ def judge(
         rules={name: getattr(rules, name) for name in rules.__slots__},
         good_images=sample.images, good_samples=len(sample.good), defect_samples=len(sample.defective),
         good_iqr=iqr, contrast=sample.contrast, contrast_in_window=sample.in_window,
-        reference_auroc=_auroc(reference.good[: sample.images], reference.defective), int8_head=int8_head,
+        reference_auroc=auroc, int8_head=int8_head,
         dropped=[f"{r.engine.value} {r.precision.value}" for r in failed if r.precision in optional],
         paths=results, passed=not refusals, refusals=refusals,
     )  # fmt: skip
@@ -313,7 +369,6 @@ def _judge_path(
     *,
     reference: PathScores,
     sample: Sample,
-    iqr: float,
     rules: ParityRules,
 ) -> PathParity:
     engine, precision = key
@@ -323,19 +378,31 @@ def _judge_path(
             engine=engine, precision=precision, map_error=None, median_shift=None, shift_in_iqr=None, flipped=None,
             auroc=None, auroc_drop=None, auroc_drop_se=None, refusals=[f"{name}: scores are not finite"],
         )  # fmt: skip
-    originals = slice(0, sample.images)
-    shift = float(np.median(path.good[originals].astype(np.float64) - reference.good[originals]))
-    shift_in_iqr = abs(shift) / max(iqr, 1e-12)
-    flipped = float(np.mean(_flags(path.good, rules.alarm_rate) != _flags(reference.good, rules.alarm_rate)))
-    # Copies are harder than the images that the contrast was set on; they count for flipped decisions only.
-    auroc = _auroc(path.good[originals], path.defective)
-    drop = _auroc(reference.good[originals], reference.defective) - auroc
+    found = [
+        _figures(_part(path, good, bad), _part(reference, good, bad), part, rules.alarm_rate)
+        for part, good, bad in sample.parts()
+    ]
+    shift, shift_in_iqr, auroc, drop = (
+        float(np.mean([getattr(one, name) for one in found])) for name in ("shift", "shift_in_iqr", "auroc", "drop")
+    )
+    flipped = sum(one.flipped for one in found) / len(path.good)
+    several = len(found) > 1
     map_error = _map_error(path.maps, reference.maps) if precision is Precision.FLOAT32 and len(path.maps) else None
     rerouted, unknown = _routing(path.routes, reference.routes)
     checks = (
         (shift_in_iqr, rules.shift, "median score shift on good images is {:.3f} of the float32 IQR"),
         (flipped, rules.flipped, "flipped decisions on good images {:.4f}"),
         (drop, rules.auroc_drop, "I-AUROC on low-contrast defects drops by {:.4f}"),
+        (
+            max(one.shift_in_iqr for one in found) if several else None,
+            rules.worst_shift,
+            "median score shift on good images of one product is {:.3f} of the float32 IQR",
+        ),
+        (
+            max(one.drop for one in found) if several else None,
+            rules.worst_drop,
+            "I-AUROC on low-contrast defects of one product drops by {:.4f}",
+        ),
         (map_error, rules.map_error, "maps differ from torch by {:.2e} relative"),
         (rerouted, rules.rerouted, "good images given to another expert {:.4f}"),
         (unknown, rules.unknown, "more good images held for an unknown product {:.4f}"),
@@ -347,9 +414,54 @@ def _judge_path(
     ]
     return PathParity(
         engine=engine, precision=precision, map_error=map_error, median_shift=shift, shift_in_iqr=shift_in_iqr,
-        flipped=flipped, auroc=auroc, auroc_drop=drop, auroc_drop_se=_drop_error(reference, path, sample),
+        flipped=flipped, auroc=auroc, auroc_drop=drop, auroc_drop_se=_mean_error([one.drop_se for one in found]),
         rerouted=rerouted, unknown=unknown, refusals=refusals,
+        products=[
+            ProductParity(shift_in_iqr=one.shift_in_iqr, auroc=one.auroc, auroc_drop=one.drop) for one in found
+        ] if several else [],
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """Of one product: see :class:`PathParity`; ``flipped`` counts samples."""
+
+    shift: float
+    shift_in_iqr: float
+    flipped: int
+    auroc: float
+    drop: float
+    drop_se: float | None
+
+
+def _figures(path: PathScores, reference: PathScores, sample: Sample, alarm_rate: float) -> _Figures:
+    originals = slice(0, sample.images)
+    shift = float(np.median(path.good[originals].astype(np.float64) - reference.good[originals]))
+    # Copies are harder than the images that the contrast was set on; they count for flipped decisions only.
+    auroc = _auroc(path.good[originals], path.defective)
+    return _Figures(
+        shift=shift,
+        shift_in_iqr=abs(shift) / max(_iqr(reference.good[originals]), 1e-12),
+        flipped=int(np.sum(_flags(path.good, alarm_rate) != _flags(reference.good, alarm_rate))),
+        auroc=auroc,
+        drop=_auroc(reference.good[originals], reference.defective) - auroc,
+        drop_se=_drop_error(reference, path, sample),
+    )
+
+
+def _part(scores: PathScores, good: npt.NDArray[np.bool_], bad: npt.NDArray[np.bool_]) -> PathScores:
+    return PathScores(good=scores.good[good], defective=scores.defective[bad])
+
+
+def _iqr(scores: npt.NDArray[np.float32]) -> float:
+    quartiles = np.percentile(scores, (25, 75))
+    return float(quartiles[1] - quartiles[0])
+
+
+def _mean_error(errors: Sequence[float | None]) -> float | None:
+    """Return the standard error of a mean of independent figures."""
+    known = [one for one in errors if one is not None]
+    return math.sqrt(sum(one * one for one in known)) / len(errors) if len(known) == len(errors) else None
 
 
 def _flags(scores: npt.NDArray[np.float32], rate: float) -> npt.NDArray[np.bool_]:

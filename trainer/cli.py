@@ -65,7 +65,10 @@ def _parse_settings(given: list[str]) -> dict[str, str]:
 
 
 def train(
-    data: Annotated[Path, typer.Option(help="Folder in MVTec layout; only train/good is read.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(help="Folder in MVTec layout; only train/good is read. Repeat it: one run for several products."),
+    ],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
     method: Annotated[str, typer.Option(help="pbas, memory, fader, hetnet, feddymem or adapted_moe.")] = "memory",
     preset: Annotated[str, typer.Option(help="quick or full.")] = "quick",
@@ -79,12 +82,20 @@ def train(
     resize: Annotated[
         str, typer.Option(help="pyramid sees every pixel; linear is 1 ms faster on 1080p and may miss thin defects.")
     ] = "pyramid",
-    product: Annotated[str | None, typer.Option(help="Name of the product; default: the folder's name.")] = None,
+    product: Annotated[
+        list[str] | None, typer.Option(help="Name of the product, one for each --data; default: the folder's name.")
+    ] = None,
+    router: Annotated[
+        bool, typer.Option(help="Of several products: let the detector tell by itself which one it sees.")
+    ] = True,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     trunk: Annotated[str, typer.Option(help="lite0, or lite2: slower, a teacher for `lineward distill`.")] = "lite0",
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE of the method: rows_precision=int8; repeatable.")
     ] = None,
+    modality: Annotated[str, typer.Option(help="image; or signal: --data has recordings (docs/signals.md).")] = "image",
+    window: Annotated[float, typer.Option(help="Signal: seconds that are judged at once.")] = 2.0,
+    hop: Annotated[float | None, typer.Option(help="Signal: seconds between windows; default: half a window.")] = None,
 ) -> None:
     """Learn what good parts look like."""
     from rich.console import Console
@@ -94,6 +105,16 @@ def train(
     from trainer.fit import train as fit
     from trainer.progress import progress_bars
 
+    if modality == "signal":
+        from trainer.signals.command import train_signal
+
+        train_signal(
+            method=method, data=data, out=out, window_s=window, hop_s=hop, preset=preset, seed=seed, product=product,
+            device=device, settings=_parse_settings(settings or []),
+        )  # fmt: skip
+        return
+    if modality != "image":
+        raise UsageError(f"--modality {modality}: unknown; choose image or signal")
     wanted = preprocessing_for(
         size=_parse_size(size),
         tiles=_parse_tiles(tiles),
@@ -110,6 +131,7 @@ def train(
             seed=seed,
             preprocessing=wanted,
             product=product,
+            router=router,
             device=device,
             trunk=trunk,
             settings=_parse_settings(settings or []),
@@ -207,7 +229,7 @@ def evaluate(
     by: Annotated[
         str, typer.Option(help="Protocol: what makes sub-classes of an MVTec folder: condition or time.")
     ] = "condition",
-    picture: Annotated[Path | None, typer.Option(help="Protocol: draw the figures, PNG or SVG.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Protocol or signal: draw, PNG or SVG.")] = None,
     preset: Annotated[str, typer.Option(help="Protocol: quick or full.")] = "quick",
     seed: Annotated[int, typer.Option(help="Protocol: seed of splits, methods and generated images.")] = 0,
     size: Annotated[str | None, typer.Option(help="Protocol: network input, such as 224.")] = None,
@@ -219,12 +241,23 @@ def evaluate(
     if protocol is None:
         from trainer.evaluation.command import evaluate as judge
 
+        if data is None:
+            raise UsageError("--data: missing; give a folder of labelled images, or --protocol texture-ad")
+        from trainer.signals.command import evaluates_signal
+
+        if evaluates_signal(run, bundle):
+            from trainer.signals.evaluate import evaluate_signal
+
+            evaluate_signal(
+                run=run, bundle=bundle, data=data, json=json, report=report, picture=picture, alpha=alpha,
+                engine=_parse_choice("engine", engine, Engine),
+                precision=_parse_choice("precision", precision, Precision),
+            )  # fmt: skip
+            return
         if material or methods or compare or images or side or picture:
             raise UsageError(
                 "--material, --methods, --compare, --images, --side and --picture belong to --protocol texture-ad"
             )
-        if data is None:
-            raise UsageError("--data: missing; give a folder of labelled images, or --protocol texture-ad")
         judge(
             run=run,
             bundle=bundle,
@@ -296,9 +329,12 @@ def export(
     """Export, quantise, check parity and pack a bundle for boxes."""
     from trainer.export import export_run, refused
     from trainer.progress import progress_bars
+    from trainer.signals.export import export_signal_run
+    from trainer.signals.runs import is_signal_run
 
     with progress_bars() as progress:
-        bundle = export_run(run, out, precision=precision, progress=progress)
+        pack = export_signal_run if is_signal_run(run) else export_run
+        bundle = pack(run, out, precision=precision, progress=progress)
     for text in refused(bundle):
         typer.echo(f"left out by the parity gate: {text}", err=True)
     typer.echo(f"{bundle.path}  {bundle.id}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,9 +33,13 @@ PRECISIONS = {
 
 # A box whose memory changes sets its threshold again from these alone, so it needs as many as the bytes allow.
 _COMMISSIONING_IMAGES, _MEMORY_COMMISSIONING_IMAGES = 16, 64
+# Of each of several products, whatever the method: its box sets the thresholds of each from these alone.
+_COMMISSIONING_EACH = 8
 # The gate lowers the contrast until float32 finds 80 to 95 % of the pairs: at full contrast they must be plain on any
 # product, so they are large and several.
 _GATE_SIZE, _GATE_DEFECTS, _GATE_IMAGES = (0.15, 0.4), 3, 200
+# Of each of several products: what is measured of one must mean something.
+_GATE_EACH = 40
 # Apart from every seed that training draws defects with.
 _GATE_SEED = 7919
 
@@ -62,8 +67,8 @@ def export_run(
     wanted, optional = PRECISIONS[precision]
     run = Run.load(path)
     record = run.record
-    commissioned = _commissioned(run)
-    repeats = -(-_GATE_IMAGES // len(run.holdout))
+    commissioned, several = _commissioned(run), len(record.products)
+    repeats = -(-max(_GATE_IMAGES, _GATE_EACH * several) // len(run.holdout))
 
     def defects(contrast: float) -> npt.NDArray[np.uint8]:
         return make_defects(
@@ -80,6 +85,7 @@ def export_run(
         head=run.head,
         method=record.method,
         product=record.product,
+        products=record.products,
         preprocessing=record.preprocessing,
         pooling=record.pooling,
         provenance=Provenance(
@@ -98,10 +104,11 @@ def export_run(
         make_defects=defects,
         commissioning=run.holdout[commissioned],
         commissioning_groups=tuple(run.holdout_groups[commissioned].tolist()),
+        commissioning_products=tuple(run.holdout_subclasses[commissioned].tolist()) if several else (),
         generic=generic_canvases(),
         precisions=wanted,
         optional=optional,
-        rules=rules or ParityRules(),
+        rules=rules or _rules(several),
         metrics={f"synthetic_{name}": value for name, value in record.validation.items()},
         seed=record.seed,
         progress=progress,
@@ -112,8 +119,28 @@ def export_run(
 def _commissioned(run: Run) -> npt.NDArray[np.intp]:
     """Return the held-out images that a box recalibrates with, evenly drawn where there are more than it may carry."""
     memory = getattr(run.head, "memory_layout", None) is not None
+    if run.record.products:
+        shown = run.holdout_products
+        each = max(_COMMISSIONING_EACH, (_MEMORY_COMMISSIONING_IMAGES if memory else 0) // len(run.record.products))
+        own = [np.flatnonzero(shown == product) for product in range(len(run.record.products))]
+        return np.sort(np.concatenate([rows[_evenly(len(rows), each)] for rows in own]))
     most = min(_MEMORY_COMMISSIONING_IMAGES if memory else _COMMISSIONING_IMAGES, len(run.holdout))
-    return np.unique(np.linspace(0, len(run.holdout) - 1, most).round().astype(np.intp)) if memory else np.arange(most)
+    return _evenly(len(run.holdout), most) if memory else np.arange(most)
+
+
+def _evenly(count: int, most: int) -> npt.NDArray[np.intp]:
+    return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(np.intp))
+
+
+def _rules(products: int) -> ParityRules:
+    """Return the gate's rules; of several products it looks at more images, so that each has its share."""
+    usual = ParityRules()
+    least = _GATE_EACH * products
+    return replace(
+        usual,
+        good_samples=max(usual.good_samples, least),
+        defect_samples=max(usual.defect_samples, least),
+    )
 
 
 def refused(bundle: Bundle) -> list[str]:

@@ -81,6 +81,7 @@ def extract(
     device: torch.device,
     progress: Progress,
     what: str,
+    products: npt.NDArray[np.int64] | None = None,
 ) -> Features:
     """Run the trunk over canvases.
 
@@ -93,6 +94,7 @@ def extract(
         device: where the trunk runs (under autocast on a GPU).
         progress: progress function.
         what: its label.
+        products: int64 [n], which product each canvas shows; None where there is one.
     """
     trunk = trunk.to(device, memory_format=torch.channels_last)
     tiles_per_image = preprocessing.tiles.rows * preprocessing.tiles.cols
@@ -109,4 +111,5 @@ def extract(
                 kept[name] = torch.empty((len(canvases) * tiles_per_image, *tap.shape[1:]), dtype=torch.float16)
             kept[name][start * tiles_per_image : start * tiles_per_image + len(batch)] = tap
         progress(what, min(start + step, len(canvases)), len(canvases))
-    return Features(taps=kept, tiles_per_image=tiles_per_image, groups=groups)
+    shown = None if products is None else torch.from_numpy(np.repeat(products, tiles_per_image))
+    return Features(taps=kept, tiles_per_image=tiles_per_image, groups=groups, products=shown)

@@ -11,36 +11,38 @@ import time
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import ValidationError
 
-from deploy.metrics import image_auroc
 from deploy.parity import LEAST_GOOD_IMAGES
-from edge.bundle import Crop, Pooling, Preprocessing, Resize, Tiles
+from edge.bundle import Crop, Preprocessing, Resize, Tiles
 from edge.errors import DataError, UsageError
-from edge.inference.preprocessing import join_maps
-from edge.judgement.score import pool_score
 from trainer.backbones.registry import DEFAULT_TRUNK, TrunkSpec, build_trunk, trunk_id
 from trainer.data.folder import content_hash, read_folder
-from trainer.data.splits import split_holdout, split_subclasses
+from trainer.data.products import joined_hash, joined_name, product_names, read_products
+from trainer.data.splits import Holdout, split_holdout, split_subclasses
 from trainer.features import extract, extract_tiles, load_canvases, tiles_of
 from trainer.methods.base import Features, FitContext, Head, Validation
 from trainer.methods.registry import get
+from trainer.methods.routed import Shown, fit_router, has_route, with_router
+from trainer.methods.routed import tap_names as routed_taps
+from trainer.pooling import choose_pooling, head_maps, image_products
 from trainer.runs import Run, RunRecord
 from trainer.synthesis.image2d import make_defects
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
 
     import numpy.typing as npt
 
     from deploy.progress import Progress
+    from edge.bundle import Pooling
     from trainer.backbones.efficientnet_lite import Trunk
-    from trainer.data.folder import Holdout, Sample
+    from trainer.data.folder import Sample
     from trainer.methods.base import Method, MethodConfig
 
 DEFAULT_SIZE = (224, 224)
@@ -50,8 +52,6 @@ HOLDOUT_MAXIMUM = 400
 # Training images whose moments stand for an expert: its mean is known to an eighth of the deviation between images.
 REFERENCE_EACH, REFERENCE_MAXIMUM = 64, 400
 _VALIDATION_DEFECTS = 120
-# Shares of the map's cells whose mean may become the image score; the choice is made on the validation set.
-POOLING_SHARES = (0.0, 0.002, 0.005, 0.01, 0.02)
 
 
 def choose_device(name: str) -> torch.device:
@@ -104,43 +104,6 @@ def preprocessing_for(
         raise UsageError(f"--{where}: {first['msg']}") from error
 
 
-def head_maps(
-    head: Head, features: Features, preprocessing: Preprocessing, device: torch.device
-) -> npt.NDArray[np.float32]:
-    """Return the joined raw maps float32 [n images, h, w] of a head over features."""
-    head = head.to(device)
-    with torch.inference_mode():
-        batches = features.batches(head.tap_names, 32, device=device)
-        maps = np.concatenate([head(*taps)[0].cpu().numpy() for taps in batches])
-    head.to("cpu")
-    tiles, stride = features.tiles_per_image, head.map_stride
-    return np.stack([join_maps(maps[i : i + tiles], preprocessing, stride) for i in range(0, len(maps), tiles)])
-
-
-def choose_pooling(
-    good: npt.NDArray[np.float32], defective: npt.NDArray[np.float32]
-) -> tuple[Pooling, dict[str, float]]:
-    """Choose how many of the highest cells are averaged, by I-AUROC on the validation set.
-
-    Args:
-        good: maps float32 [n, h, w] of held-out good images.
-        defective: maps float32 [m, h, w] of images with synthetic defects.
-
-    Returns:
-        The rule (the fewest cells among those within 0.002 of the best) and the I-AUROC of every candidate.
-    """
-    cells = sorted({max(1, round(share * good[0].size)) for share in POOLING_SHARES})
-    labels = np.r_[np.zeros(len(good), bool), np.ones(len(defective), bool)]
-    found: dict[int, float] = {}
-    for count in cells:
-        rule = Pooling(cells=count)
-        scores = np.array([pool_score(m, rule) for m in (*good, *defective)])
-        found[count] = float(image_auroc(labels, scores) or 0.0)
-    best = max(found.values())
-    chosen = min(count for count, value in found.items() if value >= best - 0.002)
-    return Pooling(cells=chosen), {f"image_auroc_{count}_cells": value for count, value in found.items()}
-
-
 class Parts(NamedTuple):
     """Good images, split: what is learned from and what is held out.
 
@@ -149,12 +112,16 @@ class Parts(NamedTuple):
         groups: unicode [n].
         holdout: uint8 [m, ...], to validate and calibrate with.
         holdout_groups: unicode [m].
+        products: int64 [n], which product each shows; None where there is one.
+        holdout_products: int64 [m].
     """
 
     canvases: npt.NDArray[np.uint8]
     groups: npt.NDArray[np.str_]
     holdout: npt.NDArray[np.uint8]
     holdout_groups: npt.NDArray[np.str_]
+    products: npt.NDArray[np.int64] | None = None
+    holdout_products: npt.NDArray[np.int64] | None = None
 
 
 def make_context(
@@ -168,6 +135,7 @@ def make_context(
     progress: Progress,
     subclasses: npt.NDArray[np.str_] | None = None,
     known: tuple[Features, Features] | None = None,
+    products: tuple[str, ...] = (),
 ) -> FitContext:
     """Return what methods may see of good images: taps, and a validation set with synthetic defects on the hold-out.
 
@@ -181,15 +149,19 @@ def make_context(
         progress: progress function.
         subclasses: unicode [n], see :class:`FitContext`.
         known: taps of ``parts.canvases`` and of ``parts.holdout``, where somebody has computed them already.
+        products: their names, see :class:`FitContext`.
     """
 
-    def features(of: npt.NDArray[np.uint8], groups: npt.NDArray[np.str_], what: str) -> Features:
+    def features(
+        of: npt.NDArray[np.uint8], groups: npt.NDArray[np.str_], shown: npt.NDArray[np.int64] | None, what: str
+    ) -> Features:
         return extract(
             network,
             of,
             preprocessing,
             tap_names=tap_names,
             groups=groups,
+            products=shown,
             device=device,
             progress=progress,
             what=what,
@@ -198,12 +170,19 @@ def make_context(
     repeats = max(1, round(_VALIDATION_DEFECTS / len(parts.holdout)))
     defective, masks = make_defects(parts.holdout, seed=seed, repeats=repeats)
     return FitContext(
-        features=known[0] if known else features(parts.canvases, parts.groups, "features"),
+        features=known[0] if known else features(parts.canvases, parts.groups, parts.products, "features"),
         images=tiles_of(parts.canvases, preprocessing),
         extract=partial(extract_tiles, trunk=network, tap_names=tap_names, device=device),
         validation=Validation(
-            good=known[1] if known else features(parts.holdout, parts.holdout_groups, "features of hold-out"),
-            defective=features(defective, np.tile(parts.holdout_groups, repeats), "features of synthetic defects"),
+            good=known[1]
+            if known
+            else features(parts.holdout, parts.holdout_groups, parts.holdout_products, "features of hold-out"),
+            defective=features(
+                defective,
+                np.tile(parts.holdout_groups, repeats),
+                None if parts.holdout_products is None else np.tile(parts.holdout_products, repeats),
+                "features of synthetic defects",
+            ),
             masks=masks,
         ),
         seed=seed,
@@ -211,6 +190,7 @@ def make_context(
         progress=progress,
         trunk_id=trunk_id(network),
         subclasses=subclasses,
+        products=products,
     )
 
 
@@ -223,9 +203,11 @@ def learn(
         The head, the rule, and the I-AUROC of every candidate rule.
     """
     head = method.fit(context, config)
+    good, defective = context.validation.good, context.validation.defective
     pooling, validation = choose_pooling(
-        head_maps(head, context.validation.good, preprocessing, context.device),
-        head_maps(head, context.validation.defective, preprocessing, context.device),
+        head_maps(head, good, preprocessing, context.device),
+        head_maps(head, defective, preprocessing, context.device),
+        (image_products(good), image_products(defective)),
     )
     return head, pooling, validation
 
@@ -233,30 +215,33 @@ def learn(
 def train(
     *,
     method: str,
-    data: Path,
+    data: Path | Sequence[Path],
     out: Path,
     preset: str = "quick",
     seed: int = 0,
     preprocessing: Preprocessing | None = None,
-    product: str | None = None,
+    product: str | Sequence[str] | None = None,
     device: str = "auto",
     trunk: str = DEFAULT_TRUNK,
     settings: Mapping[str, object] | None = None,
+    router: bool = True,
     progress: Progress,
 ) -> Run:
-    """Train one method on one product.
+    """Train one method on one product, or on several together.
 
     Args:
         method: name in the registry.
-        data: folder in MVTec layout; only train/good is read, of at least 12 images.
+        data: folder in MVTec layout; only train/good is read, of at least 12 images. Of several folders each is a
+            product, and one run serves them all; their order does not matter.
         out: run folder to write; must not hold anything but an earlier run.
         preset: ``quick`` or ``full``.
         seed: of every random choice, 0 <= seed < 2**63.
         preprocessing: crop, tiles and size; the default is one tile of 224 x 224.
-        product: name of the product; the folder's name if None.
+        product: name of the product, or one for each folder; the folder's name if None.
         device: ``auto``, ``cpu`` or ``cuda``.
         trunk: name in the registry of trunks.
         settings: of the method, by name, in place of the preset's; text is read as the setting's type.
+        router: whether a head of several products that has no router of its own gets one.
         progress: progress function.
 
     Returns:
@@ -270,14 +255,19 @@ def train(
     started = time.monotonic()
     chosen, torch_device = get(method), choose_device(device)
     config = configured(chosen.config(preset), method, settings or {})
-    name = data.resolve().name if product is None else product
-    if not name:
-        raise UsageError("--product: empty; give the product a name")
+    folders = [data] if isinstance(data, Path) else list(data)
+    if not folders:
+        raise UsageError("--data: missing; give at least one folder of good images")
+    given = [product] if isinstance(product, str) else list(product or ())
+    named = product_names(folders, given)
     seed_everything(seed)
     Run.refuse_foreign(out)
     preprocessing = preprocessing or preprocessing_for(size=None, tiles=(1, 1), overlap=0, crop=None)
-    samples = read_folder(data).train
-    split = hold_out(data, samples, seed, by_subclass=chosen.uses_subclasses)
+    if len(named) == 1:
+        material = _one_product(*named[0], seed, chosen)
+    else:
+        material = _several_products([path for _, path in named], [name for name, _ in named], seed)
+    split, products = material.split, material.products
     spec = TrunkSpec(name=trunk)
     network = build_trunk(spec)
     canvases = load_canvases(split.fit, preprocessing, progress=progress, what="read good images")
@@ -286,26 +276,42 @@ def train(
     context = make_context(
         network,
         preprocessing,
-        Parts(canvases, groups_of(split.fit), holdout, groups_of(split.holdout)),
-        tap_names=chosen.tap_names,
+        Parts(
+            canvases,
+            groups_of(split.fit),
+            holdout,
+            groups_of(split.holdout),
+            product_index(split.fit, products),
+            product_index(split.holdout, products),
+        ),
+        tap_names=routed_taps(chosen.tap_names) if products and router else chosen.tap_names,
         seed=seed,
         device=torch_device,
         progress=progress,
         subclasses=subclasses_of(split.fit),
+        products=products,
     )
     head, pooling, validation = learn(chosen, config, context, preprocessing)
+    _check_products(head, products, method)
+    if products and router and not has_route(head):
+        known = Shown(context.features, context.images)
+        held_out = Shown(context.validation.good, tiles_of(holdout, preprocessing))
+        head = with_router(head, fit_router(known, held_out, len(products), context.extract, seed=seed))
     subclasses = subclasses_of(split.fit)
-    kept = drawn_evenly(subclasses if chosen.uses_subclasses else np.full(len(subclasses), ""))
+    kept = drawn_evenly(
+        subclasses if chosen.uses_subclasses or products else np.full(len(subclasses), ""),
+    )
     record = RunRecord(
         method=method,
         trunk=spec,
         preset=preset,
         config=config.model_dump(mode="json"),
-        product=name,
+        product=material.name,
+        products=products,
         preprocessing=preprocessing,
         pooling=pooling,
         seed=seed,
-        data_sha256=content_hash(samples),
+        data_sha256=material.sha256,
         train_images=len(split.fit),
         validation=validation,
         seconds=round(time.monotonic() - started, 1),
@@ -326,6 +332,48 @@ def train(
     )
     run.save()
     return run
+
+
+class _Material(NamedTuple):
+    """What is learned from: its name for people, its products (none where there is one), the images, their hash."""
+
+    name: str
+    products: tuple[str, ...]
+    split: Holdout
+    sha256: str
+
+
+def _one_product(name: str, folder: Path, seed: int, method: type[Method]) -> _Material:
+    samples = read_folder(folder).train
+    split = hold_out(folder, samples, seed, by_subclass=method.uses_subclasses)
+    return _Material(name, (), split, content_hash(samples))
+
+
+def _several_products(folders: Sequence[Path], names: Sequence[str], seed: int) -> _Material:
+    found = read_products(folders, names)
+    splits = [hold_out(one.images.root, one.images.train, seed) for one in found]
+    split = Holdout(
+        fit=tuple(sample for one in splits for sample in one.fit),
+        holdout=tuple(sample for one in splits for sample in one.holdout),
+        by_group=all(one.by_group for one in splits),
+    )
+    products = tuple(one.name for one in found)
+    return _Material(
+        joined_name(products), products, split, joined_hash([(one.name, one.images.train) for one in found])
+    )
+
+
+def product_index(samples: Sequence[Sample], products: tuple[str, ...]) -> npt.NDArray[np.int64] | None:
+    """Return which product each sample shows, int64 [n]; None where there is one."""
+    return np.array([products.index(sample.condition) for sample in samples], np.int64) if products else None
+
+
+def _check_products(head: Head, products: tuple[str, ...], method: str) -> None:
+    own = tuple(getattr(head, "subclasses", ()))
+    if products and own and own != products:
+        raise DataError(f"{method} made experts for {', '.join(own)}, not for {', '.join(products)}; train them apart")
+    if head.takes_product and not products:
+        raise DataError(f"{method} judges by product, but was given one alone; give it --data of at least two")
 
 
 def configured(config: MethodConfig, method: str, settings: Mapping[str, object]) -> MethodConfig:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from deploy.running import ROUTE_AXES
 from edge.bundle import Pooling, Preprocessing, load_arrays
 from edge.errors import BundleError, DataError, UsageError
 from edge.inference.preprocessing import cut_tiles, join_maps
@@ -29,6 +30,7 @@ from edge.judgement.score import pool_score
 from trainer.backbones.registry import TrunkSpec, build_trunk
 from trainer.distill.record import Distillation  # noqa: TC001 (pydantic needs it at run time)
 from trainer.methods.registry import builder
+from trainer.methods.routed import split_tensors, with_router
 
 if TYPE_CHECKING:
     from trainer.backbones.efficientnet_lite import Trunk
@@ -44,6 +46,8 @@ class RunRecord(BaseModel):
     """run.json.
 
     Attributes:
+        product: name of the product, or of all together.
+        products: their names where there are several: the sub-classes of its images.
         trunk: which trunk the head stands on.
         distillation: of a student: its teachers, its budget and the figures of every candidate.
         reference_images: training canvases kept in ``reference.npz``; 0 where there is none.
@@ -57,6 +61,7 @@ class RunRecord(BaseModel):
     preset: str
     config: dict[str, Any]
     product: str
+    products: tuple[str, ...] = ()
     preprocessing: Preprocessing
     pooling: Pooling
     seed: int
@@ -124,7 +129,9 @@ class Run:
         except (UsageError, ValidationError) as error:
             raise DataError(f"{path / _RECORD}: not a run record of this release ({error}); train again") from error
         try:
-            head = method.build(config, load_file(path / _WEIGHTS))
+            tensors, router = split_tensors(load_file(path / _WEIGHTS))
+            head = method.build(config, tensors)
+            head = head if router is None else with_router(head, router)
         except (OSError, SafetensorError, DataError) as error:
             raise DataError(f"{path / _WEIGHTS}: cannot be read ({error}); train again") from error
         trunk = _read_trunk(path, record.trunk)
@@ -200,21 +207,63 @@ class Run:
             shown = ", ".join(foreign[:3])
             raise UsageError(f"--out {path}: holds {shown}, which no run wrote; choose another, nothing was written")
 
-    def judge(self, canvas: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Return the raw anomaly map float32 [h, w] of one canvas uint8 [canvas_height, canvas_width, 3] RGB."""
+    @property
+    def holdout_products(self) -> npt.NDArray[np.int64]:
+        """Which product each held-out canvas shows, int64 [n], an index; 0 where there is one.
+
+        Raises:
+            DataError: one shows none of the run's.
+        """
+        if not self.record.products:
+            return np.zeros(len(self.holdout), np.int64)
+        return np.array([self.product_index(name) for name in self.holdout_subclasses.tolist()], np.int64)
+
+    def product_index(self, name: str) -> int:
+        """Return the index of a product.
+
+        Raises:
+            DataError: the run has none of that name.
+        """
+        if name not in self.record.products:
+            known = ", ".join(self.record.products) or "one product alone"
+            raise DataError(f"{self.path}: knows no product {name!r}, but {known}; train again with it")
+        return self.record.products.index(name)
+
+    def see(
+        self, canvas: npt.NDArray[np.uint8], product: int = 0
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+        """Judge one canvas.
+
+        Args:
+            canvas: uint8 [canvas_height, canvas_width, 3] RGB.
+            product: that it is judged as, an index.
+
+        Returns:
+            The raw anomaly map float32 [h, w], and the route float32 [P], None where the head has none.
+        """
         tiles = torch.from_numpy(np.ascontiguousarray(cut_tiles(canvas, self.record.preprocessing)))
         with torch.inference_mode():
             taps = dict(zip(self.trunk.tap_names, self.trunk(tiles), strict=True))
-            maps = self.head(*(taps[name] for name in self.head.tap_names))[0].numpy()
-        return join_maps(maps, self.record.preprocessing, self.head.map_stride)
+            inputs = [taps[name] for name in self.head.tap_names]
+            if self.head.takes_product:
+                inputs.append(torch.full((len(tiles),), product, dtype=torch.int64))
+            found = self.head(*inputs)
+        route = found[-1].mean(0).numpy() if found[-1].ndim == ROUTE_AXES else None
+        return join_maps(found[0].numpy(), self.record.preprocessing, self.head.map_stride), route
 
-    def score(self, canvas: npt.NDArray[np.uint8]) -> float:
+    def judge(self, canvas: npt.NDArray[np.uint8], product: int = 0) -> npt.NDArray[np.float32]:
+        """Return the raw anomaly map float32 [h, w] of one canvas, see :meth:`see`."""
+        return self.see(canvas, product)[0]
+
+    def score(self, canvas: npt.NDArray[np.uint8], product: int = 0) -> float:
         """Return the pooled raw score of one canvas."""
-        return pool_score(self.judge(canvas), self.record.pooling)
+        return pool_score(self.judge(canvas, product), self.record.pooling)
 
     def holdout_scores(self) -> npt.NDArray[np.float32]:
-        """Return the raw scores float32 [n] of the held-out good canvases."""
-        return np.array([self.score(canvas) for canvas in self.holdout], np.float32)
+        """Return the raw scores float32 [n] of the held-out good canvases, each as its product."""
+        shown = self.holdout_products
+        scores = [self.score(canvas, int(one)) for canvas, one in zip(self.holdout, shown, strict=True)]
+        return np.array(scores, np.float32)
 
 
 def _read_trunk(path: Path, spec: TrunkSpec) -> Trunk:
