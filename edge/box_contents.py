@@ -15,7 +15,7 @@ from edge.alerts.outbox import Outbox
 from edge.alerts.publisher import Publisher
 from edge.alerts.topics import Identity
 from edge.camera import CameraWorker
-from edge.cameras import Cameras, make_judge
+from edge.cameras import Cameras, make_judge, suited
 from edge.errors import LinewardError, OutboxError, SettingsError
 from edge.health.camera_watch import HEALTH_FOLDER, CameraWatches
 from edge.health.metrics import Metrics
@@ -207,7 +207,7 @@ class BoxContents:
         assert self.inspection is not None
         guide = self.guide(camera, detectors, settings or self.settings)
         return CameraWorker(
-            settings=camera,
+            settings=suited(camera, detectors.of(camera.name).bundle),
             detector=detectors.of(camera.name),
             judge=judge,
             reporter=self.reporter,
@@ -238,7 +238,11 @@ class BoxContents:
             if camera is None or before is None or detectors.of(camera.name) is not before.of(camera.name):
                 continue
             detector = detectors.of(camera.name)
-            new = {one.product for one in detector.added if known.get(one.product) is not one.calibration}
+            new = {
+                one.product
+                for one in detector.added
+                if one.product not in known or known[one.product] is not one.calibration
+            }
             if new:
                 judges = product_judges(camera, detector, self._given.of)
                 found += [(worker.name, judge) for judge in judges if judge.product in new]

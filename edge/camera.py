@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import queue
 import threading
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from edge.adaptation.guided import GuidedDetector
 from edge.camera_status import camera_status, camera_warnings
+from edge.capture.building import build_source
 from edge.capture.capture import CameraState, Capture, LostFrame
+from edge.capture.states import added
 from edge.errors import CaptureError, DataError, LinewardError
 from edge.frames import Decision, EventPhase, JudgedFrame
 from edge.inspection.part_frames import PartFrames
@@ -118,6 +121,7 @@ class CameraWorker:
         self._generation = 0
         self._capture = self._new_capture()
         self._captured_before = dict.fromkeys(CAPTURE_COUNTS, 0)
+        self._samples_before: dict[str, int] = {}
         self._seq_offset = 0
         self._next_seq = 0
         self._restart_s = FIRST_RESTART_S
@@ -232,6 +236,7 @@ class CameraWorker:
         return camera_status(
             self._settings, bundle=self._sight.detector.bundle, capture=self._capture, counts=captured | self._counts,
             judges=self._judges, failure=self._failure, health=self._health,
+            samples=added(self._samples_before, self._capture.source_counts),
         )  # fmt: skip
 
     def warnings(self) -> list[str]:
@@ -273,8 +278,10 @@ class CameraWorker:
             self._successor = None
             self._report(self._tracker.finish())
             self._judges = judges
-        self._sight = sight
+        before, self._sight = self._sight, sight
         self._reporter.judged_by(self.name, sight.detector.bundle)
+        if before.detector.bundle.manifest.signal != sight.detector.bundle.manifest.signal:
+            self._restart()  # windows are cut as the bundle says
 
     def _close(self) -> None:
         self._capture.stop(CAPTURE_STOP_S)
@@ -464,6 +471,7 @@ class CameraWorker:
         counters = self._capture.counters
         for name in self._captured_before:
             self._captured_before[name] += getattr(counters, name)
+        self._samples_before = added(self._samples_before, self._capture.source_counts)
         self._report_lost()
         self._seq_offset = self._next_seq
         self._counts["restarts"] += 1
@@ -488,7 +496,9 @@ class CameraWorker:
             # The station hears of it at once, whatever the worker is busy with: a part waits.
             self._lost.put((lost, self._parts.lost(lost.camera_seq + self._seq_offset, lost)))
 
-        return Capture(name=self.name, settings=self._settings.source, on_lost=lose, wanted=wanted)
+        source, layout = self._settings.source, self._sight.detector.bundle.manifest.signal
+        build = None if layout is None else functools.partial(build_source, source, layout)
+        return Capture(name=self.name, settings=source, make_source=build, on_lost=lose, wanted=wanted)
 
 
 def _judges(judge: Judge | Sequence[Judge]) -> Judges:

@@ -25,6 +25,7 @@ def camera_status(
     judges: Judges,
     failure: str,
     health: CameraWatch | None,
+    samples: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return what the box's status says of one camera, as JSON values.
 
@@ -36,6 +37,7 @@ def camera_status(
         judges: threshold and levels are those that the last frame met; of several products all are told beside them.
         failure: why the last frame could not be judged; empty when it was.
         health: its watch, where there is one.
+        samples: what became of a signal's samples; left out where there are none.
     """
     judge, counters = judges.met, capture.counters
     found = {
@@ -52,6 +54,8 @@ def camera_status(
         "failure": failure or None,
         "health": None if health is None else health.status(),
     }
+    if samples:
+        found["samples"] = dict(samples)
     if judge.product:
         found["judged_as"] = judge.product
         found["products"] = {one.product: _of(one) for one in judges.all}

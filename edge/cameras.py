@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from edge.capture.states import CameraState
-from edge.errors import CaptureError
+from edge.errors import CaptureError, SettingsError
 from edge.judgement.mask_image import read_mask
 from edge.judgement.verdicts import Judge
 
@@ -27,6 +27,23 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 # A worker that hangs in an engine or a driver is left behind after this long, and its successor begins.
 REMOVE_S = 2.0
+
+
+def suited(camera: CameraSettings, bundle: Bundle) -> CameraSettings:
+    """Return a camera's settings under the bundle that judges it: a signal's windows come at the pace of its layout.
+
+    Raises:
+        SettingsError: the bundle does not judge what the source gives.
+    """
+    given, judged, signal = camera.source.modality, bundle.manifest.modality, bundle.manifest.signal
+    if given is not judged:
+        raise SettingsError(
+            f"{camera.name}: kind {camera.source.kind.value} gives frames of modality {given.value}, its bundle "
+            f"{bundle.path} judges {judged.value}; set `bundle` of this entry to one that does"
+        )
+    if signal is None or camera.frame_rate is not None:
+        return camera
+    return camera.model_copy(update={"frame_rate": signal.rate_hz / signal.hop})
 
 
 def make_judge(
@@ -52,8 +69,9 @@ def make_judge(
 
     Raises:
         DataError: the calibration cannot give a threshold.
-        SettingsError: the mask of its region of interest cannot be used.
+        SettingsError: the mask of its region of interest cannot be used, or the bundle judges another modality.
     """
+    camera = suited(camera, bundle)
     manifest, drawn = bundle.manifest, camera.region_of_interest.mask
     judge = Judge(
         calibration=calibration,

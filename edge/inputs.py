@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 # Taps are addressed by the stride of their grid; strides 2, 4, 8, 16 of the shared trunk.
 STRIDE_MULTIPLE = 32
 _XYZ = 3
+_MAX_VALUES = 2**24  # of one window: 64 MiB
 
 
 class _Model(BaseModel):
@@ -193,6 +194,8 @@ class SignalLayout(_Model):
             raise ValueError(f"hop {self.hop} leaves samples between windows of {self.window} unjudged; at most that")
         if len(set(self.channels)) != len(self.channels):
             raise ValueError("two channels have one name; give each its own")
+        if len(self.channels) * self.window > _MAX_VALUES:
+            raise ValueError(f"a window has {len(self.channels) * self.window} values, {_MAX_VALUES} are allowed")
         return self
 
     @property

@@ -25,6 +25,7 @@ from edge.evidence.settings import EvidenceSettings  # noqa: TC001 (pydantic nee
 from edge.federation.settings import FederationSettings  # noqa: TC001 (pydantic needs it at run time)
 from edge.health.settings import CameraHealthSettings, MetricsSettings  # noqa: TC001 (as above)
 from edge.inference.onnxruntime_session import Provider
+from edge.inputs import Modality
 from edge.inspection.settings import ModbusSettings, StationSettings, check_alone, check_station
 from edge.judgement.events import EventSettings
 from edge.judgement.min_area import MinArea  # noqa: TC001 (pydantic needs it at run time)
@@ -133,6 +134,20 @@ class CameraSettings(BaseModel):
         return self.frame_rate or self.source.fps or DEFAULT_FRAME_RATE
 
 
+def check_signal(signal: CameraSettings) -> None:
+    """Raise a ValueError where an entry of ``signals`` asks for what only cameras have."""
+    if signal.source.modality is not Modality.SIGNAL:
+        raise ValueError(f"signal {signal.name!r}: kind {signal.source.kind.value} is a camera's; move it to `cameras`")
+    for name, given in (
+        ("mode: triggered", signal.mode is Mode.TRIGGERED),
+        ("health", signal.health is not None),
+        ("adaptation", signal.adaptation is not None),
+        ("min_area", signal.min_area is not None),
+    ):
+        if given:
+            raise ValueError(f"signal {signal.name!r}: {name} is for cameras; take it out")
+
+
 class BoxSettings(BaseModel):
     """Everything one box needs to know. Relative paths are relative to the YAML file."""
 
@@ -193,7 +208,15 @@ class BoxSettings(BaseModel):
         title="Engine stall [s]",
         description="An inference that takes longer ends the process, for its supervisor to start it again.",
     )
-    cameras: tuple[CameraSettings, ...] = Field(min_length=1, title="Cameras", description="One entry per camera.")
+    cameras: tuple[CameraSettings, ...] = Field(
+        (), title="Cameras", description="One entry per camera, depth cameras included."
+    )
+    signals: tuple[CameraSettings, ...] = Field(
+        (),
+        title="Signals",
+        description="One entry per signal: vibration, current, ECG. A window of it is judged as a camera's frame is, "
+        "and it is named and reported beside the cameras.",
+    )
     stations: tuple[StationSettings, ...] = Field(
         (), title="Stations", description="Triggered cameras that judge parts together; each alone where absent."
     )
@@ -205,6 +228,19 @@ class BoxSettings(BaseModel):
             return check_segment(name, field=str(info.field_name))
         except MessageError as error:
             raise ValueError(str(error)) from error
+
+    @model_validator(mode="after")
+    def _signals_are_watched_as_cameras_are(self) -> BoxSettings:
+        for signal in self.signals:
+            check_signal(signal)
+        for camera in self.cameras:
+            if camera.source.modality is Modality.SIGNAL and camera not in self.signals:
+                raise ValueError(f"camera {camera.name!r} is a signal; move it under `signals`")
+        if not (self.cameras or self.signals):
+            raise ValueError("cameras: needs at least one entry where there are no signals")
+        # So that whoever reads `cameras` finds all that is watched; a frozen model can be completed only so.
+        object.__setattr__(self, "cameras", self.cameras + tuple(s for s in self.signals if s not in self.cameras))
+        return self
 
     @model_validator(mode="after")
     def _camera_names_are_unique(self) -> BoxSettings:
@@ -360,6 +396,7 @@ def _resolved(settings: BoxSettings, folder: Path) -> BoxSettings:
         if (value := getattr(broker, name)) is not None
     }
     cameras = tuple(_resolved_camera(camera, folder) for camera in settings.cameras)
+    signals = {signal.name for signal in settings.signals}
     memory, federation = settings.memory, settings.federation
     if memory is not None and memory.commissioning is not None:
         memory = memory.model_copy(update={"commissioning": absolute(memory.commissioning)})
@@ -376,6 +413,7 @@ def _resolved(settings: BoxSettings, folder: Path) -> BoxSettings:
             "memory": memory,
             "federation": federation,
             "cameras": cameras,
+            "signals": tuple(camera for camera in cameras if camera.name in signals),
         }
     )
 
@@ -390,6 +428,10 @@ def _resolved_camera(camera: CameraSettings, folder: Path) -> CameraSettings:
     if camera.source.path is not None:
         path = str(folder / Path(camera.source.path).expanduser())
         update["source"] = camera.source.model_copy(update={"path": path})
+    signal = camera.source.signal
+    files = {name: folder / one.expanduser() for name in ("password_file", "ca_file") if (one := getattr(signal, name))}
+    if files:
+        update["source"] = camera.source.model_copy(update={"signal": signal.model_copy(update=files)})
     return camera.model_copy(update=update)
 
 

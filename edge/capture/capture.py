@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, final
 
 import numpy as np
@@ -17,7 +17,7 @@ from edge.capture.building import build_source
 from edge.capture.frame_queue import FrameQueue
 from edge.capture.reader import Reader, Wait
 from edge.capture.sources import CorruptFrameError, Grab, Source
-from edge.capture.states import FINAL, NOT_WELL, CameraState, Counters, LostFrame
+from edge.capture.states import FINAL, NOT_WELL, CameraState, Counters, LostFrame, added
 from edge.errors import CaptureError
 from edge.frames import Frame
 
@@ -92,6 +92,7 @@ class Capture:
         self._corrupt_run = False
         self._reader: Reader | None = None
         self._hung: list[Reader] = []
+        self._source_counts: dict[str, int] = {}
 
     def __repr__(self) -> str:
         return f"Capture(name={self.name!r}, source={self._settings.label!r}, state={self._state.value})"
@@ -137,6 +138,12 @@ class Capture:
         """What an operator should know of an open source, such as that it does not give the size asked for."""
         reader = self._reader
         return () if reader is None else reader.remarks
+
+    @property
+    def source_counts(self) -> dict[str, int]:
+        """What the source accounts for beside frames, such as samples, sources that were abandoned included."""
+        reader = self._reader
+        return added(self._source_counts, {} if reader is None else reader.counts)
 
     @property
     def finished(self) -> bool:
@@ -304,6 +311,7 @@ class Capture:
         self._hung.append(reader)
         self._counts["abandoned"] += 1
         self._enter(CameraState.RECONNECTING, f"its driver has not returned for {hung:.1f} s and is left behind")
+        self._source_counts = added(self._source_counts, reader.counts)
         self._reader = self._new_reader()
         self._reader.start()
 
@@ -318,13 +326,16 @@ class Capture:
             )  # fmt: skip
 
     def _frame(self, grab: Grab) -> Frame:
+        now = self._clock()
+        captured = now if grab.captured_ns is None else grab.captured_ns
         frame = Frame(
             image=grab.image,
             camera=self.name,
             camera_seq=self._seq,
-            captured_ns=self._clock(),
-            captured_at=datetime.now(timezone.utc),
+            captured_ns=captured,
+            captured_at=datetime.now(timezone.utc) - timedelta(microseconds=(now - captured) // 1000),
             name=grab.name,
+            refusal=grab.refusal,
         )
         self._seq += 1
         return frame

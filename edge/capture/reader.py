@@ -12,9 +12,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from edge.capture.settings import SourceSettings, TriggerMode, redact
-from edge.capture.sources import IDLE, CorruptFrameError, Grab, Idle, RemarkingSource, TriggeredSource
+from edge.capture.sources import (
+    ALIVE,
+    IDLE,
+    CorruptFrameError,
+    CountingSource,
+    Grab,
+    Idle,
+    RemarkingSource,
+    TriggeredSource,
+)
 from edge.capture.states import CameraState
-from edge.errors import CaptureError
+from edge.errors import CaptureError, LinewardError
 
 if TYPE_CHECKING:
     from edge.capture.sources import Source
@@ -94,6 +103,11 @@ class Reader:
         """What the source has to say."""
         return self._source.remarks if isinstance(self._source, RemarkingSource) else ()
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What the source accounts for; empty where it does not."""
+        return self._source.counts if isinstance(self._source, CountingSource) else {}
+
     def open(self) -> None:
         """Open a file or folder, before :meth:`start`.
 
@@ -152,7 +166,7 @@ class Reader:
             else:
                 self._stream()
             self._owner.entered(self, CameraState.ENDED, None)
-        except CaptureError as error:
+        except LinewardError as error:
             self._owner.entered(self, CameraState.FAILED, redact(str(error)))
         except Exception as error:  # noqa: BLE001 the thread's rim: a driver may raise anything, and nobody else sees it
             # Not _LOG.exception: a driver's message may hold the URL with its password.
@@ -198,6 +212,8 @@ class Reader:
                 self._owner.skipped(self, error)
                 continue
             if isinstance(grab, Idle):
+                if grab is ALIVE:
+                    self._owner.entered(self, CameraState.STREAMING, None)
                 continue
             if grab is None:
                 return

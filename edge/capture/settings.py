@@ -13,6 +13,9 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from edge.capture.sense_settings import DepthSourceSettings, SignalSourceSettings
+from edge.inputs import Modality
+
 # user:password@ of a URL, wherever it stands in a text. Up to the last "@" of the word: an unescaped password may hold
 # "/" or "@", and hiding too much is the safe mistake.
 _CREDENTIALS = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)\S*@")
@@ -23,7 +26,7 @@ _SECRET_PROPERTY = re.compile(
     r"""(?i)(?P<key>(?<![\w-])(?:user|proxy)-(?:id|pw)|(?<![\w-])pass(?:word|wd|phrase))=(?:"[^"]*"|'[^']*'|\S+)"""
 )
 _FOURCC = 4
-_URL_SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "tcp")
+_URL_SCHEMES = ("rtsp", "rtsps", "rtmp", "http", "https", "udp", "tcp", "mqtt", "mqtts")
 
 
 def redact(text: str) -> str:
@@ -40,6 +43,15 @@ class SourceKind(str, Enum):
     CAMERA = "camera"
     GSTREAMER = "gstreamer"
     GENICAM = "genicam"
+    SIGNAL_FILE = "signal_file"
+    SIGNAL_TCP = "signal_tcp"
+    SIGNAL_ZMQ = "signal_zmq"
+    SIGNAL_SERIAL = "signal_serial"
+    SIGNAL_MQTT = "signal_mqtt"
+    DEPTH_FOLDER = "depth_folder"
+    DEPTH_SCENE = "depth_scene"
+    REALSENSE = "realsense"
+    OAK = "oak"
 
 
 class TriggerMode(str, Enum):
@@ -67,6 +79,27 @@ _PLACES = {
     SourceKind.CAMERA: ("url", "device"),
     SourceKind.GSTREAMER: ("pipeline",),
     SourceKind.GENICAM: ("device",),
+    SourceKind.SIGNAL_FILE: ("path",),
+    SourceKind.SIGNAL_TCP: ("url",),
+    SourceKind.SIGNAL_ZMQ: ("url",),
+    SourceKind.SIGNAL_SERIAL: ("device",),
+    SourceKind.SIGNAL_MQTT: ("url",),
+    SourceKind.DEPTH_FOLDER: ("path",),
+    SourceKind.DEPTH_SCENE: ("path",),
+    SourceKind.REALSENSE: ("device",),
+    SourceKind.OAK: ("device",),
+}
+_SIGNALS = frozenset(kind for kind in SourceKind if kind.value.startswith("signal_"))
+_DEPTHS = frozenset({SourceKind.DEPTH_FOLDER, SourceKind.DEPTH_SCENE, SourceKind.REALSENSE, SourceKind.OAK})
+_FILES = frozenset({
+    SourceKind.FOLDER, SourceKind.VIDEO, SourceKind.SIGNAL_FILE, SourceKind.DEPTH_FOLDER, SourceKind.DEPTH_SCENE,
+})  # fmt: skip
+_FREE = frozenset({TriggerMode.FREE})
+_MQTT = ("mqtt", "mqtts")
+_SIGNAL_SCHEMES = {
+    SourceKind.SIGNAL_TCP: ("tcp",),
+    SourceKind.SIGNAL_ZMQ: ("tcp",),
+    SourceKind.SIGNAL_MQTT: _MQTT,
 }
 GENICAM_FORMATS = (
     "Mono8", "BayerGR8", "BayerRG8", "BayerGB8", "BayerBG8", "RGB8", "BGR8", "YUV422_8", "YUV422_8_UYVY",
@@ -133,22 +166,29 @@ class SourceSettings(BaseModel):
     kind: SourceKind = Field(
         title="Kind",
         description="folder: images sorted by name; video: a file; camera: a local device or a stream; gstreamer: a "
-        "pipeline; genicam: a GigE Vision or USB3 Vision camera.",
+        "pipeline; genicam: a GigE Vision or USB3 Vision camera; depth_folder: depth maps; depth_scene: one depth map "
+        "with noise; realsense, oak: a depth camera; signal_file, signal_tcp, signal_zmq, signal_serial, signal_mqtt: "
+        "under `signals`.",
     )
     path: str | None = Field(
-        None, min_length=1, title="Path", description="The folder of images or the video file (folder, video)."
+        None,
+        min_length=1,
+        title="Path",
+        description="The folder of images or depth maps, the video, the record's name without suffix (signal_file).",
     )
     url: str | None = Field(
         None,
         min_length=1,
         repr=False,
         title="Stream URL",
-        description="rtsp, http, ... address of a network camera (camera). Credentials in it are never logged.",
+        description="rtsp, http, ... address of a network camera (camera); tcp, mqtt or mqtts of a signal. Credentials "
+        "in it are never logged.",
     )
     device: int | str | None = Field(
         None,
         title="Device",
-        description="Index or path such as /dev/video0 (camera); id, serial number or IP address (genicam).",
+        description="Index or path such as /dev/video0 (camera); id, serial number or IP address (genicam, oak); "
+        "serial number, 0 for any (realsense); a port such as /dev/ttyUSB0 (signal_serial).",
     )
     pipeline: str | None = Field(
         None,
@@ -169,6 +209,12 @@ class SourceSettings(BaseModel):
     )
     genicam: GenicamSettings = Field(
         GenicamSettings(), title="GenICam", description="Exposure, trigger line and network of a genicam source."
+    )
+    signal: SignalSourceSettings = Field(
+        SignalSourceSettings(), title="Signal", description="How a signal comes in; of kinds that begin with signal."
+    )
+    depth: DepthSourceSettings = Field(
+        DepthSourceSettings(), title="Depth", description="How depth becomes points; of depth_folder and depth_scene."
     )
     fps: float | None = Field(
         None,
@@ -226,7 +272,7 @@ class SourceSettings(BaseModel):
     def _device_suits_the_kind(cls, device: int | str | None, info: ValidationInfo) -> int | str | None:
         if device is None:
             return None
-        if info.data.get("kind") is SourceKind.GENICAM:
+        if info.data.get("kind") in (SourceKind.GENICAM, SourceKind.REALSENSE, SourceKind.OAK):
             # A serial number without quotation marks is a number in YAML.
             return str(device)
         if isinstance(device, str) and device.isdecimal():
@@ -267,11 +313,28 @@ class SourceSettings(BaseModel):
             raise ValueError(f"kind {kind} needs {wanted}, and nothing else of path, url, device and pipeline")
         if self.loop and self.live:
             raise ValueError("loop is for folders and videos; a camera has no end")
-        if self.trigger not in _TRIGGERS[self.kind]:
-            can = ", ".join(sorted(mode.value for mode in _TRIGGERS[self.kind]))
+        if self.trigger not in _TRIGGERS.get(self.kind, _FREE):
+            can = ", ".join(sorted(mode.value for mode in _TRIGGERS.get(self.kind, _FREE)))
             raise ValueError(f"kind {kind} has no trigger {self.trigger.value}; it can: {can}")
         if self.genicam != GenicamSettings() and self.kind is not SourceKind.GENICAM:
             raise ValueError(f"genicam is for kind genicam, not for {kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _section_suits_the_kind(self) -> SourceSettings:
+        kind = self.kind
+        if kind not in _SIGNALS and self.signal != SignalSourceSettings():
+            raise ValueError(f"signal is for kinds that begin with signal_, not for {kind.value}")
+        if kind not in _DEPTHS and self.depth != DepthSourceSettings():
+            raise ValueError(f"depth is for depth_folder and depth_scene, not for {kind.value}")
+        if kind in _SIGNALS and self.fps is not None:
+            raise ValueError("fps is for images; a signal's pace is its rate, and signal.speed that of a file")
+        scheme = "" if self.url is None else urlsplit(self.url).scheme.lower()
+        allowed = _SIGNAL_SCHEMES.get(kind, ())
+        if (allowed and scheme not in allowed) or (not allowed and scheme in _MQTT):
+            raise ValueError(f"kind {kind.value} takes no {scheme}:// address")
+        if kind is SourceKind.SIGNAL_MQTT and not self.signal.topic:
+            raise ValueError("kind signal_mqtt needs signal.topic")
         return self
 
     @model_validator(mode="after")
@@ -291,7 +354,14 @@ class SourceSettings(BaseModel):
     @property
     def live(self) -> bool:
         """Whether the source is a camera: it has no end, cannot wait, and is reconnected."""
-        return self.kind not in (SourceKind.FOLDER, SourceKind.VIDEO)
+        return self.kind not in _FILES
+
+    @property
+    def modality(self) -> Modality:
+        """What its frames are."""
+        if self.kind in _SIGNALS:
+            return Modality.SIGNAL
+        return Modality.DEPTH if self.kind in _DEPTHS else Modality.IMAGE
 
     @property
     def drop_policy(self) -> DropPolicy:

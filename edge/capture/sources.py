@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -37,21 +37,30 @@ class Grab:
     """One image as a source read it.
 
     Attributes:
-        image: uint8 [H, W, 3] BGR.
+        image: uint8 [H, W, 3] BGR, or as :class:`edge.inputs.Modality` says.
         name: file name or position, for people.
+        captured_ns: monotonic time at which it was complete; None where that is now.
+        refusal: why it must not be judged; empty where it may.
     """
 
-    image: npt.NDArray[np.uint8]
+    image: npt.NDArray[Any]
     name: str
+    captured_ns: int | None = None
+    refusal: str = ""
 
 
 class Idle(Enum):
-    """No frame yet, the source is well: lets the reading thread look whether it should stop."""
+    """No frame yet, the source is well: lets the reading thread look whether it should stop.
+
+    ``alive``: something came that is no frame yet, such as a part of one.
+    """
 
     IDLE = "idle"
+    ALIVE = "alive"
 
 
 IDLE: Final = Idle.IDLE
+ALIVE: Final = Idle.ALIVE
 
 
 class Source(Protocol):
@@ -95,6 +104,15 @@ class RemarkingSource(Source, Protocol):
     @property
     def remarks(self) -> tuple[str, ...]:
         """What an operator should know; empty when all is as asked."""
+
+
+@runtime_checkable
+class CountingSource(Source, Protocol):
+    """A source that accounts for what frames are made of, such as samples."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """By name, since it was made."""
 
 
 def read_image(path: Path) -> npt.NDArray[np.uint8]:

@@ -56,6 +56,11 @@ class Counters:
     skipped: int = 0
 
 
+def added(before: dict[str, int], more: dict[str, int]) -> dict[str, int]:
+    """Return counts by name, summed."""
+    return {name: before.get(name, 0) + more.get(name, 0) for name in {**before, **more}}
+
+
 @dataclass(frozen=True, slots=True)
 class LostFrame:
     """A frame that the consumer will never get.

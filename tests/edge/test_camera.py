@@ -71,7 +71,7 @@ class Recorder:
 class Brightness:
     """A detector whose map is the image's own brightness; ``fail_on`` names values that break it."""
 
-    bundle = SimpleNamespace(id="0" * 64, manifest=SimpleNamespace(product="grey", method="brightness"))
+    bundle = SimpleNamespace(id="0" * 64, manifest=SimpleNamespace(product="grey", method="brightness", signal=None))
 
     def __init__(self, fail_on: int | None = None, nan_on: int | None = None) -> None:
         self.fail_on = fail_on
@@ -482,6 +482,7 @@ class BreakingCapture:
 
     error = "the driver broke"
     queued = 0
+    source_counts: ClassVar[dict[str, int]] = {}
 
     @property
     def finished(self) -> bool:

@@ -48,7 +48,7 @@ def _end_inspections() -> Iterator[None]:
 class Routed:
     """A detector whose route and map are the image's brightness; it notes what each frame was seen as."""
 
-    bundle = SimpleNamespace(id="0" * 64, manifest=SimpleNamespace(product="grey", method="brightness"))
+    bundle = SimpleNamespace(id="0" * 64, manifest=SimpleNamespace(product="grey", method="brightness", signal=None))
 
     def __init__(self) -> None:
         self.looks: list[tuple[int, int]] = []

@@ -1,0 +1,163 @@
+"""A signal as a source of frames: chunks of a transport in, windows out, every sample accounted for.
+
+Knows the bundle's layout and no transport; a window is a frame, so that all behind it is as with cameras.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from edge.capture.signal_rate import RateCheck
+from edge.capture.signal_windows import Window, Windows
+from edge.capture.sources import ALIVE, IDLE, Grab, Idle
+from edge.errors import CaptureError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy.typing as npt
+
+    from edge.capture.signal_wire import Chunk
+    from edge.inputs import SignalLayout
+
+
+class Transport(Protocol):
+    """What chunks come in by; used by one thread."""
+
+    paced: bool
+    """Whether samples come in real time."""
+
+    def open(self) -> None:
+        """Connect.
+
+        Raises:
+            CaptureError: the place is missing; the message names it and the cure.
+        """
+
+    def read(self) -> Sequence[Chunk] | None:
+        """Wait for a tenth of a second at most; return what came, perhaps nothing; None at the end of a file.
+
+        Raises:
+            CaptureError: the connection is lost, or what comes is not of the format.
+        """
+
+    def close(self) -> None:
+        """Let go; may be called twice."""
+
+    @property
+    def broken(self) -> int:
+        """Lines or messages that could not be read."""
+
+
+class SignalSource:
+    """Windows of a signal, as a :class:`edge.capture.sources.Source`.
+
+    Args:
+        transport: brings the chunks.
+        layout: of the bundle that judges.
+        channels: names of the stream's channels where it does not say; the layout's in their order where empty.
+        scale: that values are multiplied by.
+        clock: monotonic nanoseconds.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        layout: SignalLayout,
+        *,
+        channels: Sequence[str] = (),
+        scale: float = 1.0,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._transport, self._layout, self._clock = transport, layout, clock
+        self._names, self._scale = tuple(channels), np.float32(scale)
+        self._windows = Windows(channels=len(layout.channels), window=layout.window, hop=layout.hop)
+        self._rate = RateCheck(layout.rate_hz, paced=transport.paced)
+        self._ready: deque[Grab] = deque()
+        self._refusal = ""
+        self._ended = False
+        self._picked: tuple[tuple[str, ...], int, npt.NDArray[np.int64] | None] | None = None
+
+    def open(self) -> None:
+        """Connect the transport.
+
+        Raises:
+            CaptureError: as the transport's.
+        """
+        self._rate.forget()
+        self._windows.reconnected()
+        self._ended = False
+        self._transport.open()
+
+    def read(self) -> Grab | Idle | None:
+        """Return the next window; ALIVE where samples came that complete none, IDLE where none came.
+
+        Raises:
+            CaptureError: the transport is broken, or its channels are not those of the bundle.
+        """
+        if self._ready:
+            return self._ready.popleft()
+        if self._ended:
+            return None
+        chunks = self._transport.read()
+        if chunks is None:
+            self._ended = True
+            self._take(self._windows.finish(), self._clock())
+            return self._ready.popleft() if self._ready else None
+        now = self._clock()
+        for chunk in chunks:
+            self._refusal = self._rate.declared(chunk.rate_hz)
+            self._take(self._windows.push(chunk.first, self._arranged(chunk)), now)
+            self._rate.saw(chunk.first + len(chunk.samples), now)
+        if self._ready:
+            return self._ready.popleft()
+        return ALIVE if chunks else IDLE
+
+    def close(self) -> None:
+        """Let go of the transport; windows begun go on with the next connection, by the numbers of their samples."""
+        self._transport.close()
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What an operator should know."""
+        return tuple(text for text in (self._rate.remark, self._refusal) if text)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Of samples, as :class:`~edge.capture.signal_windows.SampleCounts` has them, and ``broken`` lines."""
+        return {**asdict(self._windows.counts), "pending": self._windows.pending, "broken": self._transport.broken}
+
+    def _take(self, windows: Sequence[Window], now: int) -> None:
+        for window in windows:
+            last = window.first + self._layout.window - 1
+            self._ready.append(Grab(window.values, f"samples {window.first}-{last}", now, self._refusal))
+
+    def _arranged(self, chunk: Chunk) -> npt.NDArray[np.float32]:
+        """The bundle's channels in the bundle's order and unit."""
+        names, count = chunk.channels or self._names, chunk.samples.shape[1]
+        if self._picked is None or self._picked[:2] != (names, count):
+            self._picked = (names, count, self._pick(names, count))
+        order = self._picked[2]
+        samples = chunk.samples if order is None else chunk.samples[:, order]
+        return samples if self._scale == 1 else samples * self._scale
+
+    def _pick(self, names: tuple[str, ...], count: int) -> npt.NDArray[np.int64] | None:
+        wanted = self._layout.channels
+        if not names:
+            if count != len(wanted):
+                raise CaptureError(
+                    f"the stream has {count} channels, the bundle judges {len(wanted)}; name the stream's channels in "
+                    "signal.channels, or see which bundle is set"
+                )
+            return None
+        if len(names) != count:
+            raise CaptureError(f"the stream has {count} channels, signal.channels names {len(names)}; correct it")
+        missing = [name for name in wanted if name not in names]
+        if missing:
+            raise CaptureError(f"the stream lacks channel {', '.join(missing)}; it has {', '.join(names)}")
+        return None if names == wanted else np.array([names.index(name) for name in wanted], np.int64)
