@@ -51,6 +51,18 @@ def test_plan_is_that_of_another_implementation(epsilon: float, iterations: int)
     assert np.abs(found - expected).max() <= 1e-10
 
 
+def test_columns_carry_the_masses_that_are_asked_for() -> None:
+    matrix, masses = cost(50, 4, 7), torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64)
+    found = sinkhorn(matrix, epsilon=0.1, iterations=3000, tolerance=1e-12, masses=masses)
+    torch.testing.assert_close(found.mass.sum(0), masses / 10, rtol=1e-6, atol=0)
+    expected = ot.bregman.sinkhorn(
+        uniform(50), (masses / 10).numpy(), matrix.numpy(), 0.1, method="sinkhorn_log", stopThr=0, numItermax=20,
+        warn=False,
+    )  # fmt: skip
+    again = sinkhorn(matrix, epsilon=0.1, iterations=20, masses=masses).mass.numpy()
+    assert np.abs(again - expected).max() <= 1e-10
+
+
 def test_cost_is_above_the_exact_optimum_and_nears_it_with_less_entropy() -> None:
     matrix = cost(40, 24, 3)
     exact = ot.emd2(uniform(40), uniform(24), matrix.numpy())
@@ -98,6 +110,8 @@ def test_barycentres_of_a_converged_plan_are_its_weighted_means() -> None:
         ({"tolerance": -1.0}, "tolerance -1 >= 0"),
         ({"cost": torch.full((2, 2), torch.nan)}, "finite values"),
         ({"cost": torch.zeros(3)}, "must be a matrix"),
+        ({"masses": torch.tensor([1.0, 0.0])}, "2 finite values above 0"),
+        ({"masses": torch.ones(3)}, "2 finite values above 0"),
     ],
 )
 def test_values_out_of_range_are_refused(change: dict[str, object], words: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from edge.errors import DataError, UsageError
 from edge.memory.rows import RowsPrecision
 from trainer.methods.base import FitContext, Method, MethodConfig
-from trainer.methods.memory.reduce import whitening
+from trainer.methods.memory.reduce import greedy_coreset, whitening
 from trainer.methods.prototypes.model import (
     FARTHEST,
     STATE,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 _BATCH = 16
 _TINY = 1e-6
+_CANDIDATES, _CANDIDATES_CELL = 20_000, 16  # of all prototypes, and of each of a cell
+_LEAST_SHARE = 0.01
 _WITH_PRODUCTS = 3  # dimensions of prototypes, [P, K, C]
 
 
@@ -69,7 +72,12 @@ class PrototypesConfig(MethodConfig):
         0.3, ge=0, description="Added to every eigenvalue, as a share of their mean; 0 compares raw features."
     )
     background: float = Field(0.3, ge=0, le=1, description="Share of its own mean that is taken off a map.")
-    epsilon: float = Field(0.01, gt=0, description="Weight of the entropy in the transport.")
+    scaled: bool = Field(True, description="Bring the sets to one scale, the mean cost of good patches, before adding.")
+    spread: bool = Field(True, description="Begin with patches that lie far apart; else with any.")
+    balanced: bool = Field(
+        False, description="All prototypes carry the same mass; else each the share of patches nearest to it."
+    )
+    epsilon: float = Field(0.001, gt=0, description="Weight of the entropy in the transport.")
     iterations: int = Field(30, ge=1, description="Of Sinkhorn's algorithm in a step, at most.")
     tolerance: float = Field(1e-3, ge=0, description="Relative error of the columns' masses at which they end early.")
     follow: float = Field(0.05, gt=0, le=1, description="Share of the way to the barycentre in a step.")
@@ -198,14 +206,23 @@ class _Training:
         """Make the set; ``done`` of ``total`` sets were made before."""
         config = self.config
         prototypes, batches = self._begin(), self._batches()
+        share = torch.full((len(prototypes),), 1.0 / len(prototypes), device=self._device)
         for step in range(config.steps):
             rows, sites = next(batches)
             feature = feature_costs(rows, self._compared(prototypes), self.head.metric)
             farthest = feature.amax().clamp_min(_TINY)
             alpha = self.set.alpha
             cost = feature * ((1.0 - alpha) / farthest) + self.spatial[sites] * (alpha / FARTHEST)
+            if not config.balanced:
+                nearest = torch.bincount(cost.argmin(1), minlength=len(share)) / len(cost)
+                # Everything is behind the first step's count; what nothing is nearest to still keeps a little.
+                share = nearest if step == 0 else share + config.follow * (nearest - share)
             plan = sinkhorn(
-                cost, epsilon=config.epsilon, iterations=config.iterations, tolerance=config.tolerance / len(prototypes)
+                cost,
+                epsilon=config.epsilon,
+                iterations=config.iterations,
+                tolerance=config.tolerance / len(prototypes),
+                masses=share.clamp_min(_LEAST_SHARE / len(share)),
             )
             prototypes = prototypes + config.follow * (barycentres(plan, rows) - prototypes)
             self.context.progress("prototypes", done * config.steps + step + 1, total * config.steps)
@@ -230,24 +247,37 @@ class _Training:
         return self.context.device
 
     def _begin(self) -> torch.Tensor:
-        """Return a training patch near each prototype's place, drawn anew for each: equal copies would stay equal.
+        """Return a training patch of its own for each prototype: equal copies would stay equal.
 
-        Where prototypes know no places, a patch from anywhere.
+        Of local prototypes from the cell, of global ones from anywhere; far apart from each other, or any.
         """
+        cells = self.set.cells[0] * self.set.cells[1]
         count = len(self.spatial.T)
-        if self.set.alpha:
-            near = self.spatial.argmin(0).cpu()
-        else:
-            near = torch.randint(len(self.spatial), (count,), generator=self.generator)
-        tiles = self.tiles[torch.randint(len(self.tiles), (count,), generator=self.generator)]
-        found: torch.Tensor | None = None
-        for tile in tiles.unique():
-            mine = torch.nonzero(tiles == tile)[:, 0]
-            rows = self._rows(tile[None])[0]
-            found = rows.new_zeros(count, rows.shape[1]) if found is None else found
-            found[mine.to(rows.device)] = rows[near[mine].to(rows.device)]
-        assert found is not None
-        return found
+        if not self.set.alpha:
+            return self._chosen(None, _CANDIDATES, count)
+        owner = self.spatial[:, :cells].argmin(1)
+        # A cell that no site is nearest to takes the nearest site.
+        sites = [torch.nonzero(owner == cell)[:, 0] for cell in range(cells)]
+        sites = [own if len(own) else self.spatial[:, cell].argmin()[None] for cell, own in enumerate(sites)]
+        chosen = [self._chosen(own.cpu(), _CANDIDATES_CELL * self.set.copies, self.set.copies) for own in sites]
+        return torch.stack(chosen, 1).flatten(0, 1)
+
+    def _chosen(self, sites: torch.Tensor | None, most: int, count: int) -> torch.Tensor:
+        """Return ``count`` patches of some sites, or of all, chosen from ``most`` that are drawn."""
+        everything = self._everything
+        some = torch.arange(everything.shape[1]) if sites is None else sites
+        drawn = torch.randperm(len(everything) * len(some), generator=self.generator)[: max(most, count)]
+        # Fewer patches than prototypes: some stand twice.
+        drawn = drawn[torch.arange(max(len(drawn), count)) % len(drawn)]
+        rows = everything[drawn // len(some), some[drawn % len(some)]].to(self._device, torch.float32)
+        if not self.config.spread:
+            return rows[:count]
+        return rows[greedy_coreset(rows, count, self.generator).to(rows.device)]
+
+    @cached_property
+    def _everything(self) -> torch.Tensor:
+        """All patches of the tiles, float16 [n, L, C] on the CPU."""
+        return torch.cat([self._rows(tiles).half().cpu() for tiles in self.tiles.split(_BATCH)])
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield patches [n, C] and their sites [n] without end, every tile in turn."""
@@ -275,7 +305,7 @@ class _Training:
             least = least.clamp_min(0.0).sqrt() if metric is Metric.EUCLID else least
             mass += torch.bincount(index.flatten(), minlength=len(mass)).float()
             total, count = total + float(least.sum()), count + least.numel()
-        typical = torch.tensor([max(total / count, _TINY)])
+        typical = torch.tensor([max(total / count, _TINY) if self.config.scaled else 1.0])
         return Prototypes(prototypes.cpu(), mass.cpu(), farthest.cpu(), typical)
 
 

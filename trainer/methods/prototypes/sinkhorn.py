@@ -33,8 +33,10 @@ class Plan:
         return self.log.exp()
 
 
-def sinkhorn(cost: torch.Tensor, *, epsilon: float, iterations: int, tolerance: float = 0.0) -> Plan:
-    """Spread uniform masses of rows over uniform masses of columns at the least cost, smoothed by entropy.
+def sinkhorn(
+    cost: torch.Tensor, *, epsilon: float, iterations: int, tolerance: float = 0.0, masses: torch.Tensor | None = None
+) -> Plan:
+    """Spread uniform masses of rows over given masses of columns at the least cost, smoothed by entropy.
 
     The potentials of columns are updated before those of rows, so that rows' masses are exact after each iteration and
     columns' only in the limit. Nothing is exponentiated that could underflow to a zero sum.
@@ -44,6 +46,7 @@ def sinkhorn(cost: torch.Tensor, *, epsilon: float, iterations: int, tolerance: 
         epsilon: > 0, weight of the entropy, in units of the cost; the smaller, the sharper and the slower.
         iterations: at most, >= 1.
         tolerance: of the columns' error, looked at every tenth iteration; 0 makes them all.
+        masses: of the columns, float [K] > 0, in any unit; None is the same for all.
 
     Raises:
         UsageError: a value is out of range, or the cost is not finite.
@@ -53,7 +56,11 @@ def sinkhorn(cost: torch.Tensor, *, epsilon: float, iterations: int, tolerance: 
     if cost.ndim != 2 or not cost.numel() or not torch.isfinite(cost).all():  # noqa: PLR2004
         raise UsageError(f"a cost of shape {tuple(cost.shape)} must be a matrix of finite values; check the features")
     rows, columns = cost.shape
-    log_row, log_column = -math.log(rows), -math.log(columns)
+    if masses is None:
+        masses = cost.new_ones(columns)
+    if masses.shape != (columns,) or not ((masses > 0).all() and torch.isfinite(masses).all()):
+        raise UsageError(f"masses of shape {tuple(masses.shape)} must be {columns} finite values above 0")
+    log_row, log_column = -math.log(rows), (masses / masses.sum()).log()
     scores = cost / -epsilon
     u = cost.new_zeros(rows)
     v = cost.new_zeros(columns)
@@ -63,11 +70,11 @@ def sinkhorn(cost: torch.Tensor, *, epsilon: float, iterations: int, tolerance: 
         u = log_row - torch.logsumexp(scores + v, 1)
         done += 1
         if tolerance and done % 10 == 1:
-            error = float((torch.logsumexp(scores + u[:, None] + v, 0).exp() - math.exp(log_column)).norm())
+            error = float((torch.logsumexp(scores + u[:, None] + v, 0).exp() - log_column.exp()).norm())
             if error < tolerance:
                 break
     log = scores + u[:, None] + v
-    return Plan(log, done, float((torch.logsumexp(log, 0).exp() - math.exp(log_column)).norm()))
+    return Plan(log, done, float((torch.logsumexp(log, 0).exp() - log_column.exp()).norm()))
 
 
 def barycentres(plan: Plan, values: torch.Tensor) -> torch.Tensor:
