@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,12 +88,14 @@ class GraphPair:
         shapes: dict[str, tuple[int, ...]] = {name: tuple(first[name].shape) for name in self._taps}
         if takes_product:
             shapes[PRODUCT] = (tiles,)
-        self._head = open_graph(head, engine=engine, precision=precision, threads=0, input_shapes=shapes)
+        # As a box compiles it, without the embedding: in bfloat16 what else is written changes how sums are rounded.
+        self._open = partial(open_graph, head, engine=engine, precision=precision, threads=0, input_shapes=shapes)
+        self._head = self._open(outputs=[ANOMALY_MAP], optional=[ROUTE])
 
     @property
     def has_embedding(self) -> bool:
         """Whether the head gives patch rows."""
-        return EMBEDDING in self._head.output_names
+        return EMBEDDING in self._head.graph_outputs
 
     def taps(self, canvas: Canvases) -> dict[str, npt.NDArray[np.float32]]:
         """Return copies of the taps of one canvas's tiles."""
@@ -139,8 +142,9 @@ class GraphPair:
     def embeddings(self, canvases: Canvases, products: Products = None) -> npt.NDArray[np.float16]:
         """Return float16 [n, tiles, L, D]; ``products`` as for :meth:`judged`."""
         shown = [0] * len(canvases) if products is None else products.tolist()
+        head = self._open(outputs=[EMBEDDING])
         found = [
-            np.asarray(self._head.run(self.inputs(canvas, product))[EMBEDDING], np.float32).astype(np.float16)
+            np.asarray(head.run(self.inputs(canvas, product))[EMBEDDING], np.float32).astype(np.float16)
             for canvas, product in zip(canvases, shown, strict=True)
         ]
         return np.stack(found)
