@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from pymodbus.client import ModbusTcpClient
 
-from edge.inspection.registers import ENTRY_WORDS, RING, RING_BASE, STATION_BASE, TRIGGER_BASE
+from edge.inspection.registers import (
+    ENTRY_WORDS,
+    RECIPE,
+    RECIPE_ANSWERS,
+    RECIPE_WRITTEN,
+    RING,
+    RING_BASE,
+    STATION_BASE,
+    TRIGGER_BASE,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +51,21 @@ class Plc:
         answer = self._client.write_registers(TRIGGER_BASE + 10 * self._station, words, device_id=1)
         assert not answer.isError(), answer
         assert self._words(0, 1) == [self.triggered]
+
+    def choose(self, number: int) -> tuple[int, int]:
+        """Write a recipe number and wait for the answer; returns what is in force then, and the answer."""
+        (before,) = self._words(RECIPE_ANSWERS, 1)
+        address = TRIGGER_BASE + 10 * self._station + RECIPE_WRITTEN
+        answer = self._client.write_register(address, number, device_id=1)
+        assert not answer.isError(), answer
+        wait_for(lambda: self._words(RECIPE_ANSWERS, 1) != [before])
+        in_force, became = self._words(RECIPE, 2)
+        return in_force, became
+
+    @property
+    def recipe(self) -> int:
+        """Number of the product that runs."""
+        return self._words(RECIPE, 1)[0]
 
     @property
     def under_way(self) -> int:
