@@ -18,7 +18,7 @@ from rich.table import Table
 from deploy.evaluation import Subject, write_whole
 from deploy.metrics import fpr_at_threshold, image_ap, recall_at_threshold
 from deploy.running import pool_all
-from edge.bundle import Bundle, Engine, Modality, Precision
+from edge.bundle import Bundle, Engine, Precision
 from edge.errors import DataError, UsageError
 from edge.inference.detector import Detector
 from edge.judgement.threshold import fit_threshold
@@ -190,15 +190,6 @@ def evaluate_signal(
         draw(evaluation, picture)
     _print(evaluation, Console())
     return evaluation
-
-
-def is_signal_bundle(path: Path) -> bool:
-    """Whether a bundle judges signals.
-
-    Raises:
-        BundleError: the bundle is damaged.
-    """
-    return Bundle.open(path).manifest.modality is Modality.SIGNAL
 
 
 def baseline_rows(train: npt.NDArray[np.float32], windows: Windows) -> list[Row]:

@@ -58,19 +58,38 @@ class Scales:
 
 @dataclass(frozen=True, slots=True)
 class Masks:
-    """Which segments each row sees and which are hidden from it; indices of the window's segments, ascending.
+    """Which segments each row sees and which are hidden from it; made by :meth:`of`.
 
     Attributes:
-        global_visible: int64 [N, T - n_g].
-        global_hidden: int64 [N, n_g].
-        local_visible: int64 [N, delta - n_l].
-        local_hidden: int64 [N, n_l].
+        global_visible: int64 [N, T - n_g], indices of the window's segments, ascending.
+        global_hidden: int64 [N, n_g], likewise.
+        local_visible: int64 [N, delta - n_l], likewise.
+        local_hidden: int64 [N, n_l], likewise.
+        starts: int64 [N, 1], where each run begins.
+        global_order: int64 [N, T]: where each segment stands among the visible ones followed by the hidden ones.
+        local_order: int64 [N, delta]: the same of each segment of the run.
     """
 
     global_visible: torch.Tensor
     global_hidden: torch.Tensor
     local_visible: torch.Tensor
     local_hidden: torch.Tensor
+    starts: torch.Tensor
+    global_order: torch.Tensor
+    local_order: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        global_visible: torch.Tensor,
+        global_hidden: torch.Tensor,
+        local_visible: torch.Tensor,
+        local_hidden: torch.Tensor,
+    ) -> Masks:
+        """Return the masks of these indices."""
+        whole, run = torch.cat([global_visible, global_hidden], 1), torch.cat([local_visible, local_hidden], 1)
+        starts = run.min(1, keepdim=True).values
+        return cls(global_visible, global_hidden, local_visible, local_hidden, starts, whole.argsort(1), run.argsort(1))
 
     def __len__(self) -> int:
         return len(self.global_hidden)
@@ -106,7 +125,7 @@ def random_masks(scales: Scales, rows: int, generator: torch.Generator, *, coupl
         keys.scatter_(1, local_hidden, -1.0)
     split = [scales.hidden_global, scales.segments - scales.hidden_global]
     hidden, visible = (part.sort(1).values for part in keys.argsort(1).split(split, 1))
-    return Masks(visible, hidden, local_visible, local_hidden)
+    return Masks.of(visible, hidden, local_visible, local_hidden)
 
 
 def fixed_masks(scales: Scales, passes: int, seed: int, *, couple: bool = False) -> Masks:
@@ -133,7 +152,7 @@ def fixed_masks(scales: Scales, passes: int, seed: int, *, couple: bool = False)
         together = _local_of(scales, runs, generator)
         local += together
         hidden += _global_of(scales, together if couple else [[] for _ in runs], generator)
-    return Masks(
+    return Masks.of(
         _others(hidden, [range(scales.segments)] * passes),
         _rows(hidden),
         _others(local, [range(start, start + scales.local) for start in starts]),

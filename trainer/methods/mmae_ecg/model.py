@@ -141,12 +141,19 @@ class Autoencoder(nn.Module):
         Returns:
             float32 [N, n_g + n_l, K, P]: the globally hidden ones, then the locally hidden ones, normalised.
         """
+        of_window, of_run = self.placed(segments)
+        rows = torch.arange(len(segments), device=segments.device)[:, None]
+        return self.rebuild(of_window[rows, masks.global_visible], of_run[rows, masks.local_visible], masks)
+
+    def placed(self, segments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tokens [N, T, d] of all segments, with the positions of the window and with those of the run."""
         tokens = self.embed(segments.flatten(2))
-        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-        return self.rebuild(tokens[rows, masks.global_visible], tokens[rows, masks.local_visible], masks)
+        return tokens + self.encoder_global, tokens + self.encoder_local
 
     def rebuild(self, of_window: torch.Tensor, of_run: torch.Tensor, masks: Masks) -> torch.Tensor:
-        """Rebuild hidden segments from the embedded visible ones.
+        """Rebuild hidden segments from the tokens of visible ones.
+
+        Positions are added to whole windows and runs, so that a graph holds each table once, not once per pass.
 
         Args:
             of_window: float32 [M, T - n_g, d].
@@ -156,27 +163,30 @@ class Autoencoder(nn.Module):
         Returns:
             float32 [M, n_g + n_l, K, P].
         """
-        repeat = (-1, len(masks))
-        known = torch.cat(
-            [
-                (of_window.unflatten(0, repeat) + self.encoder_global[masks.global_visible]).flatten(0, 1),
-                (of_run.unflatten(0, repeat) + self.encoder_local[masks.local_visible]).flatten(0, 1),
-            ],
-            1,
-        )
+        known = torch.cat([of_window, of_run], 1)
         for block in self.encoder:
             known = block(known)
         known = self.enter(self.encoder_norm(known))
-        places = torch.cat([self.decoder_global[masks.global_visible], self.decoder_local[masks.local_visible]], 1)
-        unknown = self.hidden + torch.cat(
-            [self.decoder_global[masks.global_hidden], self.decoder_local[masks.local_hidden]], 1
-        )
-        known = known.unflatten(0, repeat) + places
-        # Where a token stands in the sequence says nothing: its position is added to it.
-        unknown = unknown.expand(known.shape[0], -1, -1, -1)
-        tokens = self.decoder(torch.cat([known, unknown], 2).flatten(0, 1))
-        hidden = self.decoder_norm(tokens[:, known.shape[2] :])
-        return self.leave(hidden).unflatten(2, (self.channels, self.length))
+        seen = masks.global_visible.shape[1]
+        window = self._in_order(known[:, :seen], masks.global_order) + self.decoder_global
+        within = torch.arange(self.scales.local, device=known.device)
+        run = self._in_order(known[:, seen:], masks.local_order) + self.decoder_local[masks.starts + within]
+        tokens = self.decoder(torch.cat([window, run], 2).flatten(0, 1))
+        hidden = torch.cat([masks.global_hidden, self.scales.segments + masks.local_hidden - masks.starts], 1)
+        found = self.decoder_norm(_taken(tokens, hidden).flatten(0, 1))
+        return self.leave(found).unflatten(2, (self.channels, self.length))
+
+    def _in_order(self, known: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """Fill up with the token of hidden segments: [M / L, L, m, d] of tokens [M, n, d] and order [L, m]."""
+        hidden = self.hidden.expand(known.shape[0], order.shape[1] - known.shape[1], -1)
+        return _taken(torch.cat([known, hidden], 1), order)
+
+
+def _taken(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return [M / L, L, m, d], of each row of tokens [M, n, d] those that its row of ``index`` [L, m] names."""
+    rows, count = index.shape[0], tokens.shape[1]
+    first = torch.arange(rows, device=index.device)[:, None] * count
+    return tokens.unflatten(0, (-1, rows)).flatten(1, 2)[:, index + first]
 
 
 def normalised(segments: torch.Tensor, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,10 +280,10 @@ class MmaeHead(Head):
             float32 [N, K, Q / cell] each; exactly 0 where no pass hid a segment.
         """
         segments = self.network.cut(signal[:, 0])
-        tokens, masks = self.network.embed(segments.flatten(2)), self.masks
+        (of_window, of_run), masks = self.network.placed(segments), self.masks
         # One batch of N H rows, the passes of a window side by side: each segment is embedded once for all of them.
         rebuilt = self.network.rebuild(
-            tokens[:, masks.global_visible].flatten(0, 1), tokens[:, masks.local_visible].flatten(0, 1), masks
+            of_window[:, masks.global_visible].flatten(0, 1), of_run[:, masks.local_visible].flatten(0, 1), masks
         )
         hidden = torch.cat([masks.global_hidden, masks.local_hidden], 1)
         target, variance = normalised(segments, self.floor)

@@ -1,0 +1,73 @@
+"""The signals' part of `lineward train` and `lineward evaluate`; the command line itself is in trainer/cli.py."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from edge.bundle import Bundle, Modality
+from edge.errors import UsageError
+from trainer.progress import progress_bars
+from trainer.signals.fit import train
+from trainer.signals.runs import SignalRun, is_signal_run
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+
+def train_signal(
+    *,
+    method: str,
+    data: Sequence[Path],
+    out: Path,
+    window_s: float,
+    hop_s: float | None,
+    preset: str,
+    seed: int,
+    product: Sequence[str] | None,
+    device: str,
+    settings: Mapping[str, object],
+) -> SignalRun:
+    """Train on recordings and print what came of it; the arguments are those of :func:`trainer.signals.fit.train`.
+
+    Raises:
+        UsageError: recordings of several products, or a setting is out of range.
+        DataError: the recordings cannot be used.
+    """
+    if len(data) > 1 or len(product or ()) > 1:
+        raise UsageError("--data: a detector of signals learns one product; give one folder of recordings")
+    with progress_bars() as progress:
+        run = train(
+            method=method,
+            data=data[0],
+            out=out,
+            window_s=window_s,
+            hop_s=hop_s,
+            preset=preset,
+            seed=seed,
+            product=product[0] if product else None,
+            device=device,
+            settings=settings,
+            progress=progress,
+        )
+    record = run.record
+    layout = record.signal
+    Console(stderr=True).print(
+        f"{record.method} for {record.product}: {record.train_windows} good windows of {layout.window_s:g} s, "
+        f"{len(layout.channels)} channels at {layout.rate_hz:g} Hz, {record.seconds} s, "
+        f"AUROC {max(record.validation.values()):.3f} on synthetic anomalies -> {out}"
+    )
+    return run
+
+
+def evaluates_signal(run: Path | None, bundle: Path | None) -> bool:
+    """Whether `lineward evaluate` was given a run or a bundle of a signal.
+
+    Raises:
+        BundleError: the bundle is damaged.
+    """
+    if run is not None:
+        return is_signal_run(run)
+    return bundle is not None and Bundle.open(bundle).manifest.modality is Modality.SIGNAL
