@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from edge.bundle import Bundle
     from edge.frames import AnomalyEvent, Verdict
     from edge.health.metrics import Metrics
+    from edge.inputs import SignalLayout
 
 _LOG = logging.getLogger(__name__)
 # What an operator misses least goes first when the outbox is full.
@@ -52,10 +53,12 @@ class _Judging(NamedTuple):
 
     product: str
     bundle: BundleRef
+    signal: SignalLayout | None
 
 
 def _judging(bundle: Bundle) -> _Judging:
-    return _Judging(bundle.manifest.product, BundleRef(id=bundle.id, method=bundle.manifest.method))
+    manifest = bundle.manifest
+    return _Judging(manifest.product, BundleRef(id=bundle.id, method=manifest.method), manifest.signal)
 
 
 def _versions(verdict: Verdict) -> tuple[object, ...]:
@@ -213,12 +216,13 @@ class Reporter:
             return self._memories.get(version, MemoryRef(version=version))
 
     def _judge(self, source: str, memory_version: int, calibration_count: int) -> Judge:
-        product, bundle = self._bundles.get(source, self._default)
+        product, bundle, signal = self._bundles.get(source, self._default)
         return Judge(
             product=product,
             bundle=bundle,
             memory=self._memory(memory_version),
             p_value_floor=1 / (calibration_count + 1),
+            signal=signal,
         )
 
     def _store(self, draft: Draft, counter: str) -> None:

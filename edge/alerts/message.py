@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from edge.alerts.command_messages import COMMANDS, Command, CommandResult
+from edge.alerts.span import MAX_CHANNELS, Span, channels_of, span_of
 from edge.alerts.topics import Address, Identity, Kind, parse_topic
 from edge.alerts.wire import Count, Epoch, Message, Milliseconds, Probability, Seq, Utc
 from edge.errors import MessageError
 from edge.frames import Decision, EventPhase  # noqa: TC001 (pydantic needs them at run time)
+from edge.inputs import SignalLayout  # noqa: TC001 (as above)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -57,7 +59,10 @@ class AdaptationRef(Message):
 
 
 class RegionMessage(Message):
-    """A region above the threshold, in pixels of the camera frame; ``peak`` is its highest raw map value."""
+    """A region above the threshold, in pixels of the camera frame; ``peak`` is its highest raw map value.
+
+    Of a signal x and w are in samples of the window, y and h in channels.
+    """
 
     x: int
     y: int
@@ -92,6 +97,10 @@ class _Judged(_Numbered):
     p_value: Probability | None = Field(description="(1 + calibration scores >= score) / (n + 1).")
     p_value_floor: Probability = Field(description="1 / (n + 1), the smallest p_value that n scores can give.")
     regions: tuple[RegionMessage, ...] = Field(default=(), max_length=MAX_REGIONS)
+    span: Span | None = Field(None, description="Of a signal: when in its window; null of an image or depth map.")
+    channels: tuple[str, ...] = Field(
+        (), max_length=MAX_CHANNELS, description="Of a signal: names of the channels that the regions are in."
+    )
     latency_ms: Milliseconds = Field(default_factory=dict)
     evidence: str | None = Field(None, max_length=1024, description="Where pictures are kept; never the pictures.")
 
@@ -290,12 +299,14 @@ class Judge(Message):
         bundle: id and method of the bundle.
         memory: version of the memory.
         p_value_floor: 1 / (n + 1) for n calibration scores.
+        signal: layout of the signal; None where it is none.
     """
 
     product: str
     bundle: BundleRef
     memory: MemoryRef = MemoryRef()
     p_value_floor: Probability = 0.0
+    signal: SignalLayout | None = None
 
 
 def alert_from_event(event: AnomalyEvent, *, identity: Identity, judge: Judge, epoch: str, seq: int) -> Alert:
@@ -499,6 +510,8 @@ def _judged(source: AnomalyEvent | Verdict, *, identity: Identity, judge: Judge)
         "p_value": _finite(source.p_value),
         "p_value_floor": judge.p_value_floor,
         "regions": _regions(source.regions),
+        "span": None if judge.signal is None else span_of(source.regions, source.captured_at, judge.signal),
+        "channels": () if judge.signal is None else channels_of(source.regions, judge.signal),
         "evidence": source.evidence,
         "latency_ms": {stage: float(ms) for stage, ms in source.latency_ms.items() if math.isfinite(ms)},
     }

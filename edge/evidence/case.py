@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edge.alerts.wire import format_utc
+from edge.evidence.drawing import draw
 from edge.evidence.names import RECORD
-from edge.evidence.pictures import draw_overlay, encode_jpeg, encode_map
+from edge.evidence.pictures import draw_overlay, encode_array, encode_jpeg, encode_map
 from edge.judgement.region_of_interest import covered_box
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 SCHEMA = "lineward.evidence/1"
 MAP_FILE, MAP_SCALE_FILE, OVERLAY_FILE, FRAME_FILE = "map.png", "map.json", "overlay.jpg", "frame.jpg"
+WINDOW_FILE = "window.npy"  # of a signal: the samples themselves, which a picture cannot give back
+_CHANNELS_BY_SAMPLES = 2
 
 
 class Picture:
@@ -51,7 +54,7 @@ class Picture:
             EvidenceError: it cannot be encoded.
         """
         if not self._jpeg:
-            self._jpeg = encode_jpeg(self._image, quality)
+            self._jpeg = encode_jpeg(draw(self._image).picture, quality)
             self._image = self._image[:0].copy()
         return self._jpeg
 
@@ -105,8 +108,14 @@ class Case:
             scale |= {"covers": dict(zip("xywh", box, strict=True)), "threshold": _finite(judged.verdict.threshold)}
             self.files[MAP_SCALE_FILE] = _json(scale)
             regions = judged.verdict.regions
-            drawn = draw_overlay(image, anomaly_map, box=box, threshold=judged.verdict.threshold, regions=regions)
+            seen = draw(image)
+            drawn = draw_overlay(
+                seen.picture, anomaly_map, box=seen.box(box), threshold=judged.verdict.threshold,
+                regions=seen.regions(regions),
+            )  # fmt: skip
             self.files[OVERLAY_FILE] = encode_jpeg(drawn, quality)
+            if image.ndim == _CHANNELS_BY_SAMPLES:
+                self.files[WINDOW_FILE] = encode_array(image)
         for index, picture in enumerate(self.before):
             self.add(picture, index - len(self.before), quality=quality)
         self.add(self.picture, 0, quality=quality)

@@ -5,6 +5,7 @@ Pure functions from arrays to bytes; knows nothing of files, queues or events.
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -57,6 +58,13 @@ def encode_map(anomaly_map: npt.NDArray[np.float32]) -> tuple[bytes, dict[str, A
     pixels = np.rint(scaled / step) if step > 0 else np.zeros(anomaly_map.shape)
     scale = {"minimum": low, "step": step, "not_finite": int(anomaly_map.size - values.size)}
     return _encode(".png", np.clip(pixels, 0, LEVELS).astype(np.uint16), []), scale
+
+
+def encode_array(values: npt.NDArray[Any]) -> bytes:
+    """An array as an npy file, without pickle."""
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def decode_map(png: bytes, scale: Mapping[str, Any]) -> npt.NDArray[np.float32]:

@@ -38,8 +38,8 @@ EPOCH = "0123456789abcdef"
 SCHEMAS = Path(__file__).parents[2] / "docs" / "schemas"
 ALERT_KEYS = [
     "schema", "epoch", "seq", "ts", "site", "box", "uptime_ms", "camera", "camera_seq", "product", "bundle", "memory",
-    "adaptation", "score", "threshold", "p_value", "p_value_floor", "regions", "latency_ms", "evidence", "event_id",
-    "phase", "peak_score", "frames", "late",
+    "adaptation", "score", "threshold", "p_value", "p_value_floor", "regions", "span", "channels", "latency_ms",
+    "evidence", "event_id", "phase", "peak_score", "frames", "late",
 ]  # fmt: skip
 
 
