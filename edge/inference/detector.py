@@ -229,6 +229,16 @@ class Detector:
             )
         return self._run(self._in_force, canvas, EMBEDDING, look)
 
+    def route_of_canvas(self, canvas: npt.NDArray[np.uint8], look: Look = PLAIN) -> npt.NDArray[np.float32]:
+        """Return how near a canvas is to each sub-class, float32 [E], see :data:`edge.inference.sessions.ROUTE`.
+
+        Raises:
+            EngineError: the head has no router, the canvas has another size, or the engine gives up.
+        """
+        if not self.has_router:
+            raise EngineError(f"{self.bundle.path}: its head has no router; train it with one")
+        return np.asarray(self._run(self._in_force, canvas, ROUTE, look).mean(axis=0), np.float32)
+
     @property
     def has_embedding(self) -> bool:
         """Whether the head gives patch rows."""
