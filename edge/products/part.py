@@ -303,7 +303,7 @@ class Recipes:
             asked = self.products(camera, detector).asked()
             if asked.problem:
                 found[camera] = f"nothing is judged: {asked.problem}; send cmd/recipe"
-            elif asked.index is None and not detector.has_route:
+            elif asked.index is None and not detector.has_router:
                 found[camera] = "nothing is judged: it has no recipe, and its bundle no router; send cmd/recipe"
         return found
 

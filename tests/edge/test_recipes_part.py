@@ -41,7 +41,7 @@ SOON = 20.0
 
 def detector(*products: str, router: bool = True, subclasses: tuple[str, ...] = ()) -> Any:
     manifest = SimpleNamespace(products=products, subclasses=products or subclasses)
-    return SimpleNamespace(products=products, has_route=router, bundle=SimpleNamespace(manifest=manifest))
+    return SimpleNamespace(products=products, has_router=router, bundle=SimpleNamespace(manifest=manifest))
 
 
 class Followers:
