@@ -79,6 +79,7 @@ class SignalSource:
         self._windows = Windows(channels=len(layout.channels), window=layout.window, hop=layout.hop)
         self._rate = RateCheck(layout.rate_hz, paced=transport.paced)
         self._ready: deque[Grab] = deque()
+        self._waiting: deque[tuple[int, npt.NDArray[np.float32], str, int]] = deque()
         self._refusal = ""
         self._ended = False
         self._picked: tuple[tuple[str, ...], int, npt.NDArray[np.int64] | None] | None = None
@@ -100,21 +101,20 @@ class SignalSource:
         Raises:
             CaptureError: the transport is broken, or its channels are not those of the bundle.
         """
-        if self._ready:
+        if self._ready or self._take():
             return self._ready.popleft()
         if self._ended:
             return None
         chunks = self._transport.read()
         if chunks is None:
             self._ended = True
-            self._take(self._windows.finish(), self._clock())
+            self._give(self._windows.finish(), self._clock())
             return self._ready.popleft() if self._ready else None
         now = self._clock()
         for chunk in chunks:
-            self._refusal = self._rate.declared(chunk.rate_hz)
-            self._take(self._windows.push(chunk.first, self._arranged(chunk)), now)
+            self._waiting.append((chunk.first, self._arranged(chunk), self._rate.declared(chunk.rate_hz), now))
             self._rate.saw(chunk.first + len(chunk.samples), now)
-        if self._ready:
+        if self._take():
             return self._ready.popleft()
         return ALIVE if chunks else IDLE
 
@@ -132,7 +132,17 @@ class SignalSource:
         """Of samples, as :class:`~edge.capture.signal_windows.SampleCounts` has them, and ``broken`` lines."""
         return {**asdict(self._windows.counts), "pending": self._windows.pending, "broken": self._transport.broken}
 
-    def _take(self, windows: Sequence[Window], now: int) -> None:
+    def _take(self) -> bool:
+        """Cut what came into windows until there is one: a long chunk makes many, which would fill the memory."""
+        while self._waiting and not self._ready:
+            first, samples, self._refusal, now = self._waiting.popleft()
+            hop = self._layout.hop
+            if len(samples) > hop:
+                self._waiting.appendleft((first + hop, samples[hop:], self._refusal, now))
+            self._give(self._windows.push(first, samples[:hop]), now)
+        return bool(self._ready)
+
+    def _give(self, windows: Sequence[Window], now: int) -> None:
         for window in windows:
             last = window.first + self._layout.window - 1
             self._ready.append(Grab(window.values, f"samples {window.first}-{last}", now, self._refusal))

@@ -1,0 +1,332 @@
+"""Signals as they come in: files, TCP, ZeroMQ, a serial port; with losses, other rates and other channels."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import tty
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+from edge.capture.building import build_source
+from edge.capture.capture import CameraState, Capture
+from edge.capture.settings import SourceSettings
+from edge.capture.signal_file import WfdbTransport
+from edge.capture.signal_rate import RateCheck
+from edge.capture.signal_source import SignalSource
+from edge.capture.signal_wire import Chunk, pack, to_json, to_text
+from edge.capture.sources import ALIVE, IDLE, Grab
+from edge.errors import CaptureError
+from tests.edge.tiny_senses import bearing, signal_layout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from edge.frames import Frame
+    from edge.inputs import SignalLayout
+
+NS = 1_000_000_000
+
+
+class Scripted:
+    """A transport that gives what it was made with, then nothing, then its end."""
+
+    paced = True
+    broken = 0
+
+    def __init__(self, steps: Sequence[list[Chunk] | CaptureError | None]) -> None:
+        self.steps = list(steps)
+        self.opened = 0
+
+    def open(self) -> None:
+        self.opened += 1
+
+    def read(self) -> list[Chunk] | None:
+        step = self.steps.pop(0) if self.steps else []
+        if isinstance(step, CaptureError):
+            raise step
+        return step
+
+    def close(self) -> None:
+        pass
+
+
+def chunks_of(samples: np.ndarray, size: int, *, rate_hz: float | None = 400.0) -> list[list[Chunk]]:
+    return [[Chunk(at, samples[at : at + size], rate_hz)] for at in range(0, len(samples), size)]
+
+
+def test_windows_are_frames_of_channels_by_samples_at_the_time_of_their_last_sample() -> None:
+    samples = bearing(1)
+    clock = iter(range(100, 10_000, 100))
+    source = SignalSource(Scripted(chunks_of(samples, 50)), signal_layout(), clock=lambda: next(clock))
+    source.open()
+    found = [source.read() for _ in range(8)]
+    assert found[:3] == [ALIVE, ALIVE, ALIVE]
+    first = found[3]
+    assert isinstance(first, Grab)
+    np.testing.assert_array_equal(first.image, samples[:200].T)
+    assert (first.captured_ns, first.name, first.refusal) == (400, "samples 0-199", "")
+    assert source.read() is IDLE
+
+
+def test_channels_are_picked_by_name_and_scaled_into_the_unit() -> None:
+    samples = np.arange(1200, dtype=np.float32).reshape(400, 3)
+    source = SignalSource(
+        Scripted([[Chunk(0, samples)]]), signal_layout(), channels=("fan end", "speed", "drive end"), scale=0.5
+    )
+    source.open()
+    grab = source.read()
+    assert isinstance(grab, Grab)
+    np.testing.assert_array_equal(grab.image, samples[:200, [2, 0]].T * 0.5)
+
+
+@pytest.mark.parametrize(
+    ("names", "count", "words"),
+    [
+        ((), 3, "3 channels, the bundle judges 2"),
+        (("drive end", "other"), 2, "lacks channel fan end"),
+        (("a",), 2, "names 1"),
+    ],
+)
+def test_other_channels_are_refused(names: tuple[str, ...], count: int, words: str) -> None:
+    source = SignalSource(Scripted([[Chunk(0, np.zeros((9, count), np.float32))]]), signal_layout(), channels=names)
+    source.open()
+    with pytest.raises(CaptureError, match=words):
+        source.read()
+
+
+@pytest.mark.parametrize(("rate_hz", "refused"), [(400.0, False), (403.9, False), (404.1, True), (360.0, True)])
+def test_window_of_a_stream_with_another_rate_is_refused_with_a_reason(rate_hz: float, refused: bool) -> None:  # noqa: FBT001
+    source = SignalSource(Scripted(chunks_of(bearing(0.5), 200, rate_hz=rate_hz)), signal_layout())
+    source.open()
+    grab = source.read()
+    assert isinstance(grab, Grab)
+    assert bool(grab.refusal) is refused
+    assert ("the bundle judges 400" in grab.refusal) is refused
+
+
+@pytest.mark.parametrize(("share", "told"), [(1.0, False), (1.005, False), (0.985, True), (1.02, True)])
+def test_measured_rate_that_is_off_is_told(share: float, told: bool) -> None:  # noqa: FBT001
+    check = RateCheck(400.0)
+    for step in range(25 * 12):
+        check.saw(round(step * 16 * share), step * NS // 25)
+    assert bool(check.remark) is told
+
+
+def test_rate_is_not_measured_before_there_is_enough_or_where_nobody_paces() -> None:
+    check, replayed = RateCheck(400.0), RateCheck(400.0, paced=False)
+    for step in range(25 * 9):
+        check.saw(step * 99, step * NS // 25)
+    for step in range(25 * 20):
+        replayed.saw(step * 99, step * NS // 25)
+    assert (check.remark, replayed.remark) == ("", "")
+
+
+def test_samples_lost_between_two_connections_are_counted_by_their_numbers() -> None:
+    samples = bearing(1)
+    broken = CaptureError("gone")
+    steps = [[Chunk(0, samples[:120])], broken, [Chunk(150, samples[150:300])]]
+    source = SignalSource(Scripted(steps), signal_layout())
+    source.open()
+    assert source.read() is ALIVE
+    with pytest.raises(CaptureError):
+        source.read()
+    source.close()
+    source.open()
+    grab = source.read()
+    assert isinstance(grab, Grab)
+    assert np.flatnonzero(np.isnan(grab.image[0])).tolist() == list(range(120, 150))
+    assert source.counts["lost"] == 30
+
+
+# -- the real transports -------------------------------------------------------------------------------------------
+
+
+def write_record(folder: Path, samples: np.ndarray, *, rate_hz: float = 400.0, names: Sequence[str]) -> str:
+    wfdb = pytest.importorskip("wfdb", reason="needs wfdb: pip install 'lineward[signals]'")
+    wfdb.wrsamp(
+        "record", fs=rate_hz, units=["g"] * samples.shape[1], sig_name=list(names), p_signal=samples.astype(np.float64),
+        fmt=["16"] * samples.shape[1], write_dir=str(folder),
+    )  # fmt: skip
+    return str(folder / "record")
+
+
+def frames_of(settings: SourceSettings, count: int, layout: SignalLayout) -> tuple[list[Frame], Capture]:
+    capture = Capture(name="spindle", settings=settings, make_source=lambda: build_source(settings, layout))
+    capture.start()
+    found: list[Frame] = []
+    while len(found) < count and not capture.finished:
+        frame = capture.get(10)
+        if frame is None:
+            break
+        found.append(frame)
+    return found, capture
+
+
+def test_wfdb_record_is_judged_whole(tmp_path: Path) -> None:
+    samples = bearing(2.1)
+    layout = signal_layout()
+    path = write_record(tmp_path, samples, names=("drive end", "fan end"))
+    settings = SourceSettings(kind="signal_file", path=path, signal={"speed": None})
+    found, capture = frames_of(settings, 99, layout)
+    capture.stop()
+    assert [frame.name for frame in found][-1] == "samples 640-839"
+    assert len(found) == 8
+    np.testing.assert_allclose(found[0].image, samples[:200].T, atol=1e-3)
+    counts = capture.source_counts
+    assert (counts["received"], counts["windowed"], counts["unwindowed"]) == (840, 840, 0)
+
+
+def test_wfdb_record_is_replayed_at_its_pace_times_the_speed(tmp_path: Path) -> None:
+    path = write_record(tmp_path, bearing(2), names=("drive end", "fan end"))
+    now = [0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += round(seconds * NS)
+
+    transport = WfdbTransport(path, speed=2.0, clock=lambda: now[0], sleep=sleep)
+    transport.open()
+    given = 0
+    while (chunks := transport.read()) is not None:
+        given += sum(len(chunk.samples) for chunk in chunks)
+        assert given <= now[0] / NS * 800 + 1
+    assert given == 800
+    assert now[0] == pytest.approx(1.0 * NS, rel=0.05)
+
+
+def test_missing_record_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("wfdb", reason="needs wfdb: pip install 'lineward[signals]'")
+    with pytest.raises(CaptureError, match="WFDB"):
+        WfdbTransport(str(tmp_path / "none")).open()
+
+
+@contextmanager
+def tcp_sender(*sessions: bytes) -> Iterator[int]:
+    """A server that gives each connection its bytes, one after the other, and hangs up."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        for data in sessions:
+            try:
+                peer, _ = server.accept()
+            except OSError:
+                return
+            with peer:
+                peer.sendall(data)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield server.getsockname()[1]
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("form", [pack, to_json, to_text])
+def test_tcp_stream_goes_on_after_the_sender_hung_up(form: Callable[[Chunk], bytes]) -> None:
+    samples = bearing(1)
+    first, second = Chunk(0, samples[:150], 400.0), Chunk(160, samples[160:400], 400.0)
+    with tcp_sender(form(first) + b"", form(second)) as port:
+        settings = SourceSettings(kind="signal_tcp", url=f"tcp://127.0.0.1:{port}")
+        found, capture = frames_of(settings, 3, signal_layout())
+        counts = capture.source_counts
+        capture.stop()
+    assert [frame.name for frame in found] == ["samples 0-199", "samples 100-299", "samples 200-399"]
+    assert np.isnan(found[0].image).sum() == 20
+    assert (counts["received"], counts["lost"]) == (390, 10)
+    np.testing.assert_allclose(found[2].image, samples[200:400].T, rtol=1e-5)
+
+
+def test_broken_line_of_a_tcp_stream_is_counted_and_its_samples_are_lost() -> None:
+    samples = bearing(1)
+    lines = to_text(Chunk(0, samples)).splitlines(keepends=True)
+    lines[100] = b"S 10\xff0 0.1 0.2\n"
+    with tcp_sender(b"".join(lines)) as port:
+        settings = SourceSettings(kind="signal_tcp", url=f"tcp://127.0.0.1:{port}")
+        found, capture = frames_of(settings, 1, signal_layout())
+        counts = capture.source_counts
+        capture.stop()
+    assert np.flatnonzero(np.isnan(found[0].image[0])).tolist() == [100]
+    assert (counts["broken"], counts["lost"]) == (1, 1)
+
+
+def test_zeromq_publisher_is_heard_by_its_prefix() -> None:
+    import zmq
+
+    samples = bearing(0.5)
+    publisher = zmq.Context.instance().socket(zmq.PUB)
+    port = publisher.bind_to_random_port("tcp://127.0.0.1")
+    settings = SourceSettings(kind="signal_zmq", url=f"tcp://127.0.0.1:{port}", signal={"topic": "press"})
+    capture = Capture(name="press", settings=settings, make_source=lambda: build_source(settings, signal_layout()))
+    try:
+        capture.start()
+        frame, first = None, 0
+        # A subscription takes its time; what is sent before is nobody's. The stream goes on until a window is whole.
+        while frame is None and first < 400_000:
+            publisher.send_multipart([b"other", pack(Chunk(first, 0 * samples, 400.0))])
+            publisher.send_multipart([b"press", pack(Chunk(first, samples, 400.0))])
+            first += len(samples)
+            frame = capture.get(0.05)
+        assert frame is not None
+        np.testing.assert_array_equal(frame.image, samples.T)
+    finally:
+        capture.stop()
+        publisher.close(0)
+
+
+def test_serial_port_is_read_from_the_first_whole_line() -> None:
+    pytest.importorskip("serial", reason="needs pyserial: pip install 'lineward[signals]'")
+    samples = bearing(0.5)
+    controller, port = os.openpty()
+    tty.setraw(port)
+    settings = SourceSettings(kind="signal_serial", device=os.ttyname(port))
+    capture = Capture(name="pump", settings=settings, make_source=lambda: build_source(settings, signal_layout()))
+    text = b"9.5 3.25\n" + to_text(Chunk(0, samples))
+    writer = threading.Thread(target=lambda: os.write(controller, text), daemon=True)
+    try:
+        capture.start()
+        while capture.state is CameraState.STARTING and not writer.ident:
+            writer.start()
+        frame = capture.get(10)
+        assert frame is not None
+        np.testing.assert_allclose(frame.image, samples.T, rtol=1e-5)
+        assert capture.source_counts["broken"] == 0
+    finally:
+        capture.stop()
+        writer.join(5)
+        os.close(controller)
+        os.close(port)
+
+
+def test_silent_stream_stalls_and_streams_again() -> None:
+    gate = threading.Event()
+    samples = bearing(1)
+
+    class Silent(Scripted):
+        def read(self) -> list[Chunk] | None:
+            if self.steps or gate.is_set():
+                return super().read()
+            gate.wait(0.02)
+            return []
+
+    transport = Silent(chunks_of(samples[:200], 100))
+    settings = SourceSettings(kind="signal_tcp", url="tcp://127.0.0.1:9", stall_seconds=0.2)
+    capture = Capture(name="fan", settings=settings, make_source=lambda: SignalSource(transport, signal_layout()))
+    capture.start()
+    try:
+        assert capture.get(10) is not None
+        while capture.state is CameraState.STREAMING:
+            gate.wait(0.02)
+        assert capture.state is CameraState.STALLED
+        transport.steps = [[Chunk(200, samples[200:230])]]
+        while capture.state is CameraState.STALLED:
+            gate.wait(0.02)
+        assert capture.state is CameraState.STREAMING
+    finally:
+        gate.set()
+        capture.stop()
