@@ -97,11 +97,15 @@ def test_map_is_the_least_cost_over_prototypes_in_features_and_place(metric: Met
     head.farthest_0.fill_(1.7)
     head.typical_0.fill_(0.3)
     tap = torch.randn(2, 3, 2, 2, generator=generator)
+    if metric is Metric.SOFT:
+        head.floor_s8.fill_(0.6)
     expected = torch.empty(2, 4)
     where = places((2, 2))
     for image in range(2):
         for site in range(4):
             patch = tap[image].flatten(1)[:, site]
+            if metric is Metric.SOFT:
+                patch = patch / (patch.square().sum() + 0.6**2).sqrt()
             if metric is Metric.COSINE:
                 feature = 1 - torch.cosine_similarity(patch[None], rows)
             else:
@@ -139,9 +143,17 @@ def test_extreme_patch_changes_no_other_score_and_no_other_image() -> None:
 def test_step_goes_the_given_share_of_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
     target = torch.full((9,), 3.0)
     monkeypatch.setattr(
-        "trainer.methods.prototypes.fit.barycentres", lambda plan, _: target.expand(plan.log.shape[1], 9)
+        "trainer.methods.prototypes.training.barycentres", lambda plan, _: target.expand(plan.log.shape[1], 9)
     )
-    single = PrototypesConfig(sets=(BOTH[1],), steps=7, follow=0.05, metric=Metric.EUCLID, whitening=0.0, pooled=False)
+    single = PrototypesConfig(
+        sets=(BOTH[1],),
+        steps=7,
+        follow=0.05,
+        rows_precision=RowsPrecision.FLOAT32,
+        metric=Metric.EUCLID,
+        whitening=0.0,
+        pooled=False,
+    )
     start = PrototypesMethod.fit(context(good(24, 1)), single.model_copy(update={"follow": 1e-12})).prototypes_0
     found = PrototypesMethod.fit(context(good(24, 1)), single).prototypes_0
     torch.testing.assert_close(found, target + 0.95**7 * (start - target), rtol=1e-4, atol=1e-4)
@@ -245,7 +257,7 @@ def test_graph_is_products_constants_and_minima_and_judges_as_the_head(metric: M
 
 
 def test_float16_prototypes_are_stored_in_half_the_bytes(tmp_path: Path) -> None:
-    half, whole = fitted(rows_precision=RowsPrecision.FLOAT16), fitted()
+    half, whole = fitted(), fitted(rows_precision=RowsPrecision.FLOAT32)
     stored = stored_state(half)
     assert {str(stored[f"prototypes_{i}"].dtype) for i in range(2)} == {"float16"}
     assert {e.name for e in state_entries(half) if e.stored is RowsPrecision.FLOAT16} == {

@@ -35,9 +35,12 @@ class Metric(str, Enum):
     """How patches are compared with prototypes.
 
     ``cosine``: 1 - cos, as published. ``euclid``: squared distance, which also sees how long a whitened patch is.
+    ``soft``: squared distance of patches p / sqrt(|p|^2 + floor^2), between the two: a patch that is short beside
+    others, such as a bare plate, has no direction to speak of.
     """
 
     COSINE = "cosine"
+    SOFT = "soft"
     EUCLID = "euclid"
 
 
@@ -97,8 +100,9 @@ class PrototypeHead(Head):
     """Cost of each patch to its nearest prototype, summed over sets of prototypes.
 
     ``min_k (1 - alpha) D(f, p_k) / farthest + alpha |g - c_k| / sqrt 2``: f a patch at place g, p_k a prototype at
-    place c_k, D by the metric; its root for ``euclid``; over ``typical``, times the set's weight. Both normalisers are
-    frozen: a maximum taken from the image itself would let a defect lower the scores of everything beside it.
+    place c_k, D by the metric; its root but for ``cosine``; over ``typical``, times the set's weight. Both
+    normalisers are frozen: a maximum taken from the image itself would let a defect lower the scores of everything
+    beside it.
 
     State, per set i: ``prototypes_i`` float32 [K, C], ``mass_i`` [K] (good patches behind each; one without any is
     left out), ``farthest_i`` [1] and ``typical_i`` [1]; of several products with an axis of products before. Places are
@@ -158,6 +162,8 @@ class PrototypeHead(Head):
             self.register_buffer(f"places_{name}", places(self.grids[name]), persistent=False)
             # What rebuilding needs; the graph has no use for it.
             self.register_buffer(f"grid_{name}", torch.tensor(self.grids[name]))
+            if metric is Metric.SOFT:
+                self.register_buffer(f"floor_{name}", torch.ones(1))
             if whitened:
                 # skip_init: the global generator is not ours to advance.
                 self.register_module(f"whiten_{name}", skip_init(nn.Conv2d, channels[name], channels[name], 1))
@@ -167,12 +173,17 @@ class PrototypeHead(Head):
         # A mean would blur what the finest tap is for, as in trainer/methods/memory.
         return patch_mean(tap) if self.pooled and name != "s4" else tap
 
-    def rows(self, name: str, tap: torch.Tensor) -> torch.Tensor:
-        """Return what is compared, float32 [N, h w, C] of a tap [N, C, h, w]: of unit length for the cosine."""
+    def compared(self, name: str, tap: torch.Tensor) -> torch.Tensor:
+        """Return patches float32 [N, C, h, w], whitened where they are."""
         patches = self.patches(name, tap)
-        if self.whitened:
-            patches = self.get_submodule(f"whiten_{name}")(patches)
-        rows = patches.flatten(2).transpose(1, 2)
+        whitened: torch.Tensor = self.get_submodule(f"whiten_{name}")(patches) if self.whitened else patches
+        return whitened
+
+    def rows(self, name: str, tap: torch.Tensor) -> torch.Tensor:
+        """Return what is compared, float32 [N, h w, C] of a tap [N, C, h, w]; see :class:`Metric`."""
+        rows = self.compared(name, tap).flatten(2).transpose(1, 2)
+        if self.metric is Metric.SOFT:
+            return rows / ((rows * rows).sum(2, keepdim=True) + self.get_buffer(f"floor_{name}").square()).sqrt()
         return unit_rows(rows) if self.metric is Metric.COSINE else rows
 
     def spatial(self, index: int) -> torch.Tensor:
@@ -207,7 +218,7 @@ class PrototypeHead(Head):
         if one.alpha:
             cost = cost + self.spatial(index) * (one.alpha / FARTHEST)
         least = cost.amin(2)
-        return least.clamp_min(0.0).sqrt() if self.metric is Metric.EUCLID else least
+        return least if self.metric is Metric.COSINE else least.clamp_min(0.0).sqrt()
 
     def _state(self, what: str, index: int, product: torch.Tensor | None) -> torch.Tensor:
         state = self.get_buffer(f"{what}_{index}")
