@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edge.adaptation.look import Look
 from edge.adaptation.reference import described, read_reference
 from edge.cameras import make_judge
 from edge.doctor.findings import Finding, doubt, fine, isolated, of_error, wrong
@@ -19,6 +20,8 @@ from edge.errors import CaptureError, EngineError, LinewardError
 from edge.frames import Frame
 from edge.inference.detectors import Detectors
 from edge.inference.engines import available_engines
+from edge.products.files import add_products
+from edge.products.judging import product_judges
 from edge.settings import DEFAULT_FRAME_RATE
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
     from edge.doctor.cameras import Seen
     from edge.inference.detector import Detector
+    from edge.judgement.verdicts import Judge
     from edge.settings import BoxSettings
 
 CALLS = 20
@@ -56,8 +60,13 @@ def look_at_bundles(settings: BoxSettings, seen: Sequence[Seen], *, scale: float
     except LinewardError as error:
         yield of_error("bundle", "", error)
         return
+    for text in add_products(settings.products, detectors):
+        yield wrong("product", "", text, "the message says how; the box runs without this product")
     for detector in detectors:
         yield from _proof(detector)
+        if detector.products:
+            names = list(detector.products)
+            yield fine("products", detector.bundle.manifest.product, f"judges {', '.join(names)}", products=names)
         yield from isolated("moments", "", lambda detector=detector: _moments(detector))  # type: ignore[misc]  # as below
     usable = [one for one in seen if one.camera.enabled]
     for one in usable:
@@ -107,15 +116,25 @@ def _moments(detector: Detector) -> Iterator[Finding]:
 
 def _threshold(seen: Seen, detector: Detector) -> Iterator[Finding]:
     camera, status = seen.camera, detector.status
-    judge = make_judge(camera, detector.bundle, detector.bundle.calibration(status.engine, status.precision))
+    if detector.products:
+        judges = product_judges(camera, detector, lambda _camera, _product: None)
+    else:
+        judges = (make_judge(camera, detector.bundle, detector.bundle.calibration(status.engine, status.precision)),)
+    for index, judge in enumerate(judges):
+        yield from _threshold_of(seen, detector, judge, index)
+
+
+def _threshold_of(seen: Seen, detector: Detector, judge: Judge, index: int) -> Iterator[Finding]:
+    """Of one product, by its index; the only one has 0."""
+    camera, of = seen.camera, f"{judge.product}: " if judge.product else ""
     if seen.frame is not None:
         # Whether mask and smallest area fit is known once a frame of the camera's size has come.
         with contextlib.suppress(CaptureError):  # a frame that the crop does not fit is told under "defect"
-            judge.judge(detector.predict(_frame(seen, detector)))
+            judge.judge(detector.predict(_frame(seen, detector), Look(index)))
     for text in judge.warnings:
-        yield doubt("threshold", camera.name, text, "correct the camera's settings")
+        yield doubt("threshold", camera.name, of + text, "correct the camera's settings, or what the text names")
     threshold = judge.threshold
-    text = f"{threshold.value:.4g} ({threshold.method}) for {camera.budget_text(threshold.alpha)}"
+    text = f"{of}{threshold.value:.4g} ({threshold.method}) for {camera.budget_text(threshold.alpha)}"
     if threshold.budget_supported or threshold.method == "external":
         yield fine("threshold", camera.name, text, value=threshold.value)
     else:

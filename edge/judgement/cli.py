@@ -22,6 +22,7 @@ def threshold(
     bundle: Annotated[Path | None, typer.Option(help="Folder of the bundle.", show_default=False)] = None,
     config: Annotated[Path | None, typer.Option(help="A box's YAML file in its place.", show_default=False)] = None,
     camera: Annotated[str | None, typer.Option(help="Only this camera of the box.", show_default=False)] = None,
+    product: Annotated[str | None, typer.Option(help="Only this product of the bundle.", show_default=False)] = None,
     engine: Annotated[str | None, typer.Option(help="onnxruntime or openvino; what a box would take.")] = None,
     precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or int8; what a box would take.")] = None,
     mode: Annotated[str, typer.Option(help="stream or triggered; of a bundle alone.")] = "stream",
@@ -51,7 +52,10 @@ def threshold(
 
             opened[path] = Bundle.open(path)
         pair = _pair(opened[path], engine or its_engine, precision or its_precision)
-        shown.append(_table(opened[path], pair, settings, _size(frame_size), name))
+        shown += [
+            _table(opened[path], pair, settings, _size(frame_size), name, one)
+            for one in _products(opened[path], product)
+        ]
     if as_json:
         import dataclasses
         import json
@@ -106,6 +110,16 @@ def _pair(bundle: Bundle, engine: str | None, precision: str | None) -> tuple[En
     return fitting[0]
 
 
+def _products(bundle: Bundle, wanted: str | None) -> tuple[str, ...]:
+    """Those that are asked for, each with thresholds of its own; a bundle for one product has one without a name."""
+    products = bundle.manifest.products
+    if wanted is None:
+        return products or ("",)
+    if wanted not in products:
+        raise UsageError(f"threshold: no product {wanted!r}; the bundle has {', '.join(products) or 'a single one'}")
+    return (wanted,)
+
+
 def _size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
@@ -121,6 +135,7 @@ def _table(
     camera: CameraSettings,
     frame_shape: tuple[int, int] | None,
     name: str,
+    product: str,
 ) -> ThresholdTable:
     from edge.judgement.scope import Scope
     from edge.judgement.table import threshold_table
@@ -137,7 +152,7 @@ def _table(
         if frame_shape is None and drawn is not None and not (region.include or region.exclude or camera.min_area):
             frame_shape = (drawn.shape[0], drawn.shape[1])  # a mask alone means the same at any scale
         scope: Scope = Scope.of(region, drawn, camera.min_area)
-        return threshold_table(bundle, *pair, camera, scope, frame_shape=frame_shape, name=name)
+        return threshold_table(bundle, *pair, camera, scope, frame_shape=frame_shape, name=name, product=product)
     except ModuleNotFoundError as error:
         if (error.name or "") != "cv2":
             raise
@@ -152,6 +167,8 @@ def _print(table: ThresholdTable, bundles: dict[Path, Bundle]) -> None:
 
     if table.camera:
         typer.echo(f"camera     {table.camera}")
+    if table.product:
+        typer.echo(f"product    {table.product}")
     others = [
         f"{engine.value} {precision.value}"
         for bundle in bundles.values()

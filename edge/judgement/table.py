@@ -58,6 +58,7 @@ class ThresholdTable:
 
     Attributes:
         camera: its name; empty for a bundle alone.
+        product: of a bundle for several; empty of one for one.
         bundle_id: 64 hex digits.
         engine: whose calibration it is.
         precision: of it.
@@ -71,6 +72,7 @@ class ThresholdTable:
     """
 
     camera: str
+    product: str
     bundle_id: str
     engine: Engine
     precision: Precision
@@ -92,6 +94,7 @@ def threshold_table(
     *,
     frame_shape: tuple[int, int] | None = None,
     name: str = "",
+    product: str = "",
 ) -> ThresholdTable:
     """Fit the thresholds of several budgets as a box would.
 
@@ -103,15 +106,18 @@ def threshold_table(
         scope: its region of interest, mask and smallest area.
         frame_shape: (H, W) of the camera's frames, needed where the scope is not everything.
         name: of the camera.
+        product: of a bundle for several.
 
     Raises:
-        BundleError: the bundle is not calibrated for the pair, or its maps cannot be pooled again.
+        BundleError: the bundle is not calibrated for the pair or product, or its maps cannot be pooled again.
         SettingsError: mask, region or smallest area do not fit the frames.
         DataError: the calibration's scores are not finite, or there are none.
     """
     from edge.settings import Mode  # noqa: PLC0415 (settings import judgement)
 
     calibration = bundle.calibration(engine, precision)
+    if product:
+        calibration = calibration.of(product)
     scores, notes = _scores(bundle, calibration, scope, frame_shape)
     triggered = camera.mode is Mode.TRIGGERED
     own = camera.budget.false_nok_per_1000 if triggered else camera.budget.false_events_per_hour
@@ -132,6 +138,7 @@ def threshold_table(
     per_alpha = 1e-3 / unit_budget.alpha
     return ThresholdTable(
         camera=name,
+        product=product,
         bundle_id=bundle.id,
         engine=engine,
         precision=precision,

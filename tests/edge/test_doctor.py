@@ -33,6 +33,7 @@ from edge.errors import SettingsError
 from edge.settings import load_settings
 from tests.certificates import Authority
 from tests.edge.tiny_bundle import good_frame, make_tiny_bundle, repack
+from tests.edge.unified_bundle import make_product_file, make_unified_bundle
 from tests.mosquitto_process import Mosquitto, free_port
 
 if TYPE_CHECKING:
@@ -185,6 +186,23 @@ def test_fallback_is_a_warning(configure: Configure, tmp_path: Path) -> None:
 
     assert "falls back" in finding.text
     assert finding.figures["precision"] == "float32"
+
+
+def test_each_product_has_its_threshold_and_files_that_do_not_fit_are_found(
+    configure: Configure, tmp_path: Path
+) -> None:
+    unified = make_unified_bundle(tmp_path / "unified")
+    make_product_file(tmp_path / "grey.safetensors", unified, good_frame, name="grey")
+    loose = {"mode": "triggered", "budget": {"false_nok_per_1000": 100}}
+    config = configure(loose, bundle=str(unified.path), products=["grey.safetensors", "lost.safetensors"])
+
+    assert "lost.safetensors" in the(found(config, "product"), "fail").text
+    (products,) = found(config, "products")
+    assert products.figures["products"] == ["dark", "bright", "grey"]
+    thresholds = found(config, "threshold")
+    assert levels(thresholds) == ["ok", "ok", "warn", "ok"]
+    assert [one.text.partition(":")[0] for one in thresholds] == ["dark", "bright", "grey", "grey"]
+    assert "its file has no scores" in thresholds[2].text
 
 
 def test_budget_that_is_not_supported_is_a_warning(configure: Configure) -> None:

@@ -21,6 +21,7 @@ from edge.frames import Prediction
 from edge.settings import load_settings
 from tests.edge.test_verdicts import prediction
 from tests.edge.tiny_bundle import CALIBRATION_FRAMES, make_tiny_bundle
+from tests.edge.unified_bundle import COUNT, make_unified_bundle
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,6 +91,20 @@ def test_camera_of_a_box_has_the_threshold_that_the_box_uses(bundle: Bundle, tmp
         assert (row["enter_level"], row["leave_level"]) == (judge.enter_level, judge.leave_level)
     assert found[1]["highest_score"] < found[0]["highest_score"]
     assert [table["camera"] for table in tables("--config", str(path), "--camera", "cam-0")] == ["cam-0"]
+
+
+def test_each_product_of_a_bundle_has_a_table_of_its_own(tmp_path: Path) -> None:
+    unified = make_unified_bundle(tmp_path / "bundle")
+    dark, bright = tables("--bundle", str(unified.path), "--engine", "onnxruntime")
+    assert (dark["product"], bright["product"], dark["n"], bright["n"]) == ("dark", "bright", COUNT, COUNT)
+    scores = unified.calibration(Engine.ONNXRUNTIME, Precision.FLOAT32)
+    assert dark["highest_score"] == scores.of("dark").scores.max()
+    assert bright["highest_score"] == scores.of("bright").scores.max() != dark["highest_score"]
+    assert tables("--bundle", str(unified.path), "--engine", "onnxruntime", "--product", "bright") == [bright]
+    said = CliRunner().invoke(app, ["threshold", "--bundle", str(unified.path)]).output
+    assert "product    dark" in said
+    with pytest.raises(UsageError, match="no product 'tiles'; the bundle has dark, bright"):
+        tables("--bundle", str(unified.path), "--product", "tiles")
 
 
 def test_table_is_readable(bundle: Bundle) -> None:
