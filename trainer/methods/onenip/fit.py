@@ -18,8 +18,8 @@ from edge.errors import DataError, UsageError
 from trainer.methods.base import FitContext, Method, MethodConfig
 from trainer.methods.onenip.anomalies import pseudo_anomaly
 from trainer.methods.onenip.model import MAP_STRIDE, OneNipHead, PromptedReconstructor, Refiner
-from trainer.methods.uniad.fit import paper_jitter, standardisation, training_tokens
-from trainer.methods.uniad.model import TAP_NAMES, Features, jitter
+from trainer.methods.uniad.fit import orders, paper_jitter, shares, standardisation, training_tokens
+from trainer.methods.uniad.model import TAP_NAMES, Features, Sampling, jitter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,11 +43,14 @@ class OneNipConfig(MethodConfig):
     neighbours: int | None = Field(None, ge=0, description="Side of the hidden square; null for half of the grid.")
     jitter: float | None = Field(None, ge=0, description="alpha; null keeps the paper's noise for the channels here.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Of the encoder, in training.")
+    sampling: Sampling = Field(Sampling.ALIGNED, description="How finer taps come to the grid of the deepest.")
     standardise: bool = Field(True, description="Give every channel mean 0 and deviation 1 on good patches first.")
     refiner: int = Field(64, ge=1, description="Channels inside the refiner.")
     restore: float = Field(1.0, ge=0, description="Weight of restoring pseudo anomalies to what was there.")
     dice: float = Field(0.5, ge=0, description="Weight of the refiner's Dice loss.")
+    balance: float = Field(0.5, ge=0, le=1, description="0: every tile equally often; 1: every product equally often.")
     share: float = Field(0.5, ge=0, le=1, description="Of the refiner in the map.")
+    level: float = Field(2.0, gt=0, description="Of a probability of 1, in means of the least and greatest error.")
     anomalies: int = Field(400, ge=1, description="Pictures with pseudo anomalies, made once before training.")
     steps: int = Field(1200, ge=1, description="Optimiser steps; fixed, there is no early stop.")
     batch_tiles: int = Field(8, ge=1, description="Good tiles of a step, and as many with pseudo anomalies.")
@@ -87,7 +90,7 @@ class OneNipMethod(Method):
             UsageError: training diverged.
         """
         own = _own(config)
-        clean, grid = training_tokens(context)
+        clean, grid = training_tokens(context, own.sampling)
         channels = int(clean.shape[2])
         mean, scale = standardisation(clean) if own.standardise else (torch.zeros(channels), torch.ones(channels))
         products = products_of(context.features)
@@ -100,20 +103,22 @@ class OneNipMethod(Method):
         refiner.initialise(context.generator())
         network.to(context.device)
         refiner.to(context.device)
-        train(
-            network,
-            refiner,
-            material,
-            own,
-            normalise=lambda x: (x - mean.to(x.device)) * scale.to(x.device),
-            generator=context.generator(),
-            report=lambda done: context.progress("onenip", done, own.steps),
-        )
+        with torch.random.fork_rng():
+            torch.manual_seed(context.seed)  # dropout draws from it
+            train(
+                network,
+                refiner,
+                material,
+                own,
+                normalise=lambda x: (x - mean.to(x.device)) * scale.to(x.device),
+                generator=context.generator(),
+                report=lambda done: context.progress("onenip", done, own.steps),
+            )
         head = OneNipHead(
             network.to("cpu"), refiner.to("cpu"), mean=mean, scale=scale, share=own.share, level=1.0,
-            prompts=choose_prompts(network, (clean, products), lambda x: (x - mean) * scale),
+            sampling=own.sampling, prompts=choose_prompts(network, (clean, products), lambda x: (x - mean) * scale),
         ).eval().requires_grad_(requires_grad=False)  # fmt: skip
-        head.level.fill_(error_level(head.to(context.device), context.validation.good, context.device))
+        head.level.fill_(own.level * error_level(head.to(context.device), context.validation.good, context.device))
         return head.to("cpu")
 
     @classmethod
@@ -130,6 +135,7 @@ class OneNipMethod(Method):
             network, refiner = empty_networks(own, grid, channels)
             head = OneNipHead(
                 network, refiner, mean=torch.zeros(channels), scale=torch.ones(channels), share=own.share, level=1.0,
+                sampling=own.sampling,
                 prompts=torch.zeros(len(tensors["prompts"]), grid[0] * grid[1], own.width),
             )  # fmt: skip
             head.load_state_dict(tensors)
@@ -221,7 +227,7 @@ def make_anomalies(
             masks.append(functional.avg_pool2d(share, MAP_STRIDE)[0].half())
         features = context.extract(np.stack(made))
         deepest = features.taps[TAP_NAMES[-1]]
-        together = Features((int(deepest.shape[2]), int(deepest.shape[3])))
+        together = Features((int(deepest.shape[2]), int(deepest.shape[3])), config.sampling)
         tokens += [together(*taps).to("cpu", torch.float16) for taps in features.batches(
             TAP_NAMES, _BATCH, device=context.device
         )]  # fmt: skip
@@ -263,7 +269,7 @@ def train(
     network.train()
     refiner.train()
     losses = []
-    for step, batch in zip(range(config.steps), batches(material, config.batch_tiles, generator)):  # noqa: B905 (endless)
+    for step, batch in zip(range(config.steps), batches(material, config, generator)):  # noqa: B905 (endless)
         features, target, prompt = (
             normalise(one.to(device, torch.float32)) for one in (batch.features, batch.target, batch.prompt)
         )
@@ -334,7 +340,7 @@ def choose_prompts(
 
 @torch.inference_mode()
 def error_level(head: OneNipHead, good: TapFeatures, device: torch.device) -> float:
-    """Return what brings the refiner's probability to the scale of the error: half of its least and greatest value.
+    """Return the mean of the least and greatest error, which brings the refiner's probability to the error's scale.
 
     The original takes both over the test set; here they are those of good images that nothing was fitted on.
 
@@ -368,7 +374,7 @@ class Drawn:
     prompt: torch.Tensor
 
 
-def batches(material: Material, size: int, generator: torch.Generator) -> Iterator[Drawn]:
+def batches(material: Material, config: OneNipConfig, generator: torch.Generator) -> Iterator[Drawn]:
     """Draw good tiles and, for each, a tile with a pseudo anomaly and a prompt, both of the same product."""
     of_product = [(material.products == product).nonzero()[:, 0] for product in range(int(material.products.max()) + 1)]
     product_of = material.products[material.sources]
@@ -377,18 +383,18 @@ def batches(material: Material, size: int, generator: torch.Generator) -> Iterat
     def one_of(choices: torch.Tensor) -> torch.Tensor:
         return choices[torch.randint(len(choices), (1,), generator=generator)]
 
-    while True:
-        for rows in torch.randperm(len(material.clean), generator=generator).split(size):
-            products = material.products[rows].tolist()
-            prompts = torch.cat([one_of(of_product[product]) for product in products])
-            spoilt = torch.cat([one_of(made[product]) for product in products])
-            good = material.clean[rows]
-            yield Drawn(
-                features=torch.cat([good, material.anomalous[spoilt]]),
-                target=torch.cat([good, material.clean[material.sources[spoilt]]]),
-                masks=torch.cat([torch.zeros_like(material.masks[spoilt]), material.masks[spoilt]]),
-                prompt=material.clean[prompts],
-            )
+    drawn = shares(material.products, len(material.clean), config.balance)
+    for rows in orders(drawn, config.batch_tiles, generator):
+        products = material.products[rows].tolist()
+        prompts = torch.cat([one_of(of_product[product]) for product in products])
+        spoilt = torch.cat([one_of(made[product]) for product in products])
+        good = material.clean[rows]
+        yield Drawn(
+            features=torch.cat([good, material.anomalous[spoilt]]),
+            target=torch.cat([good, material.clean[material.sources[spoilt]]]),
+            masks=torch.cat([torch.zeros_like(material.masks[spoilt]), material.masks[spoilt]]),
+            prompt=material.clean[prompts],
+        )
 
 
 def _own(config: MethodConfig) -> OneNipConfig:

@@ -22,6 +22,7 @@ from trainer.methods.uniad.model import (
     EncoderLayer,
     Features,
     FeedForward,
+    Sampling,
     draw_linear,
     neighbour_mask,
     places,
@@ -188,6 +189,7 @@ class OneNipHead(Head):
         prompts: float32 [P, L, d], the encoder's tokens of one good image of each product.
         share: of the refiner, in [0, 1].
         level: in units of the error, > 0.
+        sampling: of finer taps.
     """
 
     tap_names: Sequence[str] = TAP_NAMES  # type: ignore[assignment]
@@ -209,9 +211,10 @@ class OneNipHead(Head):
         prompts: torch.Tensor,
         share: float,
         level: float,
+        sampling: Sampling = Sampling.ALIGNED,
     ) -> None:
         super().__init__()
-        self.features = Features(reconstructor.grid)
+        self.features = Features(reconstructor.grid, sampling)
         self.reconstructor, self.refiner = reconstructor, refiner
         for name, values in (("mean", mean), ("scale", scale), (PROMPTS, prompts)):
             self.register_buffer(name, values)

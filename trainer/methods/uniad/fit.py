@@ -215,7 +215,7 @@ def train(
     schedule = torch.optim.lr_scheduler.StepLR(optimiser, max(1, round(_DROP_AT * config.steps)), _DROP_TO)
     network.train()
     losses = []
-    for step, rows in zip(range(config.steps), _orders(drawn, config.batch_tiles, generator)):  # noqa: B905 (endless)
+    for step, rows in zip(range(config.steps), orders(drawn, config.batch_tiles, generator)):  # noqa: B905 (endless)
         clean = tokens(rows)
         alpha = paper_jitter(clean.shape[2]) if config.jitter is None else config.jitter
         on_gpu = clean.device.type == "cuda"
@@ -240,7 +240,7 @@ def paper_jitter(channels: int) -> float:
     return PAPER_JITTER * (channels / PAPER_CHANNELS) ** 0.5
 
 
-def _orders(drawn: torch.Tensor, batch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+def orders(drawn: torch.Tensor, batch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
     """Yield rows, pass after pass; in each a tile comes as often as its share says, rounded up or down by chance."""
     while True:
         times = (drawn + torch.rand(len(drawn), generator=generator, dtype=torch.float64)).floor().long()
