@@ -14,7 +14,7 @@ from trainer.fit import configured
 from trainer.methods.base import Features as Taps
 from trainer.methods.base import FitContext, Validation
 from trainer.methods.memory.fit import MemoryMethod
-from trainer.methods.uniad.fit import UniADConfig, UniADMethod, _orders, shares, standardisation
+from trainer.methods.uniad.fit import UniADConfig, UniADMethod, orders, shares, standardisation
 from trainer.methods.uniad.model import Features, Sampling
 
 GRID = (4, 5)
@@ -117,13 +117,13 @@ def test_products_are_drawn_in_proportion_to_a_power_of_their_tiles(
     wanted = np.array(counts, float) ** (1 - balance)
     assert totals / totals.sum() == pytest.approx(wanted / wanted.sum())
     # One pass: no tile is more than one time off its share.
-    order = _orders(drawn, len(drawn) * (len(drawn) + 1), torch.Generator().manual_seed(seed))
+    order = orders(drawn, len(drawn) * (len(drawn) + 1), torch.Generator().manual_seed(seed))
     times = torch.bincount(next(order), minlength=len(drawn))
     assert ((times - drawn).abs() < 1).all()
 
 
 def test_one_product_shows_every_tile_once_a_pass() -> None:
-    order = _orders(shares(None, 7, 1.0), 7, torch.Generator().manual_seed(3))
+    order = orders(shares(None, 7, 1.0), 7, torch.Generator().manual_seed(3))
     for _ in range(3):
         assert sorted(next(order).tolist()) == list(range(7))
 
