@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from edge.bundle import Bundle, Modality
+from edge.bundle import MANIFEST, Modality
 from edge.errors import UsageError
 from trainer.progress import progress_bars
 from trainer.signals.fit import train
@@ -63,11 +64,11 @@ def train_signal(
 
 
 def evaluates_signal(run: Path | None, bundle: Path | None) -> bool:
-    """Whether `lineward evaluate` was given a run or a bundle of a signal.
-
-    Raises:
-        BundleError: the bundle is damaged.
-    """
+    """Whether `lineward evaluate` was given a run or a bundle of a signal; what cannot be read is none."""
     if run is not None:
         return is_signal_run(run)
-    return bundle is not None and Bundle.open(bundle).manifest.modality is Modality.SIGNAL
+    try:
+        content = {} if bundle is None else json.loads((bundle / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("modality") == Modality.SIGNAL.value

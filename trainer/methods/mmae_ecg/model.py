@@ -296,7 +296,8 @@ class MmaeHead(Head):
 
     def sample_scores(self, signal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of all errors over the number of hidden entries, float32 [N], raw and normalised."""
-        weights = (self.counts / self.counts.sum()).repeat_interleave(self.network.length // self.map_stride)
+        cells = self.network.length // self.map_stride
+        weights = (self.counts / (self.counts.sum() * cells)).repeat_interleave(cells)
         return tuple((part.mean(1) * weights).sum(1) for part in self.point_scores(signal))
 
 
