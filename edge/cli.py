@@ -186,6 +186,7 @@ def replay(
     box: Annotated[str, typer.Option(help="Third segment of the topics.")] = "box",
     camera: Annotated[str, typer.Option(help="Fourth segment of the topics.")] = "camera",
     mode: Annotated[str, typer.Option(help="stream: anomaly events; triggered: a verdict per frame.")] = "stream",
+    recipe: Annotated[str | None, typer.Option(help="Product that it shows; what its router says by default.")] = None,
     fps: Annotated[float | None, typer.Option(help="Pace; as fast as judged by default.")] = None,
     frame_rate: Annotated[float | None, typer.Option(help="Frames per second that the budget counts with.")] = None,
     loop: Annotated[bool, typer.Option("--loop", help="Start again at the end, until --seconds or Ctrl-C.")] = False,
@@ -227,7 +228,9 @@ def replay(
             }],
         )  # fmt: skip
         _log_to_stderr(verbose=verbose, level=logging.WARNING)
-        summary = run_replay(settings, seconds=seconds, drain_s=timeout, keep_results=json_file is not None)
+        summary = run_replay(
+            settings, seconds=seconds, drain_s=timeout, keep_results=json_file is not None, recipe=recipe
+        )
     except LinewardError:
         # The box did not start, so the outbox is empty.
         if state_dir is None:

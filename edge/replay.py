@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edge.box import Box
+from edge.bundle import Bundle
 from edge.capture.settings import DropPolicy, SourceKind, SourceSettings
-from edge.errors import CaptureError
+from edge.errors import CaptureError, UsageError
 from edge.frames import Decision
+from edge.products.book import RECIPES_FILE, RecipeBook
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -121,7 +123,12 @@ def replay_source(path: Path, *, fps: float | None = None, loop: bool = False) -
 
 
 def replay(
-    settings: BoxSettings, *, seconds: float | None = None, drain_s: float = 30.0, keep_results: bool = False
+    settings: BoxSettings,
+    *,
+    seconds: float | None = None,
+    drain_s: float = 30.0,
+    keep_results: bool = False,
+    recipe: str | None = None,
 ) -> ReplaySummary:
     """Run a box until its source ends, and wait until the broker has acknowledged every message.
 
@@ -130,10 +137,14 @@ def replay(
         seconds: stop after this long; None runs to the end of the source.
         drain_s: longest wait for the broker at the end.
         keep_results: list every frame in the summary.
+        recipe: product that all frames show, of a bundle for several; None for what was said before, or its router.
 
     Raises:
+        UsageError: the bundle has no such product.
         LinewardError: as :meth:`edge.box.Box.start`.
     """
+    if recipe is not None:
+        _begin_with(settings, recipe)
     tally = _Tally(keep_results)
     box = Box(settings, on_verdict=tally.take)
     timer = None if seconds is None else threading.Timer(seconds, box.end_sources)
@@ -146,6 +157,15 @@ def replay(
         if timer is not None:
             timer.cancel()
     return _summary(box, tally)
+
+
+def _begin_with(settings: BoxSettings, recipe: str) -> None:
+    products = Bundle.open(settings.bundle).manifest.products
+    if recipe not in products:
+        known = f"it has {', '.join(products)}" if products else "it is for a single one; leave the recipe out"
+        raise UsageError(f"replay: {settings.bundle} has no product {recipe!r}; {known}")
+    settings.state_dir.mkdir(parents=True, exist_ok=True)
+    RecipeBook(settings.state_dir / RECIPES_FILE).put([camera.name for camera in settings.cameras], recipe)
 
 
 def _summary(box: Box, tally: _Tally) -> ReplaySummary:

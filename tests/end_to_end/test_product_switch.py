@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from edge.alerts.settings import BrokerSettings
 from edge.inspection.registers import RecipeAnswer
 from tests.edge.routed_bundle import BRIGHT, DARK, bright_frame, dark_frame
 from tests.edge.unified_bundle import PRODUCTS, broken, make_product_file, make_unified_bundle
-from tests.end_to_end.test_inspection import collect, listening, running
+from tests.end_to_end.test_inspection import LINEWARD, collect, listening, running
 from tests.end_to_end.test_reload import SOON, camera, settings, started
 from tests.plc import Plc
 
@@ -277,3 +279,22 @@ def test_a_recipe_outlives_its_bundle_where_the_next_one_has_the_product(
         assert recipe(ask, DARK).ok
         judged = statuses(box)["counters"]["ok"]
         wait(lambda: statuses(box)["counters"]["ok"] > judged, box)
+
+
+def test_a_replay_is_told_what_its_images_show(mosquitto: Mosquitto, blind: Bundle, tmp_path: Path) -> None:
+    dark = folder_of(tmp_path / "dark", [(DARK, False)] * 3)
+
+    def replay(*more: str) -> subprocess.CompletedProcess[str]:
+        fixed = ["--bundle", str(blind.path), "--source", str(dark), "--broker", mosquitto.url, "--mode", "triggered"]
+        loose = ["--false-nok-per-1000", "30", "--engine", "onnxruntime", "--threads", "1"]
+        command = [*LINEWARD, "replay", *fixed, *loose, *more]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    out = tmp_path / "summary.json"
+    said = replay("--recipe", DARK, "--json", str(out))
+    assert said.returncode == 0, said.stderr
+    summary = json.loads(out.read_text())
+    assert (summary["frames"], summary["judged"], summary["not_judged"]) == (3, 3, 0)
+    refused = replay("--recipe", "tiles")
+    assert refused.returncode == 2
+    assert "has no product 'tiles'; it has dark, bright" in refused.stderr
