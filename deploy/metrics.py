@@ -74,6 +74,7 @@ class PixelMetrics:
         regions: connected anomalous regions, over all masks.
         good_pixels: pixels outside all masks.
         anomalous_pixels: pixels inside a mask.
+        ap: precision of the pixels averaged over their recall, at every distinct score; None in the same cases.
     """
 
     auroc: float | None
@@ -81,6 +82,7 @@ class PixelMetrics:
     regions: int
     good_pixels: int
     anomalous_pixels: int
+    ap: float | None = None
 
 
 def image_auroc(labels: npt.ArrayLike, scores: npt.ArrayLike) -> float | None:
@@ -225,7 +227,7 @@ def recall_at_threshold(labels: npt.ArrayLike, scores: npt.ArrayLike, threshold:
 def pixel_metrics(
     masks: Iterable[npt.ArrayLike], maps: Iterable[npt.ArrayLike], *, limit: float = AUPRO_LIMIT
 ) -> PixelMetrics:
-    """P-AUROC and AUPRO in one pass over the pixels and one sort of the good ones.
+    """P-AUROC, pixel AP and AUPRO in one pass over the pixels and one sort of the good ones.
 
     The curve of the mean per-region overlap (the share of a region at or above the threshold, averaged over all
     8-connected regions of all masks) against the false-positive rate over good pixels has a point per distinct score,
@@ -270,7 +272,16 @@ def pixel_metrics(
         regions=regions,
         good_pixels=good_count,
         anomalous_pixels=anomalous_count,
+        ap=_pixel_ap(good, np.concatenate([scores for scores, _, _ in defects])),
     )
+
+
+def _pixel_ap(good: Floats, anomalous: Floats) -> float:
+    """Return the sum over distinct scores of the recall gained times the precision there; ``good`` is sorted."""
+    scores, counts = np.unique(anomalous.astype(good.dtype, copy=False), return_counts=True)
+    found = counts[::-1].cumsum()[::-1]
+    false = good.size - np.searchsorted(good, scores, side="left")
+    return float(np.sum(counts / anomalous.size * (found / (found + false))))
 
 
 def pixel_auroc(masks: Iterable[npt.ArrayLike], maps: Iterable[npt.ArrayLike]) -> float | None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from matplotlib.axes import Axes
 
-__all__ = ["heatmap_overlay", "render_report", "write_report"]
+__all__ = ["heatmap_overlay", "render_page", "render_report", "write_report"]
 
 # Blue and vermilion stay apart for colour-blind eyes and in grey print (Okabe and Ito).
 _GOOD, _DEFECTIVE, _LINE = "#0072b2", "#d55e00", "#222222"
@@ -126,13 +126,23 @@ def render_report(
         *(_section(heading, body) for heading, body in (sections or {}).items()),
         *(_section(heading, _details_table(heading, values)) for heading, values in (details or {}).items() if values),
     ]
+    return render_page(title, "\n".join(part for part in parts if part))
+
+
+def render_page(title: str, body: str) -> str:
+    """Return an HTML document in the report's style.
+
+    Args:
+        title: of the page, escaped here.
+        body: HTML that is shown as it is.
+    """
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'\">\n"
         f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in parts if part)
+        + body
         + "\n</main>\n</body>\n</html>\n"
     )
 

@@ -203,8 +203,14 @@ def distill(
 
 def evaluate(
     data: Annotated[
-        Path | None,
-        typer.Option(help="Folder of labelled images in MVTec layout; or what a protocol reads (docs/shift.md)."),
+        list[Path] | None,
+        typer.Option(
+            help="Folder of labelled images in MVTec layout, repeated for several products; or what a protocol reads "
+            "(docs/shift.md)."
+        ),
+    ] = None,
+    product: Annotated[
+        list[str] | None, typer.Option(help="Product of each --data, of a detector for several; default: its name.")
     ] = None,
     run: Annotated[Path | None, typer.Option(help="A run folder (torch).")] = None,
     bundle: Annotated[Path | None, typer.Option(help="A bundle (the engine of a box).")] = None,
@@ -241,7 +247,7 @@ def evaluate(
     if protocol is None:
         from trainer.evaluation.command import evaluate as judge
 
-        if data is None:
+        if not data:
             raise UsageError("--data: missing; give a folder of labelled images, or --protocol texture-ad")
         from trainer.signals.command import evaluates_signal
 
@@ -249,7 +255,7 @@ def evaluate(
             from trainer.signals.evaluate import evaluate_signal
 
             evaluate_signal(
-                run=run, bundle=bundle, data=data, json=json, report=report, picture=picture, alpha=alpha,
+                run=run, bundle=bundle, data=_only(data), json=json, report=report, picture=picture, alpha=alpha,
                 engine=_parse_choice("engine", engine, Engine),
                 precision=_parse_choice("precision", precision, Precision),
             )  # fmt: skip
@@ -262,6 +268,7 @@ def evaluate(
             run=run,
             bundle=bundle,
             data=data,
+            product=product or (),
             json=json,
             report=report,
             engine=_parse_choice("engine", engine, Engine),
@@ -271,8 +278,11 @@ def evaluate(
         return
     if protocol != "texture-ad":
         raise UsageError(f"--protocol {protocol}: unknown; there is texture-ad")
-    if run or bundle or report or engine or precision:
-        raise UsageError("--protocol trains methods itself: leave out --run, --bundle, --report, --engine, --precision")
+    if run or bundle or report or engine or precision or product:
+        raise UsageError(
+            "--protocol trains methods itself: leave out --run, --bundle, --report, --engine, --precision, --product"
+        )
+    folder = _only(data) if data else None
     from trainer.data.texture_ad import By
     from trainer.evaluation.command import evaluate_shift
     from trainer.evaluation.shift import ShiftSettings
@@ -292,13 +302,19 @@ def evaluate(
             preprocessing=preprocessing_for(size=_parse_size(size), tiles=(1, 1), overlap=0, crop=None),
             device=device,
         ),
-        data=data,
+        data=folder,
         materials=material or (),
         by=_parse_choice("by", by, By) or By.CONDITION,
         json=json,
         picture=picture,
-        factory=_parse_factory(images, side, seed, data),
+        factory=_parse_factory(images, side, seed, folder),
     )
+
+
+def _only(data: list[Path]) -> Path:
+    if len(data) > 1:
+        raise UsageError("--data: given several times, but only a detector of several products is judged on several")
+    return data[0]
 
 
 def _parse_factory(images: str, side: int | None, seed: int, data: Path | None) -> TextureFactory | None:

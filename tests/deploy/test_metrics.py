@@ -198,6 +198,9 @@ def test_pixel_metrics_equal_the_slow_reference(case, limit):
     auroc, overlap = pixel_reference(masks, maps, limit)
     assert found.auroc == pytest.approx(auroc, abs=TOLERANCE)
     assert found.aupro == pytest.approx(overlap, abs=TOLERANCE)
+    labels, scores = (np.concatenate([np.ravel(one) for one in many]) for many in (masks, maps))
+    if found.auroc is not None:
+        assert found.ap == pytest.approx(reference.average_precision_score(labels != 0, scores), abs=TOLERANCE)
 
 
 def test_pixel_metrics_of_larger_maps_equal_the_slow_reference():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,10 +16,13 @@ from edge.bundle import Bundle, Precision, Preprocessing, load_arrays
 from edge.errors import DataError, UsageError
 from edge.inference.detector import Detector
 from edge.judgement.score import pool_score
+from edge.judgement.threshold import fit_threshold
 from tests.trainer.product_head import ProductMeans
 from trainer import export as exporting
 from trainer.data.conveyor import write_default
 from trainer.data.generic import generic_canvases
+from trainer.evaluation.command import evaluate
+from trainer.evaluation.products import ProductsEvaluation
 from trainer.export import export_run
 from trainer.fit import train
 from trainer.methods import registry
@@ -47,6 +52,8 @@ def one_more_method(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "methods", lambda: known | {"means": ProductMeans})
         patch.setattr(exporting, "generic_canvases", lambda: generic)
+        patch.setattr(exporting, "_GATE_IMAGES", 24)
+        patch.setattr(exporting, "_GATE_EACH", 12)
         patch.setenv("LINEWARD_CACHE", str(request.config.cache.mkdir("lineward")))
         yield
 
@@ -67,7 +74,7 @@ def fitted(method: str, folders: list[Path], out: Path, **options: object) -> Ru
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["means", "memory"])
+@pytest.fixture(scope="module", params=["means", pytest.param("memory", marks=pytest.mark.slow)])
 def packed(
     request: pytest.FixtureRequest, folders: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Run, Bundle]:
@@ -148,6 +155,37 @@ def test_a_router_names_held_out_images_and_leaves_maps_alone(
     route = run.see(noise)[1]
     assert route is not None
     assert route.max() < 0
+
+
+def test_an_evaluation_judges_each_folder_as_its_product_and_as_it_is_routed(
+    packed: tuple[Run, Bundle], folders: list[Path], tmp_path: Path
+) -> None:
+    run, bundle = packed
+    found = evaluate(run=run.path, bundle=None, data=folders, json=tmp_path / "run.json", alpha=0.2)
+    boxed = evaluate(
+        run=None, bundle=bundle.path, data=folders[::-1], report=tmp_path / "report.html", alpha=0.2,
+        engine="onnxruntime", precision="float32",
+    )  # fmt: skip
+    assert isinstance(found, ProductsEvaluation)
+    assert isinstance(boxed, ProductsEvaluation)
+    written = json.loads((tmp_path / "run.json").read_text())
+    assert list(written["products"]) == sorted(KINDS)
+    for name, one in found.products.items():
+        assert boxed.products[name].scores == pytest.approx(one.scores, rel=1e-3, abs=1e-3)
+        own = run.holdout_subclasses == name
+        expected = fit_threshold(run.holdout_scores()[own], run.holdout_groups[own], 0.2)
+        assert one.threshold.value == expected.value
+        assert found.routing[name] == boxed.routing[name]
+        assert found.routing[name].right >= 7
+    assert written["mean"]["image_auroc"] == pytest.approx(
+        np.mean([written["products"][name]["image_auroc"] for name in KINDS])
+    )
+    page = (tmp_path / "report.html").read_text()
+    for link in re.findall(r'href="([^"]+)"', page):
+        assert (tmp_path / link).is_file()
+    assert len(re.findall(r"href=", page)) == 2
+    with pytest.raises(DataError, match="other: no product of this detector"):
+        evaluate(run=run.path, bundle=None, data=folders, product=["metal", "other"])
 
 
 def test_the_order_of_folders_does_not_matter(packed: tuple[Run, Bundle], folders: list[Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 from dataclasses import replace
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,14 +16,24 @@ from rich.table import Table
 from deploy.evaluation import Evaluation, Subject, write_json, write_whole
 from deploy.pareto import ParetoPoint, pareto_html
 from deploy.report import write_report
+from edge.adaptation.look import Look
 from edge.bundle import Bundle, Engine, Precision
-from edge.errors import DataError, UsageError
+from edge.errors import BundleError, DataError, UsageError
 from edge.inference.detector import Detector
 from edge.judgement.threshold import fit_threshold
 from trainer.backbones.registry import build_trunk, trunk_id
 from trainer.data.folder import check, content_hash, read_folder
+from trainer.data.products import read_products
 from trainer.data.texture_ad import By, read_materials
 from trainer.data.texture_factory import TextureFactory
+from trainer.evaluation.products import (
+    ProductsEvaluation,
+    Unified,
+    evaluate_products,
+    products_tables,
+    write_products_json,
+    write_products_report,
+)
 from trainer.evaluation.protocol import DEFAULT_ALPHA, LabelledImage
 from trainer.evaluation.protocol import evaluate as measure
 from trainer.evaluation.shift import evaluate_material
@@ -40,6 +51,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    import numpy as np
+    import numpy.typing as npt
+
     from deploy.progress import Progress
     from trainer.data.subclasses import Material
     from trainer.evaluation.shift import ShiftSettings
@@ -50,14 +64,17 @@ def evaluate(
     *,
     run: Path | None,
     bundle: Path | None,
-    data: Path,
+    data: Path | Sequence[Path],
+    product: Sequence[str] = (),
     json: Path | None = None,
     report: Path | None = None,
     engine: Engine | str | None = None,
     precision: Precision | str | None = None,
     alpha: float = DEFAULT_ALPHA,
-) -> Evaluation:
+) -> Evaluation | ProductsEvaluation:
     """Measure a run or a bundle on the test images of a folder and print the figures.
+
+    One of several products is measured on a folder for each of them, or for some.
 
     The threshold is frozen before the first test image: it comes from held-out good images, the run's own or those of
     the bundle's calibration for the engine and precision used.
@@ -65,7 +82,8 @@ def evaluate(
     Args:
         run: folder of a run; or
         bundle: folder of a bundle.
-        data: folder in MVTec layout with test images.
+        data: folder in MVTec layout with test images, or several.
+        product: of each folder, where the detector is for several; the folder's own name if not given.
         json: where to write the figures, if anywhere.
         report: where to write the HTML report, if anywhere.
         engine: of a bundle, or its name; None for the box's own choice.
@@ -83,17 +101,28 @@ def evaluate(
         EngineError: no engine runs the bundle here.
     """
     chosen = _check_usage(run, bundle, engine, precision, alpha)
+    folders = [data] if isinstance(data, PurePath) else list(data)
+    loaded = Run.load(run) if run is not None else None
+    opened = Bundle.open(bundle) if bundle is not None else None
+    if loaded.record.products if loaded else opened and opened.manifest.products:
+        return _evaluate_products(
+            loaded, opened, folders, product, engine=chosen[0], precision=chosen[1], alpha=alpha, json=json,
+            report=report,
+        )  # fmt: skip
+    if len(folders) != 1 or product:
+        raise UsageError("--data, --product: this detector is for one product; give one folder, and no name")
+    data = folders[0]
     images = read_folder(data)
     if not images.test:
         raise DataError(f"{data / 'test'}: no test images; add test/good and test/<kind of defect>")
     with progress_bars() as progress:
         checked = check(replace(images, train=()), progress=progress)
         samples = [LabelledImage.from_sample(sample) for sample in images.test]
-        if run is not None:
-            found, details = _evaluate_run(Run.load(run), samples, alpha, progress)
+        if loaded is not None:
+            found, details = _evaluate_run(loaded, samples, alpha, progress)
         else:
-            assert bundle is not None
-            detector = Detector.open(Bundle.open(bundle), engine=chosen[0], precision=chosen[1])
+            assert opened is not None
+            detector = Detector.open(opened, engine=chosen[0], precision=chosen[1])
             found, details = _evaluate_detector(detector, samples, alpha, progress)
     found = replace(found, notes=(*found.notes, *map(_sentence, checked.notes)))
     if json is not None:
@@ -106,6 +135,78 @@ def evaluate(
         write_report(report, found, title=f"{found.subject.product}: evaluation", details=details, sections=sections)
     print_figures(found, Console())
     return found
+
+
+def _evaluate_products(
+    run: Run | None,
+    bundle: Bundle | None,
+    folders: Sequence[Path],
+    names: Sequence[str],
+    *,
+    engine: Engine | None,
+    precision: Precision | None,
+    alpha: float,
+    json: Path | None,
+    report: Path | None,
+) -> ProductsEvaluation:
+    products = read_products(folders, names, needs_train=False)
+    if run is not None:
+        detector, details = _unified_run(run), {"Provenance": _provenance(run)}
+    else:
+        assert bundle is not None
+        opened = Detector.open(bundle, engine=engine, precision=precision)
+        detector, details = _unified_bundle(opened), {"Parity": bundle.manifest.parity}
+    with progress_bars() as progress:
+        for one in products:
+            check(replace(one.images, train=()), progress=progress)
+        found = evaluate_products(detector, products, alpha=alpha, progress=progress)
+    if json is not None:
+        write_products_json(json, found)
+    if report is not None:
+        write_products_report(report, found, details)
+    console = Console()
+    for table in products_tables(found):
+        console.print(table)
+    for name, one in found.products.items():
+        for note in one.notes:
+            console.print(f"{name}: {note}", style="dim", markup=False)
+    return found
+
+
+def _unified_run(run: Run) -> Unified:
+    record = run.record
+    routed = run.see(run.holdout[0])[1] is not None
+
+    def route(canvas: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        found = run.see(canvas)[1]
+        assert found is not None
+        return found
+
+    return Unified(
+        products=record.products,
+        subject=Subject(record.product, record.method, "torch", Precision.FLOAT32.value),
+        preprocessing=record.preprocessing,
+        pooling=record.pooling,
+        good=(run.holdout_scores(), run.holdout_groups, run.holdout_subclasses),
+        judge=run.judge,
+        route=route if routed else None,
+    )
+
+
+def _unified_bundle(detector: Detector) -> Unified:
+    manifest, status = detector.bundle.manifest, detector.status
+    good = detector.bundle.calibration(status.engine, status.precision)
+    if good.products is None:
+        raise BundleError(f"{detector.bundle.path}: its calibration names no products; export the bundle again")
+    return Unified(
+        products=manifest.products,
+        subject=Subject(manifest.product, manifest.method, status.engine.value, status.precision.value),
+        preprocessing=manifest.preprocessing,
+        pooling=manifest.pooling,
+        good=(good.scores, good.groups, good.products),
+        judge=lambda canvas, product: detector.map_of_canvas(canvas, Look(product)),
+        route=detector.route_of_canvas if detector.has_router else None,
+    )
 
 
 def evaluate_shift(
@@ -285,8 +386,12 @@ def _evaluate_run(
         subject=Subject(record.product, record.method, "torch", Precision.FLOAT32.value),
         progress=progress,
     )
+    return found, {"Provenance": _provenance(run)}
+
+
+def _provenance(run: Run) -> dict[str, Any]:
     fields = {"preset", "seed", "train_images", "data_sha256", "validation", "versions", "created"}
-    return found, {"Provenance": record.model_dump(mode="json", include=fields)}
+    return run.record.model_dump(mode="json", include=fields)
 
 
 def _distillation_section(path: Path) -> dict[str, str]:

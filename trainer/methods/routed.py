@@ -31,8 +31,12 @@ ROUTER = "product_router"
 TAPS = ("s8", "s16")
 WHITENING = 1.0
 """Added to every eigenvalue of the covariance within products, as a share of their mean: few images measure few."""
-MARGIN = 1.5
-"""The floor's distance from a centre, squared, over that of the farthest held-out good tile."""
+MARGIN = 2.5
+"""The floor's distance from a centre, squared, over that of the farthest held-out good tile.
+
+Six generated products, 32 images to learn from and 8 held out of each, five or three of them known: of known test
+images 98 of 100 stay below 1.8 and all below 2.1, defective ones too; every image of an unknown one is beyond 4.3.
+"""
 COPIES, LIGHT, NOISE = 32, 0.05, 3.0
 """Tiles of each product that are shown in another light, how far it goes, and the deviation of their noise."""
 _BATCH = 32
