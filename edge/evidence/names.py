@@ -23,7 +23,7 @@ _MAX_CAMERA = 120
 _CAMERA = re.compile(r"[A-Za-z0-9_%-][A-Za-z0-9_.%~-]{0,139}")
 _DAY = re.compile(r"[0-9]{8}")
 _EVIDENCE = re.compile(r"[0-9a-f]{1,32}(-[0-9]{1,20})?")
-_FILE = re.compile(r"[a-z0-9][a-z0-9-]{0,30}\.(jpg|png|json)")
+_FILE = re.compile(r"[a-z0-9][a-z0-9-]{0,30}\.(jpg|png|json|npy)")
 
 
 def camera_folder(camera: str) -> str:
