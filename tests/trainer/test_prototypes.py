@@ -129,7 +129,7 @@ def test_places_are_no_use_to_global_prototypes_and_all_to_local_ones() -> None:
 
 
 def test_extreme_patch_changes_no_other_score_and_no_other_image() -> None:
-    head = fitted(pooled=False, background=0.0)
+    head = fitted(pooled=False, background=0.0, metric=Metric.EUCLID)
     one = good(1, 5)
     strange = {name: tap.clone() for name, tap in one.taps.items()}
     strange["s16"][:, :, 3, 3] = 1e3

@@ -35,7 +35,17 @@ PREPROCESSING = Preprocessing(height=64, width=64)
 
 
 def settings(**changes: object) -> PrototypesConfig:
-    return PrototypesConfig(**{"sets": (SET,), "steps": 30, "batch_rows": 256, "travels": True, **changes})
+    return PrototypesConfig(
+        **{
+            "sets": (SET,),
+            "steps": 30,
+            "batch_rows": 256,
+            "follow": 0.05,
+            "metric": Metric.EUCLID,
+            "travels": True,
+            **changes,
+        }
+    )
 
 
 @pytest.fixture(scope="module")

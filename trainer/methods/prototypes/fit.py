@@ -42,13 +42,15 @@ class PrototypesConfig(MethodConfig):
 
     sets: tuple[SetConfig, ...] = Field(
         (
+            SetConfig(tap="s4", alpha=0.0, copies=4),
             SetConfig(tap="s8", alpha=0.0, copies=2),
-            SetConfig(tap="s16", alpha=0.3, copies=2),
+            SetConfig(tap="s16", alpha=0.0, copies=1),
+            SetConfig(tap="s16", alpha=0.3, copies=1),
         ),
         min_length=1,
         description="Sets of prototypes, whose maps are added; on a command line as JSON.",
     )
-    metric: Metric = Field(Metric.EUCLID, description="How patches are compared with prototypes.")
+    metric: Metric = Field(Metric.SOFT, description="How patches are compared with prototypes.")
     floor: float = Field(1.0, gt=0, description="Of the metric `soft`, as a share of patches' typical length.")
     pooled: bool = Field(True, description="Patches of s8 and s16 are 3x3 means.")
     whitening: float = Field(
@@ -61,12 +63,12 @@ class PrototypesConfig(MethodConfig):
         False, description="All prototypes carry the same mass; else each the share of patches nearest to it."
     )
     epsilon: float = Field(0.001, gt=0, description="Weight of the entropy in the transport.")
-    iterations: int = Field(30, ge=1, description="Of Sinkhorn's algorithm in a step, at most.")
+    iterations: int = Field(20, ge=1, description="Of Sinkhorn's algorithm in a step, at most.")
     tolerance: float = Field(1e-3, ge=0, description="Relative error of the columns' masses at which they end early.")
-    follow: float = Field(0.05, gt=0, le=1, description="Share of the way to the barycentre in a step.")
-    steps: int = Field(60, ge=1, description="Steps of each set.")
+    follow: float = Field(0.1, gt=0, le=1, description="Share of the way to the barycentre in a step.")
+    steps: int = Field(20, ge=1, description="Steps of each set.")
     batch_tiles: int = Field(8, ge=1, description="Tiles of a step.")
-    batch_rows: int = Field(1024, ge=1, description="Patches of a step at most, drawn from its tiles.")
+    batch_rows: int = Field(784, ge=1, description="Patches of a step at most, drawn from its tiles.")
     rows_precision: Literal[RowsPrecision.FLOAT32, RowsPrecision.FLOAT16] = Field(
         RowsPrecision.FLOAT16, description="Numbers that prototypes are stored in."
     )
@@ -102,7 +104,7 @@ class PrototypesMethod(Method):
         if preset == "quick":
             return PrototypesConfig()
         if preset == "full":
-            return PrototypesConfig(steps=200, iterations=100, batch_rows=3136)
+            return PrototypesConfig(steps=200, iterations=100, follow=0.05, batch_rows=3136)
         raise UsageError(f"--preset {preset}: unknown; choose quick or full")
 
     @classmethod
