@@ -93,9 +93,13 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="NAME=VALUE of the method: rows_precision=int8; repeatable.")
     ] = None,
-    modality: Annotated[str, typer.Option(help="image; or signal: --data has recordings (docs/signals.md).")] = "image",
+    modality: Annotated[
+        str, typer.Option(help="image; signal: --data has recordings; depth: --data has scans (docs/depth.md).")
+    ] = "image",
     window: Annotated[float, typer.Option(help="Signal: seconds that are judged at once.")] = 2.0,
     hop: Annotated[float | None, typer.Option(help="Signal: seconds between windows; default: half a window.")] = None,
+    near: Annotated[float, typer.Option(help="Depth: metres; nearer points are not of the part.")] = 0.0,
+    far: Annotated[float | None, typer.Option(help="Depth: metres; further points are not of the part.")] = None,
 ) -> None:
     """Learn what good parts look like."""
     from rich.console import Console
@@ -113,8 +117,16 @@ def train(
             device=device, settings=_parse_settings(settings or []),
         )  # fmt: skip
         return
+    if modality == "depth":
+        from trainer.depth.command import train as train_depth
+
+        train_depth(
+            method=method, data=data, out=out, preset=preset, seed=seed, size=_parse_size(size),
+            crop=_parse_crop(crop), near_m=near, far_m=far, product=product, settings=_parse_settings(settings or []),
+        )  # fmt: skip
+        return
     if modality != "image":
-        raise UsageError(f"--modality {modality}: unknown; choose image or signal")
+        raise UsageError(f"--modality {modality}: unknown; choose image, signal or depth")
     wanted = preprocessing_for(
         size=_parse_size(size),
         tiles=_parse_tiles(tiles),
@@ -260,6 +272,16 @@ def evaluate(
                 precision=_parse_choice("precision", precision, Precision),
             )  # fmt: skip
             return
+        from trainer.depth.command import evaluate as evaluate_depth
+        from trainer.depth.command import evaluates_depth
+
+        if evaluates_depth(run, bundle):
+            evaluate_depth(
+                run=run, bundle=bundle, data=_only(data), json=json, report=report, alpha=alpha,
+                engine=_parse_choice("engine", engine, Engine),
+                precision=_parse_choice("precision", precision, Precision),
+            )  # fmt: skip
+            return
         if material or methods or compare or images or side or picture:
             raise UsageError(
                 "--material, --methods, --compare, --images, --side and --picture belong to --protocol texture-ad"
@@ -343,13 +365,15 @@ def export(
     ] = "auto",
 ) -> None:
     """Export, quantise, check parity and pack a bundle for boxes."""
+    from trainer.depth.export import export_depth
+    from trainer.depth.run import is_depth_run
     from trainer.export import export_run, refused
     from trainer.progress import progress_bars
     from trainer.signals.export import export_signal_run
     from trainer.signals.runs import is_signal_run
 
     with progress_bars() as progress:
-        pack = export_signal_run if is_signal_run(run) else export_run
+        pack = export_signal_run if is_signal_run(run) else export_depth if is_depth_run(run) else export_run
         bundle = pack(run, out, precision=precision, progress=progress)
     for text in refused(bundle):
         typer.echo(f"left out by the parity gate: {text}", err=True)

@@ -10,6 +10,7 @@ from deploy.export import export_fixed_trunk
 from deploy.pack import BundleRequest, pack
 from deploy.trunks import TrunkFiles
 from edge.bundle import Modality, Precision, Provenance
+from edge.errors import UsageError
 from trainer.depth.defects import PLAIN_STRENGTH, Defects, jittered
 from trainer.depth.run import DepthRun
 
@@ -26,20 +27,25 @@ _GATE_SCANS = 120
 _COMMISSIONING = 16
 
 
-def export_depth(path: Path, out: Path, *, rules: ParityRules | None = None, progress: Progress) -> Bundle:
+def export_depth(
+    path: Path, out: Path, *, precision: str = "auto", rules: ParityRules | None = None, progress: Progress
+) -> Bundle:
     """Export, prove and pack a depth run, in float32: lengths of a metre and of a noise floor do not share 8 bits.
 
     Args:
         path: run folder.
         out: bundle folder to write; must not exist or be empty.
+        precision: ``auto`` or ``float32``.
         rules: limits of the parity gate; None takes those that every bundle for a line must pass.
         progress: progress function.
 
     Raises:
-        UsageError: ``out`` is not empty.
+        UsageError: int8 is asked for, or ``out`` is not empty.
         DataError: ``path`` is no depth run, or its modules do not export.
         GateError: the parity gate refused; its figures are in the message.
     """
+    if precision not in {"auto", "float32"}:
+        raise UsageError(f"--precision {precision}: a depth bundle is float32; give auto or float32")
     run = DepthRun.load(path)
     record = run.record
     source = Defects(run.holdout)

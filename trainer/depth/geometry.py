@@ -110,6 +110,10 @@ class LevelGeometry(nn.Module):
             step[axis, axis, _SMALL, 0], step[axis, axis, _SMALL, -1] = -1.0, 1.0
             step[3 + axis, axis, 0, _SMALL], step[3 + axis, axis, -1, _SMALL] = -1.0, 1.0
         self.register_buffer("step", step * (_CURVATURE / (2 * _SMALL)))
+        # Of the four entries of the curvature tensor: their trace, the difference of the main ones, the mixed ones. The
+        # grid's second direction is the mirrored one: its own entry and one mixed entry change sign.
+        signs = torch.tensor([[1.0, 0.0, 0.0, -1.0], [1.0, 0.0, 0.0, 1.0], [0.0, -1.0, 1.0, 0.0]])
+        self.register_buffer("tensor", signs.repeat_interleave(3, 1)[:, :, None, None])
 
     def forward(
         self, points: torch.Tensor, weight: torch.Tensor, smooth: torch.Tensor, unit: torch.Tensor
@@ -154,10 +158,10 @@ class LevelGeometry(nn.Module):
         along, downwards = change.split(3, 1)
         first = _unit(planes.across)
         second = _cross(planes.normal, first)
-        a, b = _dot(along, first), _dot(along, second)
-        c, d = _dot(downwards, first), _dot(downwards, second)
-        # The grid's second direction is the mirrored one: its curvature is the same, its mixed terms change sign.
-        bend, half, mixed = a - d, a + d, c - b
+        products = torch.cat([along * first, along * second, downwards * first, downwards * second], 1)
+        # A plane through one row of points turns about it at the mercy of rounding, which engines do differently.
+        firm = -functional.max_pool2d(-_above(planes.share, _LEAST_SHARE), 2 * _SMALL + 1, 1, _SMALL)
+        bend, half, mixed = (functional.conv2d(products, self.tensor) * firm).split(1, 1)
         return bend, (half * half + mixed * mixed).sqrt()
 
 
