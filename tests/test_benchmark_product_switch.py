@@ -21,7 +21,7 @@ def test_each_way_gives_its_figures(tmp_path: Path, capsys: pytest.CaptureFixtur
     bundle = make_unified_bundle(tmp_path / "bundle")
     goals = product_switch.main(["--bundle", str(bundle.path), "--rounds", "3"])
     assert [goal.limit for goal in goals if np.isfinite(goal.limit)] == [50, 50]
-    assert len(goals) == 8
+    assert len(goals) == 10
     assert all(goal.value > 0 for goal in goals)
     assert "3 switches each" in capsys.readouterr().out
 
