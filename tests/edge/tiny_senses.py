@@ -114,14 +114,16 @@ def scan(seed: int, *, height: int = 96, width: int = 96, dent_m: float = 0.0, l
     return points
 
 
-def make_depth_bundle(path: Path, *, size: int = 64, min_valid: float = 0.5) -> Bundle:
+def make_depth_bundle(
+    path: Path, *, size: int = 64, min_valid: float = 0.5, frame: tuple[int, int] = (96, 96)
+) -> Bundle:
     """A bundle whose map is the distance in millimetres of each cell of 8 x 8 points from the plane of :func:`scan`."""
     return _make(
         path,
         trunk=_depth_trunk(),
         head=_root_head(),
         preprocessing=Preprocessing(height=size, width=size, resize=Resize.VALID),
-        frames=[scan(seed) for seed in range(_CALIBRATION)],
+        frames=[scan(seed, height=frame[0], width=frame[1]) for seed in range(_CALIBRATION)],
         golden=[scan(900), scan(901, dent_m=0.01)],
         modality=Modality.DEPTH,
         depth=DepthLayout(pitch_m=PLANE_M / 500, min_valid=min_valid),

@@ -1,0 +1,146 @@
+"""Depth maps: points in metres from files and noisy scenes, and canvases that know what was not measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge.bundle import Preprocessing, Resize
+from edge.capture.building import build_source
+from edge.capture.depth_sources import points_of, read_depth
+from edge.capture.sense_settings import DepthSourceSettings
+from edge.capture.settings import SourceSettings
+from edge.capture.sources import CorruptFrameError, Grab
+from edge.errors import CaptureError, MissingExtraError
+from edge.frames import Frame
+from edge.inference.depth import depth_canvas
+from edge.inference.detector import Detector
+from edge.inputs import DepthLayout
+from tests.edge.tiny_senses import make_depth_bundle, scan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LENS = DepthSourceSettings(fx=500.0)
+
+
+def test_sixteen_bit_image_becomes_points_in_metres(tmp_path: Path) -> None:
+    counts = np.full((40, 60), 800, np.uint16)
+    counts[3, 5] = 0
+    cv2.imwrite(str(tmp_path / "one.png"), counts)
+    points = read_depth(tmp_path / "one.png", DepthSourceSettings(fx=500.0, fy=400.0, cx=30, cy=20))
+    assert points.dtype == np.float32
+    np.testing.assert_allclose(points[20, 30], [0, 0, 0.8], atol=1e-7)
+    np.testing.assert_allclose(points[30, 55], [25 / 500 * 0.8, 10 / 400 * 0.8, 0.8], rtol=1e-6)
+    assert np.isnan(points[3, 5]).all()
+    assert np.isfinite(points).sum() == 3 * (40 * 60 - 1)
+
+
+def test_depth_image_without_geometry_is_refused(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "one.png"), np.full((4, 4), 800, np.uint16))
+    with pytest.raises(CaptureError, match=r"depth\.fx"):
+        read_depth(tmp_path / "one.png", DepthSourceSettings())
+
+
+def test_file_that_is_no_depth_map_is_corrupt_and_the_next_one_read(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((4, 4, 3), np.uint8))
+    (tmp_path / "b.npz").write_bytes(b"PK\x03\x04 half")
+    np.savez(tmp_path / "c.npz", other=np.zeros(3))
+    np.savez(tmp_path / "d.npz", xyz=scan(1).astype(np.float64))
+    source = build_source(SourceSettings(kind="depth_folder", path=str(tmp_path)))
+    source.open()
+    for _ in range(3):
+        with pytest.raises(CorruptFrameError):
+            source.read()
+    grab = source.read()
+    assert isinstance(grab, Grab)
+    np.testing.assert_array_equal(grab.image, scan(1))
+    assert source.read() is None
+
+
+def test_scene_is_seen_with_noise_along_its_rays_that_a_seed_repeats(tmp_path: Path) -> None:
+    points = scan(1, lost=0.0)
+    np.savez(tmp_path / "scene.npz", xyz=points)
+    sensor = {"noise_m": 0.001, "dropout": 0.1, "seed": 3}
+    settings = SourceSettings(kind="depth_scene", path=str(tmp_path / "scene.npz"), loop=True, depth=sensor)
+
+    def two() -> list[np.ndarray]:
+        source = build_source(settings)
+        source.open()
+        grabs = [source.read(), source.read()]
+        return [grab.image for grab in grabs if isinstance(grab, Grab)]
+
+    first, second = two()
+    np.testing.assert_array_equal(first, two()[0])
+    assert np.isnan(first[..., 2]).mean() == pytest.approx(0.1, abs=0.02)
+    noise = (second - points)[..., 2]
+    assert np.nanstd(noise) == pytest.approx(0.001 * 0.8**2, rel=0.05)
+    ratio = first[..., 0] / first[..., 2] - points[..., 0] / points[..., 2]
+    assert np.nanmax(np.abs(ratio)) < 1e-6
+
+
+@given(height=st.integers(32, 80), width=st.integers(32, 80), lost=st.floats(0, 1), seed=st.integers(0, 99))
+def test_canvas_cells_lie_on_the_surface_or_are_invalid(height: int, width: int, lost: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    points = np.stack([x / 100, y / 100, 1 + 0.2 * x / width - 0.1 * y / height], axis=-1).astype(np.float32)
+    points[rng.random((height, width)) < lost] = np.nan
+    canvas = depth_canvas(points, Preprocessing(height=32, width=32, resize=Resize.VALID))
+    valid = np.isfinite(canvas).all(axis=2)
+    assert (np.isfinite(canvas).any(axis=2) == valid).all()
+    plane = 1 + 0.2 * canvas[..., 0] * 100 / width - 0.1 * canvas[..., 1] * 100 / height
+    np.testing.assert_allclose(canvas[valid][:, 2], plane[valid], atol=1e-4)
+
+
+def test_canvas_of_the_same_size_keeps_every_valid_point() -> None:
+    points = scan(1, height=64, width=64)
+    points[0, 0, 0] = np.inf
+    canvas = depth_canvas(points, Preprocessing(height=64, width=64, resize=Resize.VALID))
+    wanted = points.copy()
+    wanted[0, 0] = np.nan
+    np.testing.assert_array_equal(canvas, wanted)
+
+
+def frame(points: np.ndarray) -> Frame:
+    return Frame(points, "height", 0, 0, datetime.now(timezone.utc))
+
+
+def test_frame_with_too_few_valid_points_is_refused_and_one_with_enough_is_not(tmp_path: Path) -> None:
+    detector = Detector.open(make_depth_bundle(tmp_path / "bundle", min_valid=0.5))
+    detector.predict(frame(scan(1, lost=0.3)))
+    with pytest.raises(CaptureError, match=r"of the points are valid, 50 % must be"):
+        detector.predict(frame(scan(1, lost=0.75)))
+
+
+def test_point_out_of_range_is_not_judged(tmp_path: Path) -> None:
+    bundle = make_depth_bundle(tmp_path / "bundle")
+    detector = Detector.open(bundle)
+    points = scan(1, lost=0.0)
+    points[40:56, 40:56, 2] = 3.0
+    assert detector.predict(frame(points)).anomaly_map.max() > 1
+    layout = DepthLayout(pitch_m=0.0016, far_m=1.0)
+    limited = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"depth": layout}))
+    assert Detector.open(limited).predict(frame(points)).anomaly_map.max() < 0.2
+
+
+@pytest.mark.parametrize(("kind", "package"), [("realsense", "pyrealsense2"), ("oak", "depthai")])
+def test_depth_camera_without_its_package_says_what_to_install(
+    kind: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    source = build_source(SourceSettings(kind=kind, device="1234"))
+    with pytest.raises(MissingExtraError, match=package):
+        source.open()
+
+
+def test_points_follow_the_pinhole() -> None:
+    points = points_of(np.full((3, 3), 2.0), LENS)
+    np.testing.assert_allclose(points[1, 2], [1 / 500 * 2, 0, 2], atol=1e-7)
