@@ -175,6 +175,7 @@ def train(
         data_sha256=content_hash(recordings),
         train_windows=len(windows),
         validation=validation,
+        loss=float(head.loss) if isinstance(getattr(head, "loss", None), torch.Tensor) else None,
         seconds=round(time.monotonic() - started, 1),
         versions=versions(),
         created=datetime.now(timezone.utc),

@@ -60,6 +60,7 @@ class SignalRecord(BaseModel):
     data_sha256: str
     train_windows: int
     validation: dict[str, float]
+    loss: float | None = None
     seconds: float
     versions: dict[str, str]
     created: datetime

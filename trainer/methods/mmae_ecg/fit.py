@@ -43,7 +43,7 @@ class MmaeConfig(MethodConfig):
     couple_masks: bool = Field(False, description="Hide at the global scale what is hidden at the local one.")
     space: Space = Field(Space.BOTH, description="What the map is measured in: normalised, raw or both.")
     cell: int | None = Field(None, ge=1, description="Samples of a map cell; null: a third of a segment, or a half.")
-    floor: float = Field(1e-2, gt=0, description="Deviation, of the scaled signal, below which a segment is flat.")
+    floor: float = Field(0.1, gt=0, description="Deviation, of the scaled signal, below which a segment is flat.")
     width: int = Field(64, ge=8, description="d of tokens.")
     depth: int = Field(5, ge=1, le=24, description="Blocks of the encoder.")
     heads: int = Field(4, ge=1, description="Of every attention.")
@@ -100,7 +100,9 @@ class MmaeMethod(Method):
                 f"mmae_ecg reached a loss of {reached:.2f} after {own.steps} steps, and {CHANCE:g} is chance: what it "
                 f"would say means nothing; raise --set steps, or --set loss_gate={own.loss_gate:g} for a noisy signal"
             )
-        return _head(network.to("cpu"), own, context.seed)
+        head = _head(network.to("cpu"), own, context.seed)
+        head.loss.fill_(reached)
+        return head
 
     @classmethod
     def build(cls, config: MethodConfig, tensors: dict[str, torch.Tensor]) -> MmaeHead:

@@ -226,6 +226,8 @@ def hidden_errors(
 class MmaeHead(Head):
     """The exported part: every window is judged by fixed passes in one batch.
 
+    Its buffer ``loss`` is what training reached, both scales together; NaN before.
+
     Args:
         network: fitted.
         masks: H rows.
@@ -242,6 +244,7 @@ class MmaeHead(Head):
     float_ops: tuple[str, ...] = ()
     rows: torch.Tensor
     counts: torch.Tensor
+    loss: torch.Tensor
 
     def __init__(
         self, network: Autoencoder, masks: Masks, *, floor: float, space: Space, cell: int, seed: int = 0
@@ -254,6 +257,7 @@ class MmaeHead(Head):
             self.register_buffer(name, getattr(masks, name), persistent=False)
         segments = network.scales.segments
         self.register_buffer("shape", torch.tensor([network.channels, segments * network.length, seed]))
+        self.register_buffer("loss", torch.full((), float("nan")))
         self.register_buffer("rows", _gathering(masks, segments), persistent=False)
         self.register_buffer("counts", masks.counts(segments).float(), persistent=False)
 
