@@ -1,8 +1,8 @@
 """Can a reconstructor copy what it should not know? The identical shortcut, with and without what UniAD bars it with.
 
 Error on defective patches over their own length, along training: 1 where a defect is not rebuilt, towards 0 where it
-is copied. Run ``python -m benchmarks.shortcut --picture shortcut.png``: six generated classes, three seeds, about 20
-minutes on 2 idle cores; ``--seeds 1`` about 7.
+is copied. Run ``python -m benchmarks.shortcut --picture shortcut.png``: six generated classes, three seeds, about 25
+minutes on 2 idle cores; ``--seeds 1`` about 8.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Size:
     side: int = 160
     train: int = 30
     test: int = 10
-    steps: int = 400
+    steps: int = 600
     batch: int = 18
 
 

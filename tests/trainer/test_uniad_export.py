@@ -55,7 +55,11 @@ def head(request: pytest.FixtureRequest, taps: Taps) -> UniADHead:
         generator=torch.Generator().manual_seed(0),
         report=lambda _done: None,
     )
-    return UniADHead(network, mean, scale, request.param).eval().requires_grad_(requires_grad=False)
+    return (
+        UniADHead(network, mean, scale, torch.linspace(0.8, 1.2, 16).reshape(GRID), request.param)
+        .eval()
+        .requires_grad_(requires_grad=False)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,15 @@ from trainer.fit import configured
 from trainer.methods.base import Features as Taps
 from trainer.methods.base import FitContext, Validation
 from trainer.methods.memory.fit import MemoryMethod
-from trainer.methods.uniad.fit import UniADConfig, UniADMethod, orders, shares, standardisation
+from trainer.methods.uniad.fit import (
+    PLACE_PRIOR,
+    UniADConfig,
+    UniADMethod,
+    orders,
+    place_level,
+    shares,
+    standardisation,
+)
 from trainer.methods.uniad.model import Features, Sampling
 
 GRID = (4, 5)
@@ -126,6 +134,35 @@ def test_one_product_shows_every_tile_once_a_pass() -> None:
     order = orders(shares(None, 7, 1.0), 7, torch.Generator().manual_seed(3))
     for _ in range(3):
         assert sorted(next(order).tolist()) == list(range(7))
+
+
+class Nothing(torch.nn.Module):
+    """Rebuilds everything as 0."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(tokens)
+
+
+def test_level_of_a_place_is_the_mean_distance_of_good_tokens_drawn_to_the_mean_of_all() -> None:
+    tokens = torch.zeros(4, 2, 1)
+    tokens[:, 0], tokens[:, 1] = 1.0, 3.0
+    level = place_level(Nothing(), lambda rows: tokens[rows], torch.ones(4).double())
+    wanted = torch.tensor([4 * 1.0 + PLACE_PRIOR * 2.0, 4 * 3.0 + PLACE_PRIOR * 2.0]) / (4 + PLACE_PRIOR) / 2
+    assert torch.allclose(level, wanted)
+    counted = torch.tensor([4.0, 0.0, 0.0, 0.0]).double()
+    tokens[1:, 0] = 50.0  # of no share
+    assert torch.allclose(place_level(Nothing(), lambda rows: tokens[rows], counted), wanted)
+
+
+def test_map_is_divided_by_the_level_of_its_place_unless_that_is_off() -> None:
+    head = UniADMethod.fit(context(taps(6)), settings())
+    assert float(head.level.mean()) == pytest.approx(1)
+    assert head.level.std() > 0
+    one = [tap.float() for tap in taps(2, seed=1).taps.values()]
+    before = head(*one)[0]
+    head.level *= 2
+    assert torch.allclose(head(*one)[0], before / 2)
+    assert torch.equal(UniADMethod.fit(context(taps(6)), settings(places="false")).level, torch.ones(GRID))
 
 
 def test_training_that_diverges_is_refused_with_its_step() -> None:

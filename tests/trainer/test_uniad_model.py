@@ -166,7 +166,11 @@ def taps(n: int, channels: Sequence[int] = (4, 6, 6, 8), seed: int = 9) -> tuple
 
 
 def head() -> UniADHead:
-    return UniADHead(small(), torch.zeros(CHANNELS), torch.ones(CHANNELS)).eval().requires_grad_(requires_grad=False)
+    return (
+        UniADHead(small(), torch.zeros(CHANNELS), torch.ones(CHANNELS), torch.ones(GRID))
+        .eval()
+        .requires_grad_(requires_grad=False)
+    )
 
 
 def test_map_does_not_depend_on_what_else_is_in_the_batch() -> None:

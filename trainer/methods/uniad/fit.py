@@ -13,7 +13,7 @@ from pydantic import Field
 
 from edge.errors import DataError, UsageError
 from trainer.methods.base import FitContext, Method, MethodConfig
-from trainer.methods.uniad.model import TAP_NAMES, Features, Reconstructor, Sampling, UniADHead, jitter
+from trainer.methods.uniad.model import TAP_NAMES, Features, Reconstructor, Sampling, UniADHead, distance, jitter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,6 +22,8 @@ _BATCH = 32
 _CONSTANT = 1e-10
 PAPER_CHANNELS = 272
 PAPER_JITTER = 20.0
+PLACE_PRIOR = 10.0
+"""Tiles that the mean over all places counts as, beside what each place shows."""
 _DROP_AT = 0.8
 _DROP_TO = 0.1
 
@@ -37,12 +39,13 @@ class UniADConfig(MethodConfig):
     jitter: float | None = Field(None, ge=0, description="alpha; null keeps the paper's noise for the channels here.")
     dropout: float = Field(0.0, ge=0, lt=1, description="In training; of attention it is 40 % of a step on a CPU.")
     queries: bool = Field(True, description="A query in each decoder layer; without them it is a plain transformer.")
-    sampling: Sampling = Field(Sampling.ALIGNED, description="How finer taps come to the grid of the deepest.")
+    sampling: Sampling = Field(Sampling.MEAN, description="How finer taps come to the grid of the deepest.")
     standardise: bool = Field(True, description="Give every channel mean 0 and deviation 1 on good patches first.")
-    balance: float = Field(0.5, ge=0, le=1, description="0: every tile equally often; 1: every product equally often.")
-    steps: int = Field(1500, ge=1, description="Optimiser steps; fixed, there is no early stop.")
+    places: bool = Field(True, description="Divide the map by what good images have at each site.")
+    balance: float = Field(1.0, ge=0, le=1, description="0: every tile equally often; 1: every product equally often.")
+    steps: int = Field(4000, ge=1, description="Optimiser steps; fixed, there is no early stop.")
     batch_tiles: int = Field(8, ge=1, description="Tiles of a step.")
-    rate: float = Field(1e-3, gt=0, description="Learning rate (AdamW); a tenth of it for the last fifth of the steps.")
+    rate: float = Field(2e-3, gt=0, description="Learning rate (AdamW); a tenth of it for the last fifth of the steps.")
     decay: float = Field(1e-4, ge=0, description="Weight decay.")
     clip: float = Field(0.1, gt=0, description="Norm that gradients are clipped to.")
 
@@ -79,20 +82,25 @@ class UniADMethod(Method):
         mean, scale = standardisation(tokens) if own.standardise else _identity(tokens.shape[2])
         network = reconstructor(own, grid, int(tokens.shape[2]))
         network.initialise(context.generator())
+        drawn = shares(context.features.products, len(tokens), own.balance)
+        taken, times = mean.to(context.device), scale.to(context.device)
+
+        def clean(rows: torch.Tensor) -> torch.Tensor:
+            return (tokens[rows].to(context.device, torch.float32) - taken) * times
+
         with torch.random.fork_rng():
             torch.manual_seed(context.seed)  # dropout draws from it
             train(
                 network.to(context.device),
-                lambda rows: (
-                    (tokens[rows].to(context.device, torch.float32) - mean.to(context.device))
-                    * scale.to(context.device)
-                ),
-                shares(context.features.products, len(tokens), own.balance),
+                clean,
+                drawn,
                 own,
                 generator=context.generator(),
                 report=lambda done: context.progress("uniad", done, own.steps),
             )
-        return UniADHead(network.to("cpu"), mean, scale, own.sampling).eval().requires_grad_(requires_grad=False)
+        level = place_level(network, clean, drawn).unflatten(0, grid) if own.places else torch.ones(grid)
+        head = UniADHead(network.to("cpu"), mean, scale, level, own.sampling)
+        return head.eval().requires_grad_(requires_grad=False)
 
     @classmethod
     def build(cls, config: MethodConfig, tensors: dict[str, torch.Tensor]) -> UniADHead:
@@ -106,7 +114,11 @@ class UniADMethod(Method):
             grid = (len(tensors["reconstructor.rows"]), len(tensors["reconstructor.columns"]))
             channels = int(tensors["reconstructor.enter.weight"].shape[1])
             head = UniADHead(
-                reconstructor(own, grid, channels), torch.zeros(channels), torch.ones(channels), own.sampling
+                reconstructor(own, grid, channels),
+                torch.zeros(channels),
+                torch.ones(channels),
+                torch.ones(grid),
+                own.sampling,
             )
             head.load_state_dict(tensors)
         except (KeyError, IndexError, TypeError, RuntimeError) as error:
@@ -233,6 +245,30 @@ def train(
         report(step + 1)
     network.eval()
     return losses
+
+
+@torch.no_grad()
+def place_level(
+    network: torch.nn.Module, tokens: Callable[[torch.Tensor], torch.Tensor], drawn: torch.Tensor
+) -> torch.Tensor:
+    """Return how far from what they are rebuilt as good tokens are at each site, float32 [L], in parts of the mean.
+
+    Sites near the border see padding and fewer neighbours, and are rebuilt worse. Few tiles tell little of a site, so
+    the mean over all sites counts as :data:`PLACE_PRIOR` tiles more.
+
+    Args:
+        network: trained, in eval mode.
+        tokens: as in :func:`train`.
+        drawn: float64 [n tiles], what each counts.
+    """
+    total: torch.Tensor | float = 0.0
+    for rows in torch.arange(len(drawn)).split(_BATCH):
+        clean = tokens(rows)
+        error = distance(clean, network(clean)).double().cpu()
+        total = total + (error * drawn[rows, None]).sum(0)
+    found = torch.as_tensor(total)
+    level = (found + PLACE_PRIOR * found.mean() / len(drawn)) / (len(drawn) + PLACE_PRIOR)
+    return (level / level.mean()).float()
 
 
 def paper_jitter(channels: int) -> float:

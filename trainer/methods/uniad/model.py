@@ -274,6 +274,11 @@ def jitter(tokens: torch.Tensor, scale: float, generator: torch.Generator) -> to
     return tokens + noise * (tokens.norm(dim=2, keepdim=True) * (scale / tokens.shape[2]))
 
 
+def distance(tokens: torch.Tensor, rebuilt: torch.Tensor) -> torch.Tensor:
+    """Return the distance of each token from what it was rebuilt as, float32 [N, L]."""
+    return (tokens - rebuilt).square().sum(2).clamp_min(1e-12).sqrt()
+
+
 class UniADHead(Head):
     """Distance of features from what the reconstructor makes of them, one number a site, on the stride-8 grid.
 
@@ -281,6 +286,7 @@ class UniADHead(Head):
         reconstructor: trained.
         mean: float32 [C], taken from features first.
         scale: float32 [C], features are multiplied by then.
+        level: float32 [h, w], what the distance at each site is divided by.
         sampling: of finer taps.
     """
 
@@ -292,6 +298,7 @@ class UniADHead(Head):
         reconstructor: Reconstructor,
         mean: torch.Tensor,
         scale: torch.Tensor,
+        level: torch.Tensor,
         sampling: Sampling = Sampling.ALIGNED,
     ) -> None:
         super().__init__()
@@ -299,9 +306,11 @@ class UniADHead(Head):
         self.reconstructor = reconstructor
         self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
+        self.register_buffer("level", level)
 
     mean: torch.Tensor
     scale: torch.Tensor
+    level: torch.Tensor
 
     def tokens(self, *taps: torch.Tensor) -> torch.Tensor:
         """Return what is rebuilt, float32 [N, L, C]."""
@@ -311,6 +320,6 @@ class UniADHead(Head):
     def forward(self, *taps: torch.Tensor) -> tuple[torch.Tensor]:
         """Return the map."""
         tokens = self.tokens(*taps)
-        error = (tokens - self.reconstructor(tokens)).square().sum(2).clamp_min(1e-12).sqrt()
-        grid = error.unflatten(1, self.features.grid)[:, None]
+        error = distance(tokens, self.reconstructor(tokens)).unflatten(1, self.features.grid)
+        grid = (error / self.level)[:, None]
         return (enlarge(grid, STRIDE // MAP_STRIDE)[:, 0],)
