@@ -14,6 +14,7 @@ from edge.capture.capture import Capture
 from edge.capture.settings import SourceKind, TriggerMode
 from edge.doctor.findings import Finding, doubt, fine, isolated, of_error, wrong
 from edge.errors import CaptureError
+from edge.inputs import Modality
 from edge.settings import DEFAULT_FRAME_RATE, CameraSettings, Mode
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ def look_at_cameras(cameras: Sequence[CameraSettings], *, seconds: float, runnin
         seen = Seen(camera)
         if not camera.enabled:
             seen.findings.append(fine("camera", camera.name, "is disabled"))
+        elif camera.source.modality is Modality.SIGNAL:
+            text = "is a signal, which is not looked at here; the box's status says what comes of it"
+            seen.findings.append(fine("camera", camera.name, text))
         else:
             seen.findings += isolated("camera", camera.name, lambda: _look_at(seen, seconds=seconds, running=running))
         return seen
@@ -123,7 +127,11 @@ def _look_at(seen: Seen, *, seconds: float, running: bool) -> Iterator[Finding]:
         text = f"{counters.corrupt} of {counters.corrupt + counters.captured} images could not be decoded"
         yield doubt("camera", camera.name, text, "see its cable, its network or the files")
     yield from _rate(seen)
-    yield _exposure(camera.name, seen.frame.image)
+    if camera.source.modality is Modality.IMAGE:
+        yield _exposure(camera.name, seen.frame.image)
+    else:
+        share = float(np.isfinite(seen.frame.image[..., 2]).mean())
+        yield fine("exposure", camera.name, f"{100 * share:.1f} % of the points are valid", valid_share=round(share, 4))
     yield from _region(camera, width, height)
 
 

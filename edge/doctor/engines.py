@@ -20,6 +20,7 @@ from edge.errors import CaptureError, EngineError, LinewardError
 from edge.frames import Frame
 from edge.inference.detectors import Detectors
 from edge.inference.engines import available_engines
+from edge.inputs import Modality
 from edge.products.files import add_products
 from edge.products.judging import product_judges
 from edge.settings import DEFAULT_FRAME_RATE
@@ -146,7 +147,7 @@ def _threshold_of(seen: Seen, detector: Detector, judge: Judge, index: int) -> I
 
 def _defect(seen: Seen, detector: Detector, scale: float | None) -> Iterator[Finding]:
     camera, manifest = seen.camera, detector.bundle.manifest
-    if seen.frame is None:
+    if seen.frame is None or manifest.modality is Modality.SIGNAL:
         return
     height, width = seen.frame.image.shape[:2]
     crop = manifest.preprocessing.crop
@@ -221,13 +222,11 @@ def _frame(seen: Seen, detector: Detector) -> Frame:
         return seen.frame
     preprocessing = detector.bundle.manifest.preprocessing
     crop = preprocessing.crop
-    shape = (
-        (preprocessing.canvas_height, preprocessing.canvas_width, 3)
-        if crop is None
-        else (crop.y + crop.h, crop.x + crop.w, 3)
-    )
+    shape = preprocessing.canvas_shape if crop is None else (crop.y + crop.h, crop.x + crop.w, 3)
     now = datetime.now(timezone.utc)
-    return Frame(np.full(shape, 128, np.uint8), seen.camera.name, 0, time.monotonic_ns(), now)
+    # Grey, or a metre away, or a signal at rest.
+    value = 128 if preprocessing.dtype == "uint8" else 1
+    return Frame(np.full(shape, value, preprocessing.dtype), seen.camera.name, 0, time.monotonic_ns(), now)
 
 
 def _wanted(seen: Seen) -> float:
