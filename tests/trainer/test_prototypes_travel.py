@@ -12,15 +12,23 @@ import torch
 
 from deploy.aggregator.aggregate import AggregateSettings, aggregate
 from deploy.export import export_head
+from deploy.parity import ParityRules
 from edge.bundle import Preprocessing
 from edge.errors import DataError, UsageError
 from edge.federation.update import MemoryUpdate, Order, WireRows
 from edge.federation.wire_rows import on_wire
+from edge.inference.detector import Detector
+from edge.inference.state import stored_state
 from edge.memory.banks import Banks, packed_banks
 from edge.memory.dynamic import DynamicMemory
 from edge.memory.reduce import reduce_anchor
 from edge.memory.search import anomaly_map
 from tests.trainer.test_prototypes import CHANNELS, GRIDS, context, good, moved
+from trainer import export as exporting
+from trainer.data.conveyor import write_default
+from trainer.data.generic import generic_canvases
+from trainer.export import export_run
+from trainer.fit import train
 from trainer.methods.prototypes.fit import PrototypesConfig, PrototypesMethod, SetConfig
 from trainer.methods.prototypes.model import Metric
 from trainer.methods.prototypes.travel import PLACE, TravellingHead
@@ -32,6 +40,7 @@ if TYPE_CHECKING:
 
 SET = SetConfig(tap="s8", alpha=0.7, cells=4, copies=2)
 PREPROCESSING = Preprocessing(height=64, width=64)
+RULES = ParityRules(shift=4.0, flipped=0.2, auroc_drop=0.2, good_samples=32, defect_samples=32)
 
 
 def settings(**changes: object) -> PrototypesConfig:
@@ -161,3 +170,27 @@ def test_what_cannot_travel_is_refused() -> None:
         settings(sets=(SET, SET))
     with pytest.raises(UsageError, match="several products do not travel"):
         PrototypesMethod.fit(context(good(8, 1), products=("a", "b")), settings())
+
+
+@pytest.mark.slow
+def test_box_switches_to_merged_prototypes_in_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generic = generic_canvases(64)[::3]
+    monkeypatch.setattr(exporting, "generic_canvases", lambda: generic)
+    data = write_default(tmp_path / "web", seed=4, kind="metal", train=20, test_good=1, test_defective=1, side=96)
+    run = train(
+        method="prototypes", data=data, out=tmp_path / "run", device="cpu", preprocessing=PREPROCESSING,
+        settings={"travels": True, "sets": '[{"tap": "s8", "alpha": 0.3, "cells": 8}]'}, progress=lambda *_: None,
+    )  # fmt: skip
+    bundle = export_run(run.path, tmp_path / "bundle", rules=RULES, progress=lambda *_: None)
+    assert bundle.manifest.memory == run.head.memory_layout
+    state = stored_state(bundle)
+    assert state["bank_local"].shape == (128, 42)
+    for engine, precision in bundle.calibrated():
+        detector = Detector.open(bundle, engine=engine, precision=precision, threads=1)
+        before = detector.map_of_canvas(run.holdout[0])
+        # Each prototype a little nearer to all others: other maps, the same sizes.
+        other = {name: rows + 0.3 * (rows.mean(0) - rows) for name, rows in state.items()}
+        detector.switch_state(other, memory_version=1).result(60)
+        assert not np.allclose(detector.map_of_canvas(run.holdout[0]), before, rtol=1e-3)
+        detector.switch_state(state, memory_version=2).result(60)
+        np.testing.assert_allclose(detector.map_of_canvas(run.holdout[0]), before, rtol=1e-4, atol=1e-5)

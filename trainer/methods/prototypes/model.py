@@ -151,7 +151,9 @@ class PrototypeHead(Head):
             }
             for what, shape in shapes.items():
                 self.register_buffer(f"{what}_{index}", torch.ones(*abreast, *shape))
-            self.register_buffer(f"where_{index}", places(one.cells), persistent=False)
+            # Of all products and for every state the same: written out, 154 kB of 196 sites and cells.
+            apart = distances(places(self.grids[one.tap]), places(one.cells))
+            self.register_buffer(f"spatial_{index}", apart, persistent=False)
         self.state_names = tuple(f"{what}_{index}" for index in range(len(sets)) for what in STATE)
         self.product_state = self.state_names if self.takes_product else ()
         self.float16_state = tuple(n for n in self.state_names if n.startswith("prototypes")) if float16 else ()
@@ -159,7 +161,6 @@ class PrototypeHead(Head):
         self.float_ops = tuple(f"whiten_{name}" for name in self.tap_names) if whitened else ()
         self.whitened = whitened
         for name in self.tap_names:
-            self.register_buffer(f"places_{name}", places(self.grids[name]), persistent=False)
             # What rebuilding needs; the graph has no use for it.
             self.register_buffer(f"grid_{name}", torch.tensor(self.grids[name]))
             if metric is Metric.SOFT:
@@ -188,7 +189,7 @@ class PrototypeHead(Head):
 
     def spatial(self, index: int) -> torch.Tensor:
         """Return the distances of a set's cells from the sites of its tap, float32 [L, cells]."""
-        return distances(self.get_buffer(f"places_{self.sets[index].tap}"), self.get_buffer(f"where_{index}"))
+        return self.get_buffer(f"spatial_{index}")
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor]:
         """Return the map float32 [N, H / stride, W / stride] of taps, and of the products where it takes them."""
