@@ -67,11 +67,11 @@ def _signal(settings: SourceSettings, layout: SignalLayout | None) -> Source:
 
 def _transport(settings: SourceSettings) -> Transport:
     from edge.capture import signal_links  # noqa: PLC0415 (as above)
-    from edge.capture.signal_file import WfdbTransport  # noqa: PLC0415 (as above)
+    from edge.capture.signal_file import FileTransport  # noqa: PLC0415 (as above)
 
     kind, signal, url = settings.kind, settings.signal, settings.url or ""
     if kind is SourceKind.SIGNAL_FILE:
-        return WfdbTransport(str(Path(str(settings.path)).expanduser()), speed=signal.speed, loop=settings.loop)
+        return FileTransport(str(Path(str(settings.path)).expanduser()), speed=signal.speed, loop=settings.loop)
     if kind is SourceKind.SIGNAL_TCP:
         return signal_links.TcpTransport(url)
     if kind is SourceKind.SIGNAL_ZMQ:

@@ -174,7 +174,7 @@ class SourceSettings(BaseModel):
         None,
         min_length=1,
         title="Path",
-        description="The folder of images or depth maps, the video, the record's name without suffix (signal_file).",
+        description="The folder of images or depth maps, the video, a WFDB record (no suffix) or npz (signal_file).",
     )
     url: str | None = Field(
         None,

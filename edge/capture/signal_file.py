@@ -1,4 +1,4 @@
-"""A WFDB record as a live signal: read lazily, replayed at real time, faster, or as fast as windows are judged.
+"""A recording as a live signal, WFDB or npz: replayed at real time, faster, or as fast as windows are judged.
 
 Knows nothing of windows.
 """
@@ -6,6 +6,8 @@ Knows nothing of windows.
 from __future__ import annotations
 
 import time
+import zipfile
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,13 +22,15 @@ _NS = 1_000_000_000
 # Read ahead in blocks, given out in chunks as short as a sensor's.
 _BLOCK_S, _CHUNK_S = 20.0, 0.02
 _LONGEST_WAIT_S = 0.1
+_CHANNELS_BY_SAMPLES = 2
 
 
-class WfdbTransport:
+class FileTransport:
     """The samples of one record, in physical units.
 
     Args:
-        path: of the record, without suffix (``.hea`` is taken off).
+        path: of a WFDB record, without suffix (``.hea`` is taken off), read in blocks; or of an npz with ``signal``
+            float32 [channels, samples], ``rate_hz`` and ``channels`` (names), read whole.
         speed: samples come at so many times the record's rate; as fast as they are read where None.
         loop: begin again at its end; numbers go on.
         clock: monotonic nanoseconds.
@@ -47,6 +51,8 @@ class WfdbTransport:
         self.paced = speed == 1.0
         self.broken = 0
         self._rate, self._length, self._names = 0.0, 0, ()  # type: tuple[float, int, tuple[str, ...]]
+        self._is_npz = path.endswith(".npz")
+        self._whole: Any = np.empty((0, 0), np.float32)
         self._block: Any = np.empty((0, 0), np.float32)
         self._block_at = 0
         self._at = self._given = 0
@@ -59,16 +65,7 @@ class WfdbTransport:
             CaptureError: no such record, or its header cannot be read.
             MissingExtraError: wfdb is not installed.
         """
-        try:
-            header = _wfdb().rdheader(self._path)
-        except MissingExtraError:
-            raise
-        except Exception as error:
-            raise CaptureError(f"{self._path}.hea: cannot be read ({error}); name a WFDB record") from error
-        if not header.sig_len or not header.n_sig or not header.fs:
-            raise CaptureError(f"{self._path}.hea: says no length, rate or channels; name a WFDB record with signals")
-        self._rate, self._length = float(header.fs), int(header.sig_len)
-        self._names = tuple(str(name) for name in header.sig_name)
+        self._rate, self._length, self._names = self._open_npz() if self._is_npz else self._open_wfdb()
         self._at, self._block, self._block_at, self._began = 0, self._block[:0], 0, None
 
     def read(self) -> list[Chunk] | None:
@@ -92,7 +89,7 @@ class WfdbTransport:
 
     def close(self) -> None:
         """Let go of what was read ahead."""
-        self._block = self._block[:0]
+        self._block, self._whole = self._block[:0], self._whole[:0]
 
     def _due(self) -> int:
         """Samples to give now; waits a little where none is due."""
@@ -113,9 +110,34 @@ class WfdbTransport:
         due = int((now - self._began) * self._rate * self._speed / _NS) - self._given
         return min(max(due, 0), max(step, round(self._rate)))
 
+    def _open_wfdb(self) -> tuple[float, int, tuple[str, ...]]:
+        try:
+            header = _wfdb().rdheader(self._path)
+        except MissingExtraError:
+            raise
+        except Exception as error:
+            raise CaptureError(f"{self._path}.hea: cannot be read ({error}); name a WFDB record") from error
+        if not header.sig_len or not header.n_sig or not header.fs:
+            raise CaptureError(f"{self._path}.hea: says no length, rate or channels; name a WFDB record with signals")
+        return float(header.fs), int(header.sig_len), tuple(str(name) for name in header.sig_name)
+
+    def _open_npz(self) -> tuple[float, int, tuple[str, ...]]:
+        try:
+            with np.load(self._path, allow_pickle=False) as archive:
+                signal, rate = archive["signal"], float(archive["rate_hz"])
+                names = tuple(str(name) for name in archive["channels"])
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise CaptureError(f"{self._path}: no npz with signal, rate_hz and channels ({error})") from error
+        if signal.ndim != _CHANNELS_BY_SAMPLES or not signal.size or len(names) != len(signal) or not rate > 0:
+            raise CaptureError(f"{self._path}: signal is {list(signal.shape)} of {len(names)} channels at {rate:g} Hz")
+        self._whole = np.ascontiguousarray(signal.T, np.float32)
+        return rate, len(self._whole), names
+
     def _samples(self, begin: int, count: int) -> Any:  # noqa: ANN401 (float32 [T, K]; numpy arrays of wfdb are untyped)
         if not self._block_at <= begin < self._block_at + len(self._block):
             end = min(self._length, begin + max(count, round(_BLOCK_S * self._rate)))
+            if self._is_npz:
+                return self._whole[begin : begin + count]
             try:
                 record = _wfdb().rdrecord(self._path, sampfrom=begin, sampto=end)
             except Exception as error:

@@ -15,7 +15,7 @@ import pytest
 from edge.capture.building import build_source
 from edge.capture.capture import CameraState, Capture
 from edge.capture.settings import SourceSettings
-from edge.capture.signal_file import WfdbTransport
+from edge.capture.signal_file import FileTransport
 from edge.capture.signal_rate import RateCheck
 from edge.capture.signal_source import SignalSource
 from edge.capture.signal_wire import Chunk, pack, to_json, to_text
@@ -189,7 +189,7 @@ def test_wfdb_record_is_replayed_at_its_pace_times_the_speed(tmp_path: Path) -> 
     def sleep(seconds: float) -> None:
         now[0] += round(seconds * NS)
 
-    transport = WfdbTransport(path, speed=2.0, clock=lambda: now[0], sleep=sleep)
+    transport = FileTransport(path, speed=2.0, clock=lambda: now[0], sleep=sleep)
     transport.open()
     given = 0
     while (chunks := transport.read()) is not None:
@@ -199,10 +199,28 @@ def test_wfdb_record_is_replayed_at_its_pace_times_the_speed(tmp_path: Path) -> 
     assert now[0] == pytest.approx(1.0 * NS, rel=0.05)
 
 
+def test_npz_recording_is_judged_whole(tmp_path: Path) -> None:
+    samples = bearing(2.1)
+    path = str(tmp_path / "spindle.npz")
+    np.savez(path, signal=samples.T, rate_hz=400.0, channels=["drive end", "fan end"], unit="g")
+    settings = SourceSettings(kind="signal_file", path=path, signal={"speed": None})
+    found, capture = frames_of(settings, 99, signal_layout())
+    capture.stop()
+    assert len(found) == 8
+    np.testing.assert_array_equal(found[7].image, samples[640:840].T)
+
+
+@pytest.mark.parametrize("arrays", [{}, {"signal": np.zeros(3), "rate_hz": 400.0, "channels": ["a"]}])
+def test_npz_that_is_no_recording_says_so(tmp_path: Path, arrays: dict[str, object]) -> None:
+    np.savez(tmp_path / "none.npz", **arrays)
+    with pytest.raises(CaptureError, match=r"none\.npz"):
+        FileTransport(str(tmp_path / "none.npz")).open()
+
+
 def test_missing_record_says_so(tmp_path: Path) -> None:
     pytest.importorskip("wfdb", reason="needs wfdb: pip install 'lineward[signals]'")
     with pytest.raises(CaptureError, match="WFDB"):
-        WfdbTransport(str(tmp_path / "none")).open()
+        FileTransport(str(tmp_path / "none")).open()
 
 
 @contextmanager
