@@ -84,8 +84,9 @@ class Part:
 
     @property
     def diagonal(self) -> float:
-        """Diagonal of the box around the points, metres."""
-        return float(np.linalg.norm(np.ptp(self.points, axis=0)))
+        """Diagonal of the box along the principal directions, metres: the same however the part is turned."""
+        thickness = np.ptp(self.points @ np.cross(*self.chart.axes))
+        return float(np.hypot(np.linalg.norm(self.chart.extent), thickness))
 
 
 @dataclass(frozen=True, slots=True)

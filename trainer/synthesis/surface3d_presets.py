@@ -17,7 +17,7 @@ class StrengthUnit(str, Enum):
 
     METRES = "metres"
     DIAGONAL = "diagonal"
-    """Shares of the diagonal of the box around the part."""
+    """Shares of the diagonal of the box around the part, along its principal directions."""
     NOISE = "noise"
     """Multiples of the scan's own noise floor (95th percentile)."""
 
