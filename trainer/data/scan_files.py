@@ -6,6 +6,7 @@ It knows files and points; it must not know folders, labels or defects.
 from __future__ import annotations
 
 import io
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,7 @@ def _read_tiff(path: Path) -> ScanFile:
     tifffile = _tifffile()
     try:
         xyz = tifffile.imread(io.BytesIO(read_bytes(path)))
-    except (tifffile.TiffFileError, ValueError, OSError, KeyError, IndexError) as error:
+    except (tifffile.TiffFileError, ValueError, OSError, KeyError, IndexError, zlib.error) as error:
         raise DataError(f"{path}: not a readable TIFF ({error}); export the scan again") from error
     if not np.issubdtype(xyz.dtype, np.floating):
         raise DataError(f"{path}: {xyz.dtype} values; a scan has x, y and z in metres, as float32")
