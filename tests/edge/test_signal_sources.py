@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import threading
 import tty
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from edge.frames import Frame
     from edge.inputs import SignalLayout
+    from tests.mosquitto_process import Mosquitto
 
 NS = 1_000_000_000
 
@@ -295,6 +297,37 @@ def test_zeromq_publisher_is_heard_by_its_prefix() -> None:
     finally:
         capture.stop()
         publisher.close(0)
+
+
+@pytest.mark.broker
+def test_mqtt_topic_is_heard_and_found_again_after_the_broker_died(mosquitto: Mosquitto) -> None:
+    samples = bearing(1)
+    settings = SourceSettings(
+        kind="signal_mqtt", url=mosquitto.url, signal={"topic": "plant/press"}, reconnect_seconds=0.5
+    )
+    capture = Capture(name="press", settings=settings, make_source=lambda: build_source(settings, signal_layout()))
+    publish(mosquitto, pack(Chunk(0, samples[:1], 400.0)), retain=True)
+    try:
+        capture.start()
+        for begin, end in ((10, 210), (210, 410)):
+            frame = None
+            while frame is None:
+                # A subscription takes its time: the same numbers again are left out.
+                publish(mosquitto, to_json(Chunk(begin, np.resize(samples, (end - begin, 2)), 400.0)))
+                frame = capture.get(0.2)
+            if begin == 10:
+                # What was retained is of another time.
+                assert frame.name == "samples 10-209"
+                publish(mosquitto, b"rubbish")
+                mosquitto.restart()
+        assert capture.source_counts["lost"] == 0
+    finally:
+        capture.stop()
+
+
+def publish(broker: Mosquitto, payload: bytes, *, retain: bool = False) -> None:
+    words = ["mosquitto_pub", "-p", str(broker.port), "-t", "plant/press", "-s", *(["-r"] if retain else [])]
+    subprocess.run(words, input=payload, check=True)
 
 
 def test_serial_port_is_read_from_the_first_whole_line() -> None:
