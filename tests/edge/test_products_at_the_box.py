@@ -86,6 +86,7 @@ def test_a_threshold_given_for_one_product_is_no_others(tmp_path: Path) -> None:
     assert judges.set_threshold(given, LOW).threshold.value == 3
     assert judges.met.product == HIGH
     assert [one.threshold_source for one in judges.all] == ["run time", "budget"]
+    assert [one.run_time for one in judges.all] == [given, None]
     # Even handed to the wrong one it does not hold there.
     other = judge_of(HIGH, run_time=given)
     assert other.threshold_source == "budget"

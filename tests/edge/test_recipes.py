@@ -36,6 +36,8 @@ NAMES = ("product_0", "product_1", "product_2")
 NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
 SOON = 20.0
 CHANGES = 40
+# In memory, where there is such a place: thousands of recipes are kept here, and a disk would wait for each.
+QUICK = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
 def frame(shown: int, captured_ns: int) -> Frame:
@@ -151,7 +153,7 @@ STEPS = st.lists(
 
 
 def go(steps: list[tuple[Any, ...]], *, router: bool, make: str) -> Line:
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(dir=QUICK) as folder:
         line = Line(Path(folder), router, make)
         for name, *values in steps:
             getattr(line, name)(*values)
@@ -160,7 +162,7 @@ def go(steps: list[tuple[Any, ...]], *, router: bool, make: str) -> Line:
 
 @pytest.mark.parametrize("make", ["guide", "follower"])
 @pytest.mark.parametrize("router", [True, False])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(steps=STEPS)
 def test_no_frame_is_ever_judged_as_another_product(*, router: bool, make: str, steps: list[tuple[Any, ...]]) -> None:
     assert go(steps, router=router, make=make).wrong == []
@@ -297,7 +299,7 @@ JSON = st.recursive(
 @settings(max_examples=50, deadline=None)
 @given(content=st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_a_damaged_file_is_put_aside_and_said(content: bytes) -> None:
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory(dir=QUICK) as folder:
         path = Path(folder) / "recipes.json"
         path.write_bytes(content)
         book = RecipeBook(path)
