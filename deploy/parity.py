@@ -48,7 +48,8 @@ class ParityRules:
         auroc_window: where float32 should be on them: neither sure of everything nor guessing.
         map_error: largest |map - torch| of a float32 engine, relative to the largest |torch| value of that image.
         worst_shift: likewise of a single product, where there are several; ``shift`` is then of their mean.
-        worst_drop: likewise of I-AUROC.
+        worst_drop: likewise of I-AUROC, beyond twice its standard error: of many products with few images each, one is
+            far off by chance.
         rerouted: largest share of good samples that a path gives to another expert than torch does.
         unknown: how much larger the share of good samples may be that a path holds for an unknown product.
         good_samples: good samples looked at; jittered copies fill up what the held-out images lack.
@@ -77,6 +78,7 @@ class ProductParity(BaseModel):
     shift_in_iqr: float
     auroc: float
     auroc_drop: float
+    auroc_drop_se: float | None
 
 
 class PathParity(BaseModel):
@@ -399,9 +401,9 @@ def _judge_path(
             "median score shift on good images of one product is {:.3f} of the float32 IQR",
         ),
         (
-            max(one.drop for one in found) if several else None,
+            max(one.drop - 2 * (one.drop_se or 0.0) for one in found) if several else None,
             rules.worst_drop,
-            "I-AUROC on low-contrast defects of one product drops by {:.4f}",
+            "I-AUROC on low-contrast defects of one product drops by {:.4f} beyond chance",
         ),
         (map_error, rules.map_error, "maps differ from torch by {:.2e} relative"),
         (rerouted, rules.rerouted, "good images given to another expert {:.4f}"),
@@ -417,7 +419,9 @@ def _judge_path(
         flipped=flipped, auroc=auroc, auroc_drop=drop, auroc_drop_se=_mean_error([one.drop_se for one in found]),
         rerouted=rerouted, unknown=unknown, refusals=refusals,
         products=[
-            ProductParity(shift_in_iqr=one.shift_in_iqr, auroc=one.auroc, auroc_drop=one.drop) for one in found
+            ProductParity(
+                shift_in_iqr=one.shift_in_iqr, auroc=one.auroc, auroc_drop=one.drop, auroc_drop_se=one.drop_se
+            ) for one in found
         ] if several else [],
     )  # fmt: skip
 
