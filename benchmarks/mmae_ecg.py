@@ -84,7 +84,7 @@ def generated(name: str, folder: Path) -> Path:
         else:
             parts = {
                 "train": Bearing().recording(60, 1),
-                "test": Bearing(fault=0.3, episodes=((10, 20), (30, 35))).recording(40, 2),
+                "test": Bearing(fault=0.6, episodes=((10, 20), (30, 35))).recording(40, 2),
             }
         for part, recording in parts.items():
             write_recording(folder / part / f"{name}.npz", recording)
@@ -203,7 +203,8 @@ def table(name: str, data: Path, found: Sequence[dict[str, Any]]) -> list[Goal]:
     goals = [
         Goal(f"{name}: 12 passes above one", statistics.mean(many) - statistics.mean(few), 0.0, at_least=True,
              spread=f"spread {np.ptp(many):.3f} beside {np.ptp(few):.3f}"),
-        Goal(f"{name}: point AUROC, raw", statistics.mean(points), POINT, at_least=True, spread=f"{np.ptp(points):.3f}"),
+        Goal(f"{name}: point AUROC, raw", statistics.mean(points), POINT, at_least=True,
+             spread=f"{np.ptp(points):.3f}"),
         Goal(f"{name}: change by a circular shift", statistics.mean(shifts), SHIFT, at_least=False,
              spread=f"{np.ptp(shifts):.3f}"),
     ]  # fmt: skip

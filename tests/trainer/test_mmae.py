@@ -241,25 +241,28 @@ def test_counting_agrees_with_hand_and_names_what_is_unknown(tmp_path):
         multiply_accumulates(path, {})
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    path = tmp_path_factory.mktemp("head") / "head.onnx"
+    export_head(_head(Space.BOTH), path, tap_shapes={SIGNAL: (1, 2, 72)})
+    return path
+
+
 @pytest.mark.parametrize("engine", [Engine.ONNXRUNTIME, Engine.OPENVINO])
-def test_both_engines_say_what_torch_says(tmp_path, engine):
+def test_both_engines_say_what_torch_says(exported, engine):
     head, signal = _head(Space.BOTH), _signal()
-    path = tmp_path / "head.onnx"
-    export_head(head, path, tap_shapes={SIGNAL: tuple(signal.shape[1:])})
     with torch.no_grad():
         expected = head(signal)[0].numpy()
     session = open_graph(
-        path, engine=engine, precision=Precision.FLOAT32, threads=1, input_shapes={SIGNAL: (1, *signal.shape[1:])}
+        exported, engine=engine, precision=Precision.FLOAT32, threads=1, input_shapes={SIGNAL: (1, *signal.shape[1:])}
     )
     for row in range(len(signal)):
         found = np.array(session.run({SIGNAL: signal[row : row + 1].numpy()})["anomaly_map"])
         np.testing.assert_allclose(found[0], expected[row], rtol=1e-4, atol=1e-5 * expected.max())
 
 
-def test_masks_are_constants_of_the_graph(tmp_path):
-    path = tmp_path / "head.onnx"
-    export_head(_head(), path, tap_shapes={SIGNAL: (1, 2, 72)})
-    graph = onnx.load(path).graph
+def test_masks_are_constants_of_the_graph(exported):
+    graph = onnx.load(exported).graph
     assert [value.name for value in graph.input] == [SIGNAL]
     assert not {node.op_type for node in graph.node} & {"TopK", "RandomUniform", "If", "Loop", "NonZero"}
 

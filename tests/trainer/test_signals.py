@@ -278,7 +278,7 @@ def runs(bearing, tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("method", ["mmae_ecg", "pca_residual"])
+@pytest.mark.parametrize("method", ["mmae_ecg", pytest.param("pca_residual", marks=pytest.mark.slow)])
 def test_a_detector_of_a_signal_is_trained_proved_packed_and_judges_as_torch_does(bearing, runs, tmp_path, method):
     run = SignalRun.load(runs[method])
     layout = run.record.signal
