@@ -89,3 +89,51 @@ class _RandomHead(ToyPbasHead):
 def test_export_head_refuses_dead_state_and_random_ops(head: torch.nn.Module, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         export_head(head, tmp_path / "h.onnx", tap_shapes=tap_shapes(ToyTrunk(), (64, 64)))
+
+
+class _PromptedHead(torch.nn.Module):
+    """Distance to the prompt of the product that is asked for; and a route, but no rows."""
+
+    tap_names = ("s8",)
+    state_names = ("prompts",)
+    product_state = ("prompts",)
+    takes_product = True
+    map_stride = 8
+
+    def __init__(self, *, counts: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("prompts", torch.randn(3, 16))
+        self.counts = counts
+
+    def forward(self, s8: torch.Tensor, product: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        prompt = self.prompts.index_select(0, product)[:, :, None, None]
+        away = (s8 - prompt).square().sum(1)
+        if self.counts:
+            away = away / self.prompts.square().mean()
+        return away, away.mean((1, 2))[:, None] - torch.arange(3)
+
+
+def test_export_head_takes_products_and_gives_a_route_without_rows(tmp_path: Path) -> None:
+    head = _PromptedHead()
+    export_head(head, tmp_path / "h.onnx", tap_shapes=tap_shapes(ToyTrunk(), (64, 64)))
+    session = onnxruntime.InferenceSession(tmp_path / "h.onnx")
+    assert [value.name for value in session.get_outputs()] == ["anomaly_map", "route"]
+    assert {value.name: value.type for value in session.get_inputs()} == {
+        "s8": "tensor(float)", "product": "tensor(int64)",
+    }  # fmt: skip
+    tap, product = torch.randn(5, 16, 8, 8), torch.tensor([2, 0, 1, 1, 2])
+    got = session.run(None, {"s8": tap.numpy(), "product": product.numpy()})
+    for one, wanted in zip(got, head(tap, product), strict=True):
+        np.testing.assert_allclose(one, wanted.numpy(), rtol=1e-5)
+
+
+def test_export_head_refuses_a_map_that_depends_on_how_many_products_there_are(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="how many products"):
+        export_head(_PromptedHead(counts=True), tmp_path / "h.onnx", tap_shapes=tap_shapes(ToyTrunk(), (64, 64)))
+
+
+def test_export_head_refuses_product_state_that_is_no_state(tmp_path: Path) -> None:
+    head = _PromptedHead()
+    head.product_state = ("prompts", "other")
+    with pytest.raises(DataError, match="product_state names other"):
+        export_head(head, tmp_path / "h.onnx", tap_shapes=tap_shapes(ToyTrunk(), (64, 64)))

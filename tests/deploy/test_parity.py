@@ -26,9 +26,7 @@ def _sample(good: int = 400, bad: int = 200, images: int = 40) -> Sample:
 def _reference(seed: int = 0) -> PathScores:
     rng = np.random.default_rng(seed)
     maps = rng.random((4, 5, 5)).astype(np.float32)
-    return PathScores(
-        rng.normal(10, 1, 400).astype(np.float32), rng.normal(11.8, 1, 200).astype(np.float32), maps
-    )
+    return PathScores(rng.normal(10, 1, 400).astype(np.float32), rng.normal(11.8, 1, 200).astype(np.float32), maps)
 
 
 def test_judge_passes_what_scores_the_same() -> None:
@@ -164,3 +162,48 @@ def test_jitter_keeps_the_originals_and_is_seeded() -> None:
     np.testing.assert_array_equal(first, jitter(pictures, 12, seed=4)[0])
     assert base.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
     assert not np.array_equal(first[5], pictures[0])
+
+
+def _two_products() -> Sample:
+    sample = _sample()
+    return dataclasses.replace(sample, good_products=sample.good_base % 2, defect_products=sample.defect_base % 2)
+
+
+def test_judge_of_products_measures_each_by_itself_and_gates_their_mean() -> None:
+    sample, reference = _two_products(), _reference()
+    # Another scale for the second product: scores of two are never compared.
+    shift = np.float32(1000)
+    moved = PathScores(
+        reference.good + shift * (sample.good_products == 1),
+        reference.defective + shift * (sample.defect_products == 1),
+    )
+    report = judge(sample, moved, {INT8: moved})
+    assert report.passed
+    assert report.good_iqr == pytest.approx(judge(_sample(), reference, {}).good_iqr, rel=0.3)
+    (path,) = report.paths
+    assert [one.auroc_drop for one in path.products] == [0.0, 0.0]
+    assert path.auroc == pytest.approx(np.mean([one.auroc for one in path.products]))
+
+
+def test_judge_refuses_one_product_that_shifts_where_the_mean_does_not() -> None:
+    sample, reference = _two_products(), _reference()
+    quiet = dataclasses.replace(ParityRules(), shift=0.5)
+    iqr = judge(sample, reference, {}).good_iqr
+    path = PathScores(
+        reference.good + np.float32(0.8 * iqr) * (sample.good_products == 1),
+        reference.defective + np.float32(0.8 * iqr) * (sample.defect_products == 1),
+    )
+    report = judge(sample, reference, {INT8: path}, rules=quiet)
+    assert len(report.refusals) == 1
+    assert "of one product" in report.refusals[0]
+    assert judge(_sample(), reference, {INT8: reference}).paths[0].products == []
+
+
+def test_draw_sample_gives_each_product_its_part_of_the_defects() -> None:
+    products = np.repeat([0, 1, 2], 10)
+    rules = dataclasses.replace(ParityRules(), defect_samples=12)
+    sample = draw_sample(_pictures(30, 1), _stain, _score, rules=rules, products=products)
+    assert sample.defect_products is not None
+    assert np.bincount(sample.defect_products).tolist() == [4, 4, 4]
+    assert (sample.defect_products == products[sample.defect_base]).all()
+    assert (sample.good_products == products[sample.good_base]).all()
