@@ -57,7 +57,7 @@ class Head(nn.Module):
         Returns:
             ``(anomaly_map,)`` float32 [N, H / map_stride, W / map_stride], raw, higher is more anomalous; or
             ``(anomaly_map, embedding)`` with embedding float32 [N, L, D], the patch rows that feed the memory; or
-            ``(anomaly_map, embedding, route)`` with route float32 [N, E], see :data:`edge.inference.sessions.ROUTE`.
+            either with a route float32 [N, E] behind it, see :data:`edge.inference.sessions.ROUTE`.
         """
         raise NotImplementedError
 
