@@ -2,9 +2,9 @@
 
     python benchmarks/depth.py [--root FOLDER] [--copies 12] [--strength 8]
 
-Each object is held out in turn: banks are learned from good scans of all others, and the held-out one is judged good and
-with synthetic defects. With a folder the objects are cut out of its real scenes by their labels; without, they
-are generated. Every setting was chosen on generated scans. About 6 minutes on real scans.
+Each object is held out in turn: banks are learned from good scans of all others, and the held-out one is judged, good
+and with synthetic defects. With a folder the objects are cut out of its real scenes by their labels; without, they are
+generated. Every setting was chosen on generated scans. About 6 minutes on real scans.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NAME = "depth_memory"
 
 _BATCH = 8
-_LEAST_ROWS = 64
+_LEAST_ROWS = 8
 _MOSTLY = 0.5
 """Share of a cell's points that must be valid for it to be learned from and judged."""
 
