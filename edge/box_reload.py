@@ -31,6 +31,7 @@ RELOADABLE = frozenset(
         "precision",
         "products",
         "provider",
+        "signals",
         "stations",
         "status_every_s",
         "threads",

@@ -236,6 +236,8 @@ class BoxSettings(BaseModel):
         for camera in self.cameras:
             if camera.source.modality is Modality.SIGNAL and camera not in self.signals:
                 raise ValueError(f"camera {camera.name!r} is a signal; move it under `signals`")
+            if camera.source.modality is Modality.DEPTH and (camera.health or camera.adaptation):
+                raise ValueError(f"camera {camera.name!r}: health and adaptation are for pictures, not for depth")
         if not (self.cameras or self.signals):
             raise ValueError("cameras: needs at least one entry where there are no signals")
         # So that whoever reads `cameras` finds all that is watched; a frozen model can be completed only so.
@@ -270,8 +272,8 @@ class BoxSettings(BaseModel):
         return self
 
     def adaptation_of(self, camera: CameraSettings) -> AdaptationSettings | None:
-        """Return how a camera follows its line; None where it does not."""
-        return camera.adaptation or self.adaptation
+        """Return how a camera follows its line; None where it does not, as depth and signals never do."""
+        return (camera.adaptation or self.adaptation) if camera.source.modality is Modality.IMAGE else None
 
     def _why_no_view(self, name: str) -> str:
         """Why a station cannot have this camera, and the cure."""

@@ -191,6 +191,7 @@ def test_signals_are_watched_beside_the_cameras_and_read_twice_the_same() -> Non
     [
         ({"cameras": [SIGNAL]}, "move it under `signals`"),
         ({"signals": [{"name": "x", "source": {"kind": "folder", "path": "a"}}]}, "is a camera's"),
+        ({"cameras": [{"name": "z", "health": {}, "source": {"kind": "depth_folder", "path": "a"}}]}, "not for depth"),
         ({"signals": [{**SIGNAL, "mode": "triggered"}]}, "mode: triggered is for cameras"),
         ({"signals": [{**SIGNAL, "health": {}}]}, "health is for cameras"),
         ({"signals": [SIGNAL, SIGNAL]}, "two cameras are named 'spindle'"),
@@ -202,6 +203,15 @@ def test_signals_are_watched_beside_the_cameras_and_read_twice_the_same() -> Non
 def test_settings_that_mix_up_signals_and_cameras_name_the_cure(content: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         BoxSettings.model_validate({**BOX, **content})
+
+
+def test_adaptation_of_the_box_is_for_its_pictures_alone() -> None:
+    cameras = [
+        {"name": "left", "source": {"kind": "folder", "path": "a"}},
+        {"name": "height", "source": {"kind": "depth_folder", "path": "a"}},
+    ]
+    box = BoxSettings.model_validate({**BOX, "cameras": cameras, "signals": [SIGNAL], "adaptation": {}})
+    assert [box.adaptation_of(one) is not None for one in box.cameras] == [True, False, False]
 
 
 def test_budget_of_a_signal_counts_its_windows(tmp_path: Path) -> None:
