@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,15 @@ from scipy.spatial.transform import Rotation
 
 from deploy.metrics import image_auroc
 from edge.errors import DataError, UsageError
+from trainer.data.scan_files import read_scan
 from trainer.data.scans import KINDS, Scan, Sensor, make_scan
 from trainer.synthesis.surface3d import Part, noise_grid, perturb
 from trainer.synthesis.surface3d_chart import lay_out, valid_points
 from trainer.synthesis.surface3d_normals import Surface, estimate_surface
 from trainer.synthesis.surface3d_perlin import GradientNoise
 from trainer.synthesis.surface3d_presets import PRESETS, Sign, StrengthUnit, SurfaceNoise, Units, preset
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "3d"
 
 
 @functools.cache
@@ -209,3 +213,16 @@ def test_an_unknown_preset_and_a_field_beyond_its_grid_are_refused() -> None:
         preset("rust")
     with pytest.raises(ValueError, match="grid"):
         SurfaceNoise(scale=500, octaves=10)
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize(
+    ("name", "median", "p95"), [("obj_box_a", 0.28, 0.83), ("obj_cyl_a", 0.37, 1.11), ("milk_carton", 0.41, 1.24)]
+)
+def test_real_scans_have_the_noise_floor_that_was_measured(name: str, median: float, p95: float) -> None:
+    if not SHARED.is_dir():
+        pytest.skip(f"EVALUATION SCANS ABSENT: {SHARED} is not there, so no real scan was read")
+    found = read_scan(SHARED / f"{name}.npz")
+    noise = Part.of(found.xyz, viewpoint=found.viewpoint).noise
+    assert 1000 * noise.median == pytest.approx(median, rel=0.1)
+    assert 1000 * noise.p95 == pytest.approx(p95, rel=0.1)
