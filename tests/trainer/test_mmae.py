@@ -17,7 +17,7 @@ from edge.bundle import Engine, Precision
 from edge.errors import DataError, UsageError
 from edge.inference.engines import open_graph
 from trainer.methods.base import Features, FitContext, Validation
-from trainer.methods.mmae_ecg.fit import MmaeConfig, MmaeMethod, autoencoder, scales
+from trainer.methods.mmae_ecg.fit import MmaeConfig, MmaeMethod, autoencoder, scales, varied
 from trainer.methods.mmae_ecg.masks import Masks, Scales, fixed_masks, random_masks
 from trainer.methods.mmae_ecg.model import (
     SIGNAL,
@@ -356,3 +356,24 @@ def test_nothing_here_looks_for_beats():
             )
             allowed = {"scipy.signal"} if path.name == "ptbxl.py" else set()  # filters, no peaks
             assert not set(names) & (finders - allowed), f"{path.name} imports {names}"
+
+
+def test_training_windows_are_varied_within_what_is_asked_and_not_at_all_without() -> None:
+    windows = torch.sin(torch.linspace(0, 12, 120)).repeat(6, 2, 1)
+    plain = MmaeConfig(stretch=0, shift=0, gain=0, noise=0)
+
+    assert varied(windows, plain, torch.Generator().manual_seed(0)) is windows
+    louder = varied(windows, plain.model_copy(update={"gain": 0.2}), torch.Generator().manual_seed(0))
+    ratio = louder[:, :, 10] / windows[:, :, 10]
+    assert ((ratio > 0.8) & (ratio < 1.2)).all()
+    assert ratio.std() > 0.02
+    moved = varied(windows, plain.model_copy(update={"shift": 0.05}), torch.Generator().manual_seed(0))
+    # Both channels of a window move together, by 6 samples of 120 at most.
+    assert torch.equal(moved[:, 0], moved[:, 1])
+    for one in moved[:, 0]:
+        errors = [float((one[10:-10] - windows[0, 0].roll(-by)[10:-10]).abs().max()) for by in range(-6, 7)]
+        assert min(errors) < 0.06
+    assert not torch.equal(moved, windows)
+    slower = varied(windows, plain.model_copy(update={"stretch": 0.3}), torch.Generator().manual_seed(0))
+    assert torch.allclose(slower[:, :, 59:61].mean(2), windows[:, :, 59:61].mean(2), atol=0.02)
+    assert not torch.allclose(slower, windows, atol=0.1)

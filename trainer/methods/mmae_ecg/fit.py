@@ -47,6 +47,10 @@ class MmaeConfig(MethodConfig):
     width: int = Field(64, ge=8, description="d of tokens.")
     depth: int = Field(5, ge=1, le=24, description="Blocks of the encoder.")
     heads: int = Field(4, ge=1, description="Of every attention.")
+    stretch: float = Field(0.1, ge=0, lt=0.5, description="Share by which a training window is slowed or hastened.")
+    shift: float = Field(0.025, ge=0, lt=0.5, description="Share of a window by which a training window is moved.")
+    gain: float = Field(0.2, ge=0, lt=1, description="Share by which a channel of a training window is made larger.")
+    noise: float = Field(0.05, ge=0, description="Deviation of the noise on training windows, of the scaled signal.")
     steps: int = Field(3000, ge=1, description="Optimiser steps; fixed, there is no early stop.")
     batch: int = Field(32, ge=1, description="Windows of a step.")
     rate: float = Field(2e-3, gt=0, description="Highest learning rate (AdamW).")
@@ -207,7 +211,7 @@ def train(
             order = torch.cat([order, torch.randperm(len(windows), generator=generator)])
         rows, order = order[: config.batch], order[config.batch :]
         masks = random_masks(network.scales, len(rows), generator, couple=config.couple_masks).to(device)
-        segments = network.cut(windows[rows].to(device))
+        segments = network.cut(varied(windows[rows], config, generator).to(device))
         with torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext():
             rebuilt = network(segments, masks)
         of_window, of_run = hidden_errors(rebuilt.float(), segments, masks, config.floor)
@@ -222,6 +226,34 @@ def train(
         report(len(losses))
     network.eval()
     return losses
+
+
+def varied(windows: torch.Tensor, config: MmaeConfig, generator: torch.Generator) -> torch.Tensor:
+    """Return windows as they might have been: slower or faster, earlier or later, larger or smaller, noisier.
+
+    Where a moved window reaches beyond what was recorded, the last sample stands still.
+
+    Args:
+        windows: float32 [n, K, Q], scaled.
+        config: how much of each; with 0 of all the windows come back as they are.
+        generator: on the CPU.
+    """
+    if not (config.stretch or config.shift or config.gain or config.noise):
+        return windows
+    count, channels, samples = windows.shape
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return 2 * torch.rand(shape, generator=generator) - 1
+
+    middle = (samples - 1) / 2
+    pace, moved = 1 + config.stretch * drawn(count, 1), config.shift * samples * drawn(count, 1)
+    places = ((torch.arange(samples) - middle) * pace + middle + moved).clamp(0, samples - 1)
+    before = places.floor().long().clamp(max=samples - 2)
+    share = (places - before)[:, None]
+    before = before[:, None].expand(-1, channels, -1)
+    found = windows.gather(2, before) * (1 - share) + windows.gather(2, before + 1) * share
+    louder = 1 + config.gain * drawn(count, channels, 1)
+    return found * louder + config.noise * torch.randn(windows.shape, generator=generator)
 
 
 def _share(step: int, warm: int, steps: int) -> float:
