@@ -77,7 +77,10 @@ def read_depth(path: Path, settings: DepthSourceSettings) -> npt.NDArray[np.floa
         raise CorruptFrameError(f"{path}: cannot be read ({error})", name=path.name) from error
     if image is None or image.dtype != np.uint16 or image.ndim != _MAP:
         found = "nothing that can be decoded" if image is None else f"{image.dtype} {list(image.shape)}"
-        raise CorruptFrameError(f"{path}: holds {found}, a depth image is one channel of 16 bits", name=path.name)
+        raise CorruptFrameError(
+            f"{path}: holds {found}; a depth image is one channel of 16 bits, and a scan is an npz with {POINTS}",
+            name=path.name,
+        )
     return points_of(image.astype(np.float32) * np.float32(settings.scale_m), settings)
 
 

@@ -50,6 +50,12 @@ def test_depth_image_without_geometry_is_refused(tmp_path: Path) -> None:
         read_depth(tmp_path / "one.png", DepthSourceSettings())
 
 
+def test_scan_in_a_tiff_is_refused_with_the_kind_of_file_to_give(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "one.tiff"), np.ones((4, 5, 3), np.float32))
+    with pytest.raises(CorruptFrameError, match=r"float32 \[4, 5, 3\].*npz with xyz"):
+        read_depth(tmp_path / "one.tiff", DepthSourceSettings(fx=500.0))
+
+
 def test_file_that_is_no_depth_map_is_corrupt_and_the_next_one_read(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((4, 4, 3), np.uint8))
     (tmp_path / "b.npz").write_bytes(b"PK\x03\x04 half")
