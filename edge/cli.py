@@ -54,6 +54,7 @@ VERB_HELP = {
     "evaluate": "Measure a detector on labelled test images.",
     "export": "Turn a trained detector into a verified bundle.",
     "rollout": "Bring a bundle to the fleet in waves.",
+    "synth3d": "Put a synthetic surface defect on a scan, or draw what its parameters do.",
     "train": "Learn what good parts look like.",
     "verify": "Check a bundle and the figures that it promises.",
 }

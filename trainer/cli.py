@@ -70,7 +70,13 @@ def train(
         typer.Option(help="Folder in MVTec layout; only train/good is read. Repeat it: one run for several products."),
     ],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
-    method: Annotated[str, typer.Option(help="pbas, memory, fader, hetnet, feddymem or adapted_moe.")] = "memory",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Image: memory, pbas, fader, hetnet, feddymem, adapted_moe, uniad, onenip or prototypes. "
+            "Signal: mmae_ecg or pca_residual. Depth: memory."
+        ),
+    ] = "memory",
     preset: Annotated[str, typer.Option(help="quick or full.")] = "quick",
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     size: Annotated[
