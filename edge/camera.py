@@ -181,7 +181,10 @@ class CameraWorker:
         one are forgotten.
         """
         with self._judges_lock:
-            self._judges.install(judge)
+            to_come = None if self._successor is None else self._successor[1]
+            # Made for the detector to come, it would be lost with the judges before.
+            of_next = to_come is not None and to_come.met.bundle_id == judge.bundle_id
+            (to_come if to_come is not None and of_next else self._judges).install(judge)
 
     def set_threshold(self, given: RunTimeThreshold | None, product: str = "") -> Judge:
         """Have frames of a product, from the next one on, meet a threshold given at run time, or none; any thread may.
@@ -395,7 +398,7 @@ class CameraWorker:
     def _judge_of(self, prediction: Prediction) -> Judge:
         if self._judges.met.product not in ("", prediction.subclass):
             # Scores of two products cannot be compared.
-            self._report(self._tracker.finish())
+            self._report(self._tracker.change_product())
         return self._judges.meet(prediction.memory_version, prediction.subclass)
 
     def _deliver(self, name: str, verdict: Verdict, code: Reason) -> None:

@@ -127,9 +127,20 @@ class EventTracker:
         """End a lasting event because its source ended, was lost or is being stopped.
 
         Returns:
-            The end, with the data of the last frame judged; nothing where no event lasts.
+            As :meth:`change_product`.
         """
         self._window.clear()
+        return self.change_product()
+
+    def change_product(self) -> list[AnomalyEvent]:
+        """End a lasting event because the frame to come shows another product, whose scores are others.
+
+        Hits so far count on where none lasts: each was one by the levels of its own product, and on a line where
+        products take turns no product alone would ever have enough of them.
+
+        Returns:
+            The end, with the data of the last frame judged; nothing where no event lasts.
+        """
         if not self.active or self._last is None:
             return []
         return [self._end(self._last)]

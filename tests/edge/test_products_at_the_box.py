@@ -48,7 +48,7 @@ def judge_of(product: str, **more: Any) -> Judge:
     scores = np.linspace(0, TOP.get(product, 10), 50, dtype=np.float32)
     calibration = CalibrationScores(scores, np.zeros((50, 4, 4), np.float16), np.arange(50).astype(np.str_))
     return Judge(
-        calibration=calibration, pooling=Pooling(), crop=None, alpha=0.05, product=product, bundle_id=ONE, **more
+        **{"bundle_id": ONE, **more}, calibration=calibration, pooling=Pooling(), crop=None, alpha=0.05, product=product
     )
 
 
@@ -213,6 +213,43 @@ def test_an_event_ends_where_the_product_changes(tmp_path: Path) -> None:
         LOW: False,
         HIGH: True,
     }
+
+
+def test_products_that_take_turns_have_events_too(tmp_path: Path) -> None:
+    recorder = Recorder()
+    products = [0, 1] * 3
+    source = {"kind": "folder", "path": str(folder_of(tmp_path / "in", [200] * len(products)))}
+    worker = CameraWorker(
+        settings=CameraSettings.model_validate({"name": "cam", "source": source, "mode": "stream"}),
+        detector=Brightness(), judge=(judge_of(LOW), judge_of(HIGH)), reporter=recorder,  # type: ignore[arg-type]  # as above
+        metrics=Metrics(), watchdog=Watchdog(limit_s=SOON), stop=threading.Event(), follower=BySeq(*products),
+    )  # fmt: skip
+    worker.start()
+    assert worker.join(SOON)
+    # Three of five frames are hits, whichever product they show; each event ends with its product all the same.
+    new, end = EventPhase.NEW, EventPhase.END
+    assert [(one.phase, one.subclass, one.camera_seq) for one in recorder.events] == [
+        (new, LOW, 2), (end, LOW, 2), (new, HIGH, 5), (end, HIGH, 5),
+    ]  # fmt: skip
+
+
+def test_a_product_added_while_another_detector_is_to_come_is_judged_by_that_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(recorder, "judged_by", lambda *_: None, raising=False)
+    source = {"kind": "folder", "path": str(folder_of(tmp_path / "in", [1]))}
+    worker = CameraWorker(
+        settings=CameraSettings.model_validate({"name": "cam", "source": source, "mode": "stream"}),
+        detector=Brightness(), judge=judge_of(LOW), reporter=recorder,  # type: ignore[arg-type]  # as above
+        metrics=Metrics(), watchdog=Watchdog(limit_s=SOON), stop=threading.Event(),
+    )  # fmt: skip
+    other = "b" * 64
+    worker.replace_detector(Brightness(), judge_of(LOW, bundle_id=other))  # type: ignore[arg-type]  # as above
+    worker.install_judge(judge_of(HIGH, bundle_id=other))
+    assert [one.product for one in worker.judges] == [LOW]
+    worker._succeed()
+    assert [one.product for one in worker.judges] == [LOW, HIGH]
 
 
 def test_a_frame_of_no_recipe_is_not_judged(tmp_path: Path) -> None:
