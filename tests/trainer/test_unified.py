@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,7 +23,7 @@ from trainer import export as exporting
 from trainer.data.conveyor import write_default
 from trainer.data.generic import generic_canvases
 from trainer.evaluation.command import evaluate
-from trainer.evaluation.products import ProductsEvaluation
+from trainer.evaluation.products import ProductsEvaluation, _routed
 from trainer.export import export_run
 from trainer.fit import train
 from trainer.methods import registry
@@ -186,6 +187,18 @@ def test_an_evaluation_judges_each_folder_as_its_product_and_as_it_is_routed(
     assert len(re.findall(r"href=", page)) == 2
     with pytest.raises(DataError, match="other: no product of this detector"):
         evaluate(run=run.path, bundle=None, data=folders, product=["metal", "other"])
+
+
+def test_alarms_by_the_router_are_those_of_a_threshold_below_zero_too() -> None:
+    threshold = fit_threshold(np.linspace(-2, -1, 20, dtype=np.float32), np.arange(20).astype(np.str_), 0.2)
+    assert threshold.value < 0
+    detector = SimpleNamespace(route=lambda _: np.ones(1, np.float32), preprocessing=Preprocessing(height=32, width=32))
+    images = [SimpleNamespace(load=lambda: np.zeros((32, 32, 3), np.uint8))] * 2
+    given = SimpleNamespace(
+        images=[SimpleNamespace(score=score) for score in (-1.9, -0.5)], labels=np.array([False, True])
+    )
+    found = _routed(detector, images, given, [threshold], 0)  # type: ignore[arg-type]  # as much as is asked for
+    assert (found.false_alarms, found.recall) == (0, 1)
 
 
 def test_the_order_of_folders_does_not_matter(packed: tuple[Run, Bundle], folders: list[Path], tmp_path: Path) -> None:

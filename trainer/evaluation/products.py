@@ -189,18 +189,20 @@ def _routed(
     detector: Unified, images: Sequence[LabelledImage], given: Evaluation, thresholds: Sequence[Threshold], own: int
 ) -> Routing:
     assert detector.route is not None
-    shown, over = [], []
+    shown, over, alarms = [], [], []
     for image, scored in zip(images, given.images, strict=True):
         canvas = to_canvas(image.load(), detector.preprocessing)
         product = nearest(detector.route(canvas))
-        score = np.nan
+        score, alarm = np.nan, False
         if product is not None:
             # As its own product it has been judged before.
             raw = scored.score if product == own else pool_score(detector.judge(canvas, product), detector.pooling)
             score = raw / max(thresholds[product].value, 1e-12)
+            alarm = raw >= thresholds[product].value
         shown.append(-1 if product is None else product)
         over.append(score)
-    products, scores, labels = np.array(shown), np.array(over), given.labels
+        alarms.append(alarm)
+    products, scores, raised, labels = np.array(shown), np.array(over), np.array(alarms), given.labels
     judged = products >= 0
     return Routing(
         images=len(images),
@@ -208,8 +210,8 @@ def _routed(
         wrong=int(np.sum(judged & (products != own))),
         refused=int(np.sum(~judged)),
         image_auroc=image_auroc(labels[judged], scores[judged]) if judged.any() else None,
-        false_alarms=float(np.mean(scores[~labels] >= 1)) if (~labels).any() else None,
-        recall=float(np.mean(scores[labels] >= 1)) if labels.any() else None,
+        false_alarms=float(np.mean(raised[~labels])) if (~labels).any() else None,
+        recall=float(np.mean(raised[labels])) if labels.any() else None,
     )
 
 

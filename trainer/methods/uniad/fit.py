@@ -171,7 +171,7 @@ def training_tokens(context: FitContext, sampling: Sampling = Sampling.ALIGNED) 
     """
     features = context.features
     if len(features) == 0:
-        raise DataError("uniad got no training features; add good parts to train/good")
+        raise DataError("there are no training features; add good parts to train/good")
     deepest = features.taps[TAP_NAMES[-1]]
     grid = (int(deepest.shape[2]), int(deepest.shape[3]))
     together = Features(grid, sampling)
