@@ -360,7 +360,12 @@ class Recipes:
             answer = self.obey_register(one.station, one.number)
         except Exception:  # noqa: BLE001 (as above)
             _LOG.exception("the recipe register of station %s failed", one.station)
-        self._show(one.station, answer)
+        try:
+            self._show(one.station, answer)
+        except Exception:  # noqa: BLE001 (as above: without an answer the station would stay busy and take no part)
+            _LOG.exception("the recipe of station %s cannot be shown", one.station)
+            assert self._registers is not None
+            self._registers.show_recipe(one.station, NO_NUMBER, answer)
 
 
 def _log_settled(values: dict[str, Any]) -> None:

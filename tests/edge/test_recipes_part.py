@@ -247,6 +247,25 @@ def test_a_plc_that_writes_in_every_cycle_changes_nothing(bench: Bench) -> None:
     assert bench.word(RECIPE_ANSWER) == RecipeAnswer.NONE
 
 
+def test_a_station_that_cannot_be_shown_is_answered_and_the_next_number_holds(bench: Bench) -> None:
+    failures = [RuntimeError("at the start of the change"), RuntimeError("at its end")]
+
+    def stations() -> dict[str, tuple[str, ...]]:
+        if bench.part.status()["counters"]["refused"] and failures:
+            raise failures.pop()
+        return bench.stations
+
+    bench.part.serve(bench.registers, stations)
+    bench.part.start()
+    assert bench.write(9) is None
+    wait_for(lambda: bench.word(RECIPE_ANSWERS) == 1)
+    wait_for(lambda: not failures)
+    assert bench.write(2) is None
+    wait_for(lambda: bench.word(RECIPE_ANSWER) == RecipeAnswer.IN_FORCE)
+    assert bench.word(RECIPE) == 2
+    assert bench.part.stop(SOON)
+
+
 def test_no_part_is_announced_while_its_product_changes(bench: Bench) -> None:
     announced: list[int] = []
 
