@@ -132,6 +132,12 @@ def test_what_is_no_recording_is_refused_by_name(tmp_path, content):
         read_recordings(tmp_path)
 
 
+def test_a_recording_without_its_rate_is_refused_with_what_it_lacks(tmp_path):
+    np.savez(tmp_path / "x.npz", signal=np.zeros((2, 10), np.float32))
+    with pytest.raises(DataError, match="it lacks rate_hz"):
+        read_recordings(tmp_path)
+
+
 def test_a_folder_without_recordings_and_recordings_of_two_kinds_are_refused(tmp_path):
     with pytest.raises(DataError, match="no recording"):
         read_recordings(tmp_path)

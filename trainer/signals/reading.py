@@ -102,7 +102,8 @@ def _read(path: Path) -> Recording:
         arrays = load_arrays(path)
         return _from_counts(path.stem, arrays) if "adc" in arrays else _from_arrays(path.stem, arrays)
     except (BundleError, KeyError, ValueError, OSError) as error:
-        raise DataError(f"{path}: is no recording ({error}); see docs/signals.md for what it must hold") from error
+        why = f"it lacks {error.args[0]}" if isinstance(error, KeyError) and error.args else str(error)
+        raise DataError(f"{path}: is no recording ({why}); see docs/signals.md for what it must hold") from error
 
 
 def _from_arrays(name: str, arrays: Mapping[str, npt.NDArray[Any]]) -> Recording:
