@@ -395,6 +395,8 @@ class BoxContents:
             found.append(self._slot_watch.observe)
         if self.memory is not None and detectors.shares_memory(camera.name):
             found.append(self.memory.offer)
+        if self.recipes is not None:
+            found.append(self.recipes.observe)
         if self.adaptation is not None:
             # Last: what others make of a frame they make of it as it was seen.
             found.append(self.adaptation.observe)

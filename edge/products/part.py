@@ -15,15 +15,18 @@ from edge.alerts.message import NoticeKind, Severity
 from edge.alerts.topics import RECIPE_VERB
 from edge.alerts.wire import format_utc
 from edge.errors import StoreError
+from edge.frames import Decision
 from edge.inspection.registers import NO_NUMBER, RecipeAnswer
 from edge.products.guide import ProductGuide
 from edge.products.recipes import CameraProducts
+from edge.products.unknown import UnknownProducts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from edge.alerts.message import AnyMessage
     from edge.alerts.publisher import Publisher
+    from edge.frames import JudgedFrame
     from edge.inference.detector import Detector
     from edge.products.book import Recipe, RecipeBook
 
@@ -92,6 +95,7 @@ class Recipes:
         self._waiting: queue.Queue[RecipeCommand | _Written | None] = queue.Queue(MAX_WAITING)
         self._counts = dict.fromkeys(("set", "refused"), 0)
         self._told: dict[str, str] = {}
+        self._unknown = UnknownProducts()
         self._refused_files: tuple[str, ...] = ()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -122,6 +126,24 @@ class Recipes:
     def guide(self, camera: str, detector: Detector) -> ProductGuide | None:
         """Make the guide of a camera that does not follow its line; None where its bundle is for one product."""
         return ProductGuide(self.products(camera, detector)) if detector.products else None
+
+    def observe(self, judged: JudgedFrame) -> None:
+        """Take note of whether a frame showed a product that may be judged; in the camera's thread, never waits."""
+        frame, prediction = judged.frame, judged.prediction
+        if prediction is None:
+            return
+        refusal = ""
+        if judged.verdict.decision is Decision.NOT_JUDGED:
+            detector = self._cameras().get(frame.camera)
+            if detector is None or not detector.products:
+                return
+            products = self.products(frame.camera, detector)
+            asked = products.asked(frame)
+            if asked.problem or (asked.index is None and prediction.route is None):
+                # Nothing was looked at: that it lacks a recipe is told by itself.
+                return
+            refusal = products.refusal(prediction.route, frame)
+        self._unknown.count(frame.camera, refusal)
 
     def refuse_files(self, refused: Sequence[str]) -> None:
         """Warn of files whose products could not be added, until others are given; each is told once."""
@@ -181,6 +203,7 @@ class Recipes:
     def warnings(self) -> list[str]:
         """What an operator should know now."""
         found = [f"{camera}: {text}" for camera, text in sorted(self._problems().items())]
+        found += [f"{camera}: {text}" for camera, text in self._unknown.lasting().items()]
         found += [f"product file refused: {text}" for text in self._refused_files]
         return found + ([self._book.damage] if self._book.damage else [])
 
@@ -194,6 +217,7 @@ class Recipes:
                     recipe=self._book.of(camera)[0] or None,
                 )  # fmt: skip
         self._told = problems
+        self._tell_unknown()
         self._show()
 
     def obey(self, command: RecipeCommand, done: Callable[[dict[str, Any]], None]) -> None:
@@ -254,6 +278,17 @@ class Recipes:
         for camera in set(self._followers.following()).intersection(change):
             self._followers.settle(RecipeCommand(camera=camera, recipe=name or None), _log_settled)
         return RecipeAnswer.IN_FORCE
+
+    def _tell_unknown(self) -> None:
+        # Of a camera that follows its line the adaptation tells it.
+        following = set(self._followers.following())
+        own = {camera for camera, one in self._cameras().items() if one.products and camera not in following}
+        for camera, refusal in self._unknown.turns(own):
+            self._notify(
+                NoticeKind.PRODUCT_UNKNOWN, Severity.ALARM if refusal else Severity.INFO,
+                f"camera {camera}: {refusal or 'its product is known again'}"[:1000], camera=camera,
+                lasting=bool(refusal), recipe=self._book.of(camera)[0] or None,
+            )  # fmt: skip
 
     def _why_not(
         self, command: RecipeCommand, meant: Sequence[str], following: set[str], cameras: Mapping[str, Detector]

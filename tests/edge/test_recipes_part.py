@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import pytest
 
 from edge.alerts.command_messages import RecipeCommand
@@ -34,6 +35,8 @@ from tests.plc import wait_for
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from edge.frames import JudgedFrame
 
 BOTTLES, CABLES = "bottles", "cables"
 SOON = 20.0
@@ -180,6 +183,31 @@ def test_what_lacks_a_recipe_or_has_an_unknown_one_is_warned_of_and_told_once(tm
     bench.part.look()
     assert [kind for kind, _ in bench.notices[2:]] == [NoticeKind.RECIPE_UNKNOWN] * 2
     assert "blind: nothing is judged: the recipe is cables, which the bundle does not have" in bench.part.warnings()[0]
+
+
+def test_a_camera_that_shows_an_unknown_product_is_told_of_once_and_once_more_when_it_ends(tmp_path: Path) -> None:
+    both = detector(BOTTLES, CABLES)
+    bench = Bench(tmp_path / "r.json", "follows", plain=both, follows=both)
+
+    def show(route: list[float], decision: Decision, times: int) -> None:
+        for camera in bench.cameras:
+            frame = SimpleNamespace(camera=camera, captured_ns=1)
+            prediction = SimpleNamespace(route=np.asarray(route, np.float32))
+            for _ in range(times):
+                bench.part.observe(cast("JudgedFrame", SimpleNamespace(
+                    frame=frame, prediction=prediction, verdict=SimpleNamespace(decision=decision)
+                )))  # fmt: skip
+                bench.part.look()
+
+    show([-1, -1], Decision.NOT_JUDGED, 4)
+    assert bench.notices == []
+    show([-1, -1], Decision.NOT_JUDGED, 20)
+    text = "unknown product: like none of bottles, cables"
+    assert bench.notices == [(NoticeKind.PRODUCT_UNKNOWN, f"camera plain: {text}")]
+    assert bench.part.warnings() == [f"plain: {text}"]
+    show([1, -1], Decision.OK, 20)
+    assert bench.notices[1:] == [(NoticeKind.PRODUCT_UNKNOWN, "camera plain: its product is known again")]
+    assert bench.part.warnings() == []
 
 
 def test_refused_files_are_told_once_and_warned_of_until_others_are_given(bench: Bench) -> None:
