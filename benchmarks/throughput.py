@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from unittest import mock
 
 import cv2
@@ -106,6 +106,7 @@ class ReadyFrames:
     error: str | None = None
     remarks = ()
     finished = False
+    source_counts: ClassVar[dict[str, int]] = {}
 
     def __init__(self, turn: threading.Event, images: Images, *, name: str, **_: object) -> None:
         self.name = name

@@ -28,7 +28,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def test_throughput_gives_every_figure(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     goals = throughput.main([TINY, "--bundle", str(bundle.path)])
     assert [goal.limit for goal in goals if np.isfinite(goal.limit)] == [0.9, 0.8, 0.9, 0.8]
-    assert len(goals) == 8
+    assert len(goals) == 10
     assert all(np.isfinite(goal.value) and goal.value > 0 for goal in goals)
     assert "| resize |" in capsys.readouterr().out
 

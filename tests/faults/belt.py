@@ -11,6 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -116,7 +117,7 @@ class Shown:
     def __init__(self, think_s: float) -> None:
         self._think_s = think_s
         self.seen: dict[str | None, list[int]] = defaultdict(list)
-        self.bundle: Any = None
+        self.bundle: Any = SimpleNamespace(manifest=SimpleNamespace(signal=None))
 
     def predict(self, frame: Frame) -> Prediction:
         defect, low, high = (int(value) for value in frame.image[0, 0])
@@ -184,7 +185,7 @@ def line(
     belt, detector, verdicts, metrics = Belt(), Shown(think_s), Verdicts(), Metrics()
 
     def capture(**options: Any) -> Capture:
-        return Capture(**options, make_source=lambda: camera(belt, options["name"]))
+        return Capture(**{**options, "make_source": lambda: camera(belt, options["name"])})
 
     monkeypatch.setattr(edge.camera, "Capture", capture)
     cameras = [{"name": name, "mode": "triggered", "source": {"kind": "camera", "device": 0}} for name in CAMERAS]
