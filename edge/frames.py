@@ -27,7 +27,7 @@ class Frame:
         camera: name of the camera in the box's settings.
         camera_seq: counts the frames of this camera since the box started, dropped ones included; starts at 0.
         captured_ns: ``time.monotonic_ns()`` when decoding of the frame was complete; of a window, when its last sample
-            had arrived.
+            was measured: before the last one of the chunk that it came in by what lies between them.
         captured_at: the same moment in UTC (timezone-aware).
         part_id: identity of the part in triggered mode, else None.
         name: where the frame came from (a file name, a video position), for people; may be empty.

@@ -98,9 +98,12 @@ def _read_scan(path: Path, settings: DepthSourceSettings) -> npt.NDArray[np.floa
         # Whatever a sensor writes for "nothing": not finite, or no distance at all.
         measured = np.isfinite(points).all(axis=2) & (points[..., 2] > 0)
         return np.asarray(np.where(measured[..., np.newaxis], points, np.nan), np.float32)
-    if DEPTH in arrays and arrays[DEPTH].ndim == _MAP:
+    # Whole numbers are counts, of which an npz does not say how long they are.
+    if DEPTH in arrays and arrays[DEPTH].ndim == _MAP and np.issubdtype(arrays[DEPTH].dtype, np.floating):
         return points_of(arrays[DEPTH], settings)
-    raise CorruptFrameError(f"{path}: has neither {POINTS} [H, W, 3] nor {DEPTH} [H, W]", name=path.name)
+    raise CorruptFrameError(
+        f"{path}: has neither {POINTS} [H, W, 3] nor {DEPTH} [H, W], in floating-point metres", name=path.name
+    )
 
 
 class DepthFolderSource:

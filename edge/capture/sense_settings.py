@@ -47,6 +47,8 @@ class SignalSourceSettings(BaseModel):
             raise ValueError("two channels have one name")
         if self.scale == 0:
             raise ValueError("scale must not be 0")
+        if self.password_file is not None and self.username is None:
+            raise ValueError("password_file needs username")
         return self
 
 

@@ -333,8 +333,13 @@ class SourceSettings(BaseModel):
         allowed = _SIGNAL_SCHEMES.get(kind, ())
         if (allowed and scheme not in allowed) or (not allowed and scheme in _MQTT):
             raise ValueError(f"kind {kind.value} takes no {scheme}:// address")
-        if kind is SourceKind.SIGNAL_MQTT and not self.signal.topic:
-            raise ValueError("kind signal_mqtt needs signal.topic")
+        if kind in _SIGNAL_SCHEMES:
+            _check_address(kind, str(self.url))
+        if kind is SourceKind.SIGNAL_MQTT:
+            if not self.signal.topic:
+                raise ValueError("kind signal_mqtt needs signal.topic")
+            if self.signal.ca_file is not None and scheme != "mqtts":
+                raise ValueError("signal.ca_file needs an mqtts:// address")
         return self
 
     @model_validator(mode="after")
@@ -375,3 +380,17 @@ class SourceSettings(BaseModel):
         """The place, for people, without credentials."""
         place = next(one for one in (self.url, self.pipeline, self.path, self.device) if one is not None)
         return redact(str(place))
+
+
+def _check_address(kind: SourceKind, url: str) -> None:
+    """Refuse what could not be connected to, without repeating it: it may hold a password."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
+    if not parts.hostname or port == 0 or (port is None and kind is not SourceKind.SIGNAL_MQTT):
+        raise ValueError(f"url of kind {kind.value} names no host and port; write {parts.scheme}://host:port")
+    if "@" in parts.netloc:
+        cure = "signal.username and signal.password_file" if kind is SourceKind.SIGNAL_MQTT else "no login is asked for"
+        raise ValueError(f"url of kind {kind.value} takes no login; {cure}")

@@ -126,11 +126,12 @@ class FileTransport:
             with np.load(self._path, allow_pickle=False) as archive:
                 signal, rate = archive["signal"], float(archive["rate_hz"])
                 names = tuple(str(name) for name in archive["channels"])
+            whole = np.asarray(signal, np.float32)
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise CaptureError(f"{self._path}: no npz with signal, rate_hz and channels ({error})") from error
-        if signal.ndim != _CHANNELS_BY_SAMPLES or not signal.size or len(names) != len(signal) or not rate > 0:
+        if signal.ndim != _CHANNELS_BY_SAMPLES or not signal.size or len(names) != len(signal) or not 0 < rate < np.inf:
             raise CaptureError(f"{self._path}: signal is {list(signal.shape)} of {len(names)} channels at {rate:g} Hz")
-        self._whole = np.ascontiguousarray(signal.T, np.float32)
+        self._whole = np.ascontiguousarray(whole.T)
         return rate, len(self._whole), names
 
     def _samples(self, begin: int, count: int) -> Any:  # noqa: ANN401 (float32 [T, K]; numpy arrays of wfdb are untyped)

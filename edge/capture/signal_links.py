@@ -8,20 +8,23 @@ from __future__ import annotations
 import os
 import queue
 import socket
+import threading
 import uuid
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from edge.capture.signal_wire import MAX_MESSAGE_BYTES, Chunk, StreamParser, read_messages
+from edge.capture.signal_wire import MAX_MESSAGE_BYTES, MAX_QUEUED_BYTES, Chunk, StreamParser, read_messages
 from edge.errors import BrokerError, CaptureError, MissingExtraError, SettingsError
 
 if TYPE_CHECKING:
-    from edge.alerts.mqtt import Inbox, Link
+    from edge.alerts.mqtt import Event, Link
     from edge.capture.settings import SourceSettings
 
 POLL_S = 0.1
 CONNECT_S = 5.0
 _READ_BYTES = 65_536
+_WAITING_BYTES = 4 * MAX_QUEUED_BYTES
+_EVENT_BYTES = 512
 
 
 class TcpTransport:
@@ -208,6 +211,41 @@ class SerialTransport:
         return self._broken + self._parser.broken
 
 
+class _Inbox(queue.SimpleQueue["Event"]):
+    """Events of a connection that wait to be read, up to 16 MiB of messages: a broker does not wait for its reader.
+
+    Attributes:
+        left_out: messages for which there was no room.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self._bytes = 0
+        self.left_out = 0
+
+    def put(self, item: Event, block: bool = True, timeout: float | None = None) -> None:  # noqa: FBT001, FBT002 (as the base's)
+        size = _bytes_of(item)
+        with self._lock:
+            if size and self._bytes + size > _WAITING_BYTES:
+                self.left_out += 1
+                return
+            self._bytes += size
+        super().put(item, block, timeout)
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Event:  # noqa: FBT001, FBT002 (as the base's)
+        item = super().get(block, timeout)
+        with self._lock:
+            self._bytes -= _bytes_of(item)
+        return item
+
+
+def _bytes_of(item: Event) -> int:
+    """What a message takes; nothing for the few other events, which must always come through."""
+    payload = getattr(item, "payload", None)
+    return 0 if payload is None else len(payload) + _EVENT_BYTES
+
+
 class MqttTransport:
     """An MQTT topic; each message is one or more chunks. Retained messages are of another time, and left out.
 
@@ -220,8 +258,8 @@ class MqttTransport:
     def __init__(self, settings: SourceSettings) -> None:
         self._settings = settings
         self._link: Link | None = None
-        self._inbox: Inbox = queue.SimpleQueue()
-        self.broken = 0
+        self._inbox = _Inbox()
+        self._broken = 0
 
     def open(self) -> None:
         """Connect; the subscription is asked for once the broker has accepted us.
@@ -233,7 +271,8 @@ class MqttTransport:
         from edge.alerts.settings import BrokerSettings, Protocol  # noqa: PLC0415
 
         self.close()
-        self._inbox = queue.SimpleQueue()
+        self._broken += self._inbox.left_out
+        self._inbox = _Inbox()
         signal = self._settings.signal
         parts = urlsplit(self._settings.url or "")
         netloc = f"{parts.hostname}:{parts.port}" if parts.port else f"{parts.hostname}"
@@ -273,8 +312,13 @@ class MqttTransport:
             try:
                 return read_messages(event.payload)
             except CaptureError:
-                self.broken += 1
+                self._broken += 1
         return []
+
+    @property
+    def broken(self) -> int:
+        """Messages that could not be read, or came faster than they were."""
+        return self._broken + self._inbox.left_out
 
     def close(self) -> None:
         """Disconnect."""

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from edge.inputs import SignalLayout
 
 
+_NS = 1_000_000_000
+
+
 class Transport(Protocol):
     """What chunks come in by; used by one thread."""
 
@@ -81,6 +84,9 @@ class SignalSource:
         self._ready: deque[Grab] = deque()
         self._waiting: deque[tuple[int, npt.NDArray[np.float32], str, int]] = deque()
         self._refusal = ""
+        # Windows that begin before this number hold samples of another rate, for this reason.
+        self._refused_to, self._reason = 0, ""
+        self._captured_ns = 0
         self._ended = False
         self._picked: tuple[tuple[str, ...], int, npt.NDArray[np.int64] | None] | None = None
 
@@ -136,16 +142,25 @@ class SignalSource:
         """Cut what came into windows until there is one: a long chunk makes many, which would fill the memory."""
         while self._waiting and not self._ready:
             first, samples, self._refusal, now = self._waiting.popleft()
-            hop = self._layout.hop
+            hop, restarts = self._layout.hop, self._windows.counts.restarts
             if len(samples) > hop:
                 self._waiting.appendleft((first + hop, samples[hop:], self._refusal, now))
-            self._give(self._windows.push(first, samples[:hop]), now)
+            self._give(self._windows.push(first, samples[:hop]), now, first, len(samples))
+            if self._windows.counts.restarts > restarts:
+                self._refused_to = 0
+            if self._refusal:
+                self._refused_to, self._reason = first + min(hop, len(samples)), self._refusal
         return bool(self._ready)
 
-    def _give(self, windows: Sequence[Window], now: int) -> None:
+    def _give(self, windows: Sequence[Window], now: int, first: int = 0, count: int = 0) -> None:
+        """Make windows frames; of ``count`` samples from number ``first`` on, the last one came now."""
         for window in windows:
-            last = window.first + self._layout.window - 1
-            self._ready.append(Grab(window.values, f"samples {window.first}-{last}", now, self._refusal))
+            behind = window.first + self._layout.window
+            # A chunk's samples came one after the other before it was sent, those of a gap before all of them.
+            later = min(max(0, first + count - behind), count) if self._transport.paced else 0
+            self._captured_ns = max(self._captured_ns, now - round(later * _NS / self._layout.rate_hz))
+            refusal = self._refusal or (self._reason if window.first < self._refused_to else "")
+            self._ready.append(Grab(window.values, f"samples {window.first}-{behind - 1}", self._captured_ns, refusal))
 
     def _arranged(self, chunk: Chunk) -> npt.NDArray[np.float32]:
         """The bundle's channels in the bundle's order and unit."""

@@ -23,6 +23,8 @@ MAGIC = b"LWS1"
 _HEADER = struct.Struct("<4sHHIQdI")
 HEADER_BYTES = _HEADER.size
 MAX_MESSAGE_BYTES = 4 * 2**20
+MAX_QUEUED_BYTES = MAX_MESSAGE_BYTES + HEADER_BYTES
+"""Longest message of a message queue."""
 MAX_CHANNELS = 4096
 MAX_SEQ = 2**63 - 1
 _FLOAT_BYTES = 4
@@ -104,6 +106,11 @@ class StreamParser:
             del self._bytes[:taken]
         return found
 
+    @property
+    def unread(self) -> int:
+        """Bytes of a message that is not complete yet."""
+        return len(self._bytes)
+
     def _packed(self, found: list[Chunk]) -> int:
         """Read one packed message; returns its length, 0 where it is not complete."""
         buffer = self._bytes
@@ -139,9 +146,11 @@ def read_messages(payload: bytes) -> list[Chunk]:
     Raises:
         CaptureError: it is not of this format.
     """
+    if len(payload) > MAX_QUEUED_BYTES:
+        raise CaptureError(f"a message is longer than {MAX_QUEUED_BYTES} bytes; send shorter chunks")
     parser = StreamParser()
     chunks = parser.feed(payload if payload.startswith(MAGIC) else payload + b"\n")
-    if parser.broken or not chunks:
+    if parser.broken or parser.unread or not chunks:
         raise CaptureError(parser.last_error or "a message is not complete; send whole chunks")
     return chunks
 

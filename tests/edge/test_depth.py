@@ -44,6 +44,15 @@ def test_sixteen_bit_image_becomes_points_in_metres(tmp_path: Path) -> None:
     assert np.isfinite(points).sum() == 3 * (40 * 60 - 1)
 
 
+@pytest.mark.parametrize("depth", [np.full((4, 4), 800, np.uint16), np.full((4, 4), "far")])
+def test_depth_in_an_npz_that_is_no_metres_is_refused(tmp_path: Path, depth: np.ndarray) -> None:
+    np.savez(tmp_path / "a.npz", z=depth)
+    source = build_source(SourceSettings(kind="depth_folder", path=str(tmp_path), depth={"fx": 100.0}))
+    source.open()
+    with pytest.raises(CorruptFrameError, match="metres"):
+        source.read()
+
+
 def test_depth_image_without_geometry_is_refused(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "one.png"), np.full((4, 4), 800, np.uint16))
     with pytest.raises(CaptureError, match=r"depth\.fx"):

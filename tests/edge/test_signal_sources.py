@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
+from edge.alerts.mqtt import Incoming, Lost
 from edge.capture.building import build_source
 from edge.capture.capture import CameraState, Capture
 from edge.capture.settings import SourceSettings
 from edge.capture.signal_file import FileTransport
+from edge.capture.signal_links import MqttTransport
 from edge.capture.signal_rate import RateCheck
 from edge.capture.signal_source import SignalSource
 from edge.capture.signal_wire import Chunk, pack, to_json, to_text
@@ -110,6 +113,52 @@ def test_window_of_a_stream_with_another_rate_is_refused_with_a_reason(rate_hz: 
     assert isinstance(grab, Grab)
     assert bool(grab.refusal) is refused
     assert ("the bundle judges 400" in grab.refusal) is refused
+
+
+def test_window_that_holds_samples_of_another_rate_is_refused_whoever_completes_it() -> None:
+    samples = bearing(1)
+    chunks = [Chunk(0, samples[:199], 360.0), Chunk(199, samples[199:], 400.0)]
+    source = SignalSource(Scripted([chunks, None]), signal_layout())
+    source.open()
+    first, second, third = (source.read() for _ in range(3))
+    assert isinstance(first, Grab)
+    assert isinstance(second, Grab)
+    assert isinstance(third, Grab)
+    assert "360" in first.refusal
+    assert "360" in second.refusal  # samples 100 to 299
+    assert (third.name, third.refusal) == ("samples 200-399", "")
+
+
+def test_sender_that_begins_anew_at_the_right_rate_is_judged_from_there() -> None:
+    samples = bearing(1)
+    chunks = [Chunk(5000, samples[:300], 360.0), Chunk(0, samples[:200], 400.0)]
+    source = SignalSource(Scripted([chunks]), signal_layout())
+    source.open()
+    found = [source.read() for _ in range(4)]
+    shown = [(grab.name, bool(grab.refusal)) for grab in found if isinstance(grab, Grab)]
+    assert shown[-1] == ("samples 0-199", False)
+    assert [refused for _, refused in shown[:-1]] == [True] * (len(shown) - 1)
+
+
+@pytest.mark.parametrize(("paced", "wanted"), [(True, [8.5, 8.75, 9.0, 9.25, 9.5]), (False, [9.5] * 5)])
+def test_windows_of_one_long_chunk_were_captured_one_after_the_other(paced: bool, wanted: list[float]) -> None:  # noqa: FBT001
+    transport = Scripted([[Chunk(0, bearing(2)[:600], 400.0)]])
+    transport.paced = paced
+    source = SignalSource(transport, signal_layout(), clock=lambda: round(9.5 * NS))
+    source.open()
+    found = [source.read() for _ in range(5)]
+    assert [grab.captured_ns / NS for grab in found if isinstance(grab, Grab)] == wanted
+
+
+def test_time_never_runs_backwards_where_chunks_come_in_a_burst() -> None:
+    samples = bearing(4)
+    steps = [[Chunk(0, samples[:600], 400.0), Chunk(600, samples[600:1200], 400.0), Chunk(9000, samples[:400], 400.0)]]
+    source = SignalSource(Scripted(steps), signal_layout(), clock=lambda: 9 * NS)
+    source.open()
+    found = [source.read() for _ in range(20)]
+    times = [grab.captured_ns for grab in found if isinstance(grab, Grab) and grab.captured_ns is not None]
+    assert times == sorted(times)
+    assert times[-1] == 9 * NS
 
 
 @pytest.mark.parametrize(("share", "told"), [(1.0, False), (1.005, False), (0.985, True), (1.02, True)])
@@ -212,7 +261,15 @@ def test_npz_recording_is_judged_whole(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found[7].image, samples[640:840].T)
 
 
-@pytest.mark.parametrize("arrays", [{}, {"signal": np.zeros(3), "rate_hz": 400.0, "channels": ["a"]}])
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {},
+        {"signal": np.zeros(3), "rate_hz": 400.0, "channels": ["a"]},
+        {"signal": np.zeros((1, 3)), "rate_hz": np.inf, "channels": ["a"]},
+        {"signal": np.array([["no", "number"]]), "rate_hz": 400.0, "channels": ["a"]},
+    ],
+)
 def test_npz_that_is_no_recording_says_so(tmp_path: Path, arrays: dict[str, object]) -> None:
     np.savez(tmp_path / "none.npz", **arrays)
     with pytest.raises(CaptureError, match=r"none\.npz"):
@@ -297,6 +354,40 @@ def test_zeromq_publisher_is_heard_by_its_prefix() -> None:
     finally:
         capture.stop()
         publisher.close(0)
+
+
+def test_messages_that_come_faster_than_they_are_read_are_counted_and_fill_no_memory() -> None:
+    settings = SourceSettings(kind="signal_mqtt", url="mqtt://localhost", signal={"topic": "plant/press"})
+    transport = MqttTransport(settings)
+    inbox = transport._inbox
+    for _ in range(100):
+        inbox.put(Incoming("plant/press", bytes(2**20), retained=False))
+    assert transport.broken == 100 - inbox.qsize()
+    assert 15 <= inbox.qsize() <= 16
+    inbox.put(Lost("the connection was lost"))
+    while isinstance(inbox.get(), Incoming):
+        pass
+    inbox.put(Incoming("plant/press", b"1", retained=False))
+    assert inbox.qsize() == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "cure"),
+    [
+        ({"kind": "signal_tcp", "url": "tcp://host:99999"}, "write tcp://host:port"),
+        ({"kind": "signal_tcp", "url": "tcp://host"}, "write tcp://host:port"),
+        ({"kind": "signal_mqtt", "url": "mqtt://host:99999"}, "write mqtt://host:port"),
+        ({"kind": "signal_mqtt", "url": "mqtt://anna:secret@host"}, "signal.username"),
+        ({"kind": "signal_mqtt", "url": "mqtt://host", "password_file": "/x"}, "needs username"),
+        ({"kind": "signal_mqtt", "url": "mqtt://host", "ca_file": "/x"}, "mqtts://"),
+    ],
+)
+def test_address_that_cannot_be_connected_to_is_refused_in_the_settings(words: dict[str, str], cure: str) -> None:
+    place = {"kind": words.pop("kind"), "url": words.pop("url")}
+    signal = {"topic": "t", **words} if place["kind"] == "signal_mqtt" else words
+    with pytest.raises(ValidationError, match=cure) as refused:
+        SourceSettings.model_validate({**place, "signal": signal})
+    assert "secret" not in str(refused.value)
 
 
 @pytest.mark.broker

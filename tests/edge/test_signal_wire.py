@@ -99,3 +99,9 @@ def test_infinite_value_is_no_measurement() -> None:
 def test_message_of_a_queue_must_be_whole() -> None:
     with pytest.raises(CaptureError, match="complete"):
         read_messages(MAGIC + b"\0\0")
+    whole = pack(Chunk(0, np.ones((3, 2), np.float32)))
+    assert len(read_messages(whole + whole)) == 2
+    with pytest.raises(CaptureError, match="complete"):
+        read_messages(whole + whole[:-1])
+    with pytest.raises(CaptureError, match="longer"):
+        read_messages(b" " * 5 * 2**20)
