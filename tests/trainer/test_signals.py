@@ -253,6 +253,12 @@ def test_a_channel_that_never_changes_is_named():
         SignalTrunk.of(values)
 
 
+def test_channel_in_a_large_unit_is_not_taken_for_a_flat_one() -> None:
+    values = np.random.default_rng(0).normal(0, 2e-7, (20, 1, 50)).astype(np.float32)  # amperes
+    scaled = SignalTrunk.of(values)(torch.from_numpy(values))[0]
+    assert float(scaled.std()) == pytest.approx(1.0, rel=0.01)
+
+
 def test_a_hop_beyond_the_window_is_refused():
     with pytest.raises(UsageError, match="--hop"):
         layout_for([_recording(np.zeros((1, 900)))], window_s=1.0, hop_s=2.0)

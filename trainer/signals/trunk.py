@@ -47,8 +47,9 @@ class SignalTrunk(nn.Module):
         if not len(windows):
             raise DataError("there is no good window to learn from")
         mean, std = windows.mean((0, 2), dtype=np.float64), windows.std((0, 2), dtype=np.float64)
-        if (std <= _FLAT * np.maximum(1.0, np.abs(mean))).any():
-            flat = np.flatnonzero(std <= _FLAT * np.maximum(1.0, np.abs(mean)))
+        # Of its own size, whatever the unit: a current in A may be a millionth.
+        flat = np.flatnonzero(std <= _FLAT * np.abs(mean))
+        if len(flat):
             raise DataError(f"channel {int(flat[0])} never changes in the good windows; is the sensor connected?")
         return cls(torch.from_numpy(mean).float(), torch.from_numpy(std).float()).eval()
 
