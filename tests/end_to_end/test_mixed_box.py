@@ -89,6 +89,7 @@ def test_mixed_box_alerts_in_pixels_metres_and_seconds(tmp_path: Path, mosquitto
             streaming.start()
             try:
                 alerts, status = listen(subscriber, until=all_seen)
+                wait_for_evidence(tmp_path / "state" / "evidence", alerts["spindle"])
             finally:
                 box.terminate()
                 box.wait(SOON)
@@ -147,8 +148,16 @@ def listen(subscriber: Subscriber, *, until: Any) -> tuple[dict[str, Alert], Sta
     return alerts, status
 
 
+def wait_for_evidence(folder: Path, alert: Alert) -> None:
+    """Pictures are written in the background; a box that is stopped under load leaves what it cannot finish."""
+    assert alert.evidence is not None
+    deadline = time.monotonic() + SOON
+    while not (folder / alert.evidence / "event.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def keeps_evidence(folder: Path, alert: Alert) -> None:
-    """The event's traces and its samples are on disk; written in the background, before the box ends."""
+    """The event's traces and its samples are on disk; written in the background."""
     assert alert.evidence is not None
     kept = folder / alert.evidence
     record = json.loads((kept / "event.json").read_text())
