@@ -100,6 +100,12 @@ def test_every_kind_of_file_gives_the_same_points(tmp_path: Path) -> None:
             read_organised(tmp_path / name)
 
 
+def test_an_npz_in_whole_numbers_is_not_taken_for_metres(tmp_path: Path) -> None:
+    write_npz(tmp_path / "a.npz", xyz=np.full((4, 4, 3), 800, np.int16))
+    with pytest.raises(DataError, match="metres"):
+        read_scan(tmp_path / "a.npz")
+
+
 def test_an_organised_pcd_keeps_its_rows(tmp_path: Path) -> None:
     xyz = make_scan("sphere", seed=2, sensor=SENSOR).xyz
     cloud = PointCloud.from_xyz_points(xyz.reshape(-1, 3))

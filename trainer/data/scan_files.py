@@ -122,8 +122,9 @@ def _read_npz(path: Path) -> ScanFile:
         arrays = load_arrays(path)
     except BundleError as error:
         raise DataError(f"{path}: not a readable npz; export the scan again") from error
-    if "xyz" not in arrays or not np.issubdtype(arrays["xyz"].dtype, np.number):
-        raise DataError(f"{path}: no array of numbers 'xyz' in it, but {', '.join(arrays) or 'nothing'}")
+    # Whole numbers are counts of a sensor, not metres.
+    if "xyz" not in arrays or not np.issubdtype(arrays["xyz"].dtype, np.floating):
+        raise DataError(f"{path}: no 'xyz' in floating-point metres in it, but {', '.join(arrays) or 'nothing'}")
     viewpoint = arrays.get("viewpoint")
     if viewpoint is not None and (viewpoint.shape != (_AXES,) or not np.isfinite(viewpoint).all()):
         raise DataError(f"{path}: viewpoint is {list(viewpoint.shape)}, expected 3 finite numbers")
