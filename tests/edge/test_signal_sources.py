@@ -421,8 +421,16 @@ def publish(broker: Mosquitto, payload: bytes, *, retain: bool = False) -> None:
     subprocess.run(words, input=payload, check=True)
 
 
-def test_serial_port_is_read_from_the_first_whole_line() -> None:
-    pytest.importorskip("serial", reason="needs pyserial: pip install 'lineward[signals]'")
+def test_serial_port_is_read_from_the_first_whole_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    serial = pytest.importorskip("serial", reason="needs pyserial: pip install 'lineward[signals]'")
+    opened = threading.Event()
+
+    class Port(serial.Serial):  # type: ignore[misc,name-defined]  # pyserial has no types
+        def open(self) -> None:
+            super().open()
+            opened.set()
+
+    monkeypatch.setattr(serial, "Serial", Port)
     samples = bearing(0.5)
     controller, port = os.openpty()
     tty.setraw(port)
@@ -432,15 +440,17 @@ def test_serial_port_is_read_from_the_first_whole_line() -> None:
     writer = threading.Thread(target=lambda: os.write(controller, text), daemon=True)
     try:
         capture.start()
-        while capture.state is CameraState.STARTING and not writer.ident:
-            writer.start()
+        # What came before the port was open is thrown away.
+        assert opened.wait(10)
+        writer.start()
         frame = capture.get(10)
         assert frame is not None
         np.testing.assert_allclose(frame.image, samples.T, rtol=1e-5)
         assert capture.source_counts["broken"] == 0
     finally:
         capture.stop()
-        writer.join(5)
+        if writer.ident is not None:
+            writer.join(5)
         os.close(controller)
         os.close(port)
 
