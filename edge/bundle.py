@@ -216,8 +216,17 @@ class Manifest(_Model):
 
     @model_validator(mode="after")
     def _files_are_listed(self) -> Manifest:
-        named = [self.trunk.float32, self.trunk.int8, self.head.float32, self.head.int8, self.state_file,
-                 self.commissioning_file, self.moments_file, self.golden.file, *(c.file for c in self.calibration)]
+        named = [
+            self.trunk.float32,
+            self.trunk.int8,
+            self.head.float32,
+            self.head.int8,
+            self.state_file,
+            self.commissioning_file,
+            self.moments_file,
+            self.golden.file,
+            *(c.file for c in self.calibration),
+        ]
         missing = [name for name in named if name is not None and name not in self.files]
         if missing:
             raise ValueError(f"not listed under files: {', '.join(missing)}")
@@ -394,9 +403,9 @@ def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
 
 
 def _verify_files(path: Path, manifest: Manifest) -> None:
-    present = {
-        str(PurePosixPath(*file.relative_to(path).parts)) for file in path.rglob("*") if file.is_file()
-    } - {MANIFEST}
+    present = {str(PurePosixPath(*file.relative_to(path).parts)) for file in path.rglob("*") if file.is_file()} - {
+        MANIFEST
+    }
     for name in sorted(set(manifest.files) - present):
         raise BundleError(f"{path / name}: missing from the bundle; fetch the bundle again")
     for name in sorted(present - set(manifest.files)):

@@ -8,8 +8,6 @@ the training canvases: what each expert was trained on); ``trunk.safetensors`` w
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from datetime import datetime  # noqa: TC003 (pydantic needs it at run time)
 from pathlib import Path
@@ -31,15 +29,16 @@ from trainer.backbones.registry import TrunkSpec, build_trunk
 from trainer.distill.record import Distillation  # noqa: TC001 (pydantic needs it at run time)
 from trainer.methods.registry import builder
 from trainer.methods.routed import split_tensors, with_router
+from trainer.run_folder import RECORD as _RECORD
+from trainer.run_folder import refuse_foreign, write_run
 
 if TYPE_CHECKING:
     from trainer.backbones.efficientnet_lite import Trunk
     from trainer.methods.base import Head
 
-_RECORD, _WEIGHTS, _HOLDOUT = "run.json", "head.safetensors", "holdout.npz"
+_WEIGHTS, _HOLDOUT = "head.safetensors", "holdout.npz"
 _TRUNK, _REFERENCE = "trunk.safetensors", "reference.npz"
 _FILES = {_RECORD, _WEIGHTS, _HOLDOUT, _TRUNK, _REFERENCE}
-_WORK = ".saving-"
 
 
 class RunRecord(BaseModel):
@@ -160,25 +159,7 @@ class Run:
         Raises:
             DataError: the disk is full or the folder cannot be written.
         """
-        made = not self.path.exists()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=_WORK, dir=self.path))
-            try:
-                self._write(work)
-                (self.path / _RECORD).unlink(missing_ok=True)
-                for name in (*(_FILES - {_RECORD}), _RECORD):
-                    if (work / name).exists():
-                        (work / name).replace(self.path / name)
-                    else:
-                        (self.path / name).unlink(missing_ok=True)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-        except (OSError, SafetensorError) as error:
-            if made:
-                shutil.rmtree(self.path, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{self.path}: cannot be written ({reason}); free space or choose --out") from error
+        write_run(self.path, _FILES, self._write)
 
     def _write(self, folder: Path) -> None:
         save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / _WEIGHTS)
@@ -194,18 +175,8 @@ class Run:
 
     @staticmethod
     def refuse_foreign(path: Path) -> None:
-        """Make sure that a folder to save in holds nothing but what a run leaves, finished or cut off.
-
-        Raises:
-            UsageError: it is a file, or holds something else.
-        """
-        if not path.exists():
-            return
-        names = {file.name for file in path.iterdir()} if path.is_dir() else {path.name}
-        foreign = sorted(name for name in names - _FILES if not name.startswith(_WORK))
-        if foreign or not path.is_dir():
-            shown = ", ".join(foreign[:3])
-            raise UsageError(f"--out {path}: holds {shown}, which no run wrote; choose another, nothing was written")
+        """Refuse to save in a folder of somebody else, see :func:`trainer.run_folder.refuse_foreign`."""
+        refuse_foreign(path, _FILES)
 
     @property
     def holdout_products(self) -> npt.NDArray[np.int64]:

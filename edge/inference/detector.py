@@ -378,9 +378,7 @@ class Detector:
     def _build_head(self, state: State) -> Head:
         return Head(self.bundle, self._runtime, self._shapes, state, self._trunk.requests)
 
-    def _run(
-        self, in_force: InForce, canvas: npt.NDArray[Any], output: str, look: Look
-    ) -> npt.NDArray[np.float32]:
+    def _run(self, in_force: InForce, canvas: npt.NDArray[Any], output: str, look: Look) -> npt.NDArray[np.float32]:
         tiles = cut_tiles(canvas, self.bundle.manifest.preprocessing)
         with self._trunk.borrow() as slot:
             if tiles.shape != slot.image.shape or tiles.dtype != slot.image.dtype:

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass
 from datetime import datetime  # noqa: TC003 (pydantic needs it at run time)
 from pathlib import Path
@@ -20,11 +18,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from edge.bundle import DepthLayout, Pooling, Preprocessing, load_arrays
-from edge.errors import BundleError, DataError, UsageError
+from edge.errors import BundleError, DataError
 from edge.inference.preprocessing import cut_tiles, join_maps
 from edge.judgement.score import pool_score
 from trainer.depth.geometry import GeometryTrunk
 from trainer.depth.method import NAME, DepthConfig, build_head
+from trainer.run_folder import RECORD as _RECORD
+from trainer.run_folder import refuse_foreign, write_run
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 
     Canvases = npt.NDArray[np.float32]
 
-_RECORD, _WEIGHTS, _HOLDOUT = "run.json", "head.safetensors", "holdout.npz"
+_WEIGHTS, _HOLDOUT = "head.safetensors", "holdout.npz"
 _FILES = {_RECORD, _WEIGHTS, _HOLDOUT}
-_WORK = ".saving-"
 
 
 class DepthRecord(BaseModel):
@@ -136,37 +135,18 @@ class DepthRun:
         Raises:
             DataError: the disk is full or the folder cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=_WORK, dir=self.path))
-            try:
-                save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, work / _WEIGHTS)
-                np.savez_compressed(work / _HOLDOUT, canvas=self.holdout, groups=self.groups)
-                text = json.dumps(self.record.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
-                (work / _RECORD).write_text(text, encoding="utf-8")
-                (self.path / _RECORD).unlink(missing_ok=True)
-                for name in (_WEIGHTS, _HOLDOUT, _RECORD):
-                    (work / name).replace(self.path / name)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{self.path}: cannot be written ({reason}); free space or choose --out") from error
+        write_run(self.path, _FILES, self._write)
+
+    def _write(self, folder: Path) -> None:
+        save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / _WEIGHTS)
+        np.savez_compressed(folder / _HOLDOUT, canvas=self.holdout, groups=self.groups)
+        text = json.dumps(self.record.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+        (folder / _RECORD).write_text(text, encoding="utf-8")
 
     @staticmethod
     def refuse_foreign(path: Path) -> None:
-        """Make sure that a folder to save in holds nothing but what a run leaves.
-
-        Raises:
-            UsageError: it is a file, or holds something else.
-        """
-        if not path.exists():
-            return
-        names = {file.name for file in path.iterdir()} if path.is_dir() else {path.name}
-        foreign = sorted(name for name in names - _FILES if not name.startswith(_WORK))
-        if foreign or not path.is_dir():
-            shown = ", ".join(foreign[:3])
-            raise UsageError(f"--out {path}: holds {shown}, which no run wrote; choose another, nothing was written")
+        """Refuse to save in a folder of somebody else, see :func:`trainer.run_folder.refuse_foreign`."""
+        refuse_foreign(path, _FILES)
 
     def judge(self, canvas: Canvases) -> npt.NDArray[np.float32]:
         """Return the raw anomaly map float32 [h, w] of one canvas float32 [canvas_height, canvas_width, 3]."""

@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass
 from datetime import datetime  # noqa: TC003 (pydantic needs it at run time)
 from pathlib import Path
@@ -23,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from deploy.running import pool_all
 from edge.bundle import Pooling, SignalLayout, load_arrays
 from edge.errors import BundleError, DataError, UsageError
+from trainer.run_folder import RECORD as _RECORD
+from trainer.run_folder import refuse_foreign, write_run
 from trainer.signals.registry import get
 from trainer.signals.trunk import SignalTrunk
 
@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 
     from trainer.methods.base import Head
 
-_RECORD, _WEIGHTS, _TRUNK, _HOLDOUT = "run.json", "head.safetensors", "trunk.safetensors", "holdout.npz"
+_WEIGHTS, _TRUNK, _HOLDOUT = "head.safetensors", "trunk.safetensors", "holdout.npz"
 _FILES = {_RECORD, _WEIGHTS, _TRUNK, _HOLDOUT}
-_WORK = ".saving-"
 _BATCH = 32
 
 
@@ -121,38 +120,19 @@ class SignalRun:
         Raises:
             DataError: the folder cannot be written.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=_WORK, dir=self.path))
-            try:
-                save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, work / _WEIGHTS)
-                save_file({k: v.contiguous() for k, v in self.trunk.state_dict().items()}, work / _TRUNK)
-                np.savez_compressed(work / _HOLDOUT, allow_pickle=False, window=self.holdout, groups=self.groups)
-                record = json.dumps(self.record.model_dump(mode="json"), indent=1, sort_keys=True)
-                (work / _RECORD).write_text(record + "\n", encoding="utf-8")
-                (self.path / _RECORD).unlink(missing_ok=True)
-                for name in (_WEIGHTS, _TRUNK, _HOLDOUT, _RECORD):
-                    (work / name).replace(self.path / name)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{self.path}: cannot be written ({reason}); free space or choose --out") from error
+        write_run(self.path, _FILES, self._write)
+
+    def _write(self, folder: Path) -> None:
+        save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / _WEIGHTS)
+        save_file({k: v.contiguous() for k, v in self.trunk.state_dict().items()}, folder / _TRUNK)
+        np.savez_compressed(folder / _HOLDOUT, allow_pickle=False, window=self.holdout, groups=self.groups)
+        record = json.dumps(self.record.model_dump(mode="json"), indent=1, sort_keys=True)
+        (folder / _RECORD).write_text(record + "\n", encoding="utf-8")
 
     @staticmethod
     def refuse_foreign(path: Path) -> None:
-        """Make sure that a folder to save in holds nothing but what a run leaves.
-
-        Raises:
-            UsageError: it is a file, or holds something else.
-        """
-        if not path.exists():
-            return
-        names = {file.name for file in path.iterdir()} if path.is_dir() else {path.name}
-        foreign = sorted(name for name in names - _FILES if not name.startswith(_WORK))
-        if foreign or not path.is_dir():
-            shown = ", ".join(foreign[:3])
-            raise UsageError(f"--out {path}: holds {shown}, which no run wrote; choose another, nothing was written")
+        """Refuse to save in a folder of somebody else, see :func:`trainer.run_folder.refuse_foreign`."""
+        refuse_foreign(path, _FILES)
 
     def maps(self, windows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return the raw anomaly maps float32 [n, K, cells] of windows float32 [n, K, Q] in the record's unit."""
