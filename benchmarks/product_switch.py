@@ -200,6 +200,7 @@ def bundle_for(given: Path | None, folder: Path) -> Bundle:
             raise SystemExit(f"{given}: is for one product; give a bundle for several")
         return bundle
     # Imported here: a box has neither torch nor the trainer.
+    from deploy.progress import no_progress
     from trainer.data.conveyor import write_default
     from trainer.export import export_run
     from trainer.fit import train
@@ -207,7 +208,7 @@ def bundle_for(given: Path | None, folder: Path) -> Bundle:
     kinds = ("brick", "gravel", "grass")
     for kind in kinds:
         write_default(folder / kind, seed=0, kind=kind, test_good=0, test_defective=0)
-    run = train(method="onenip", data=[folder / kind for kind in kinds], out=folder / "run")
+    run = train(method="onenip", data=[folder / kind for kind in kinds], out=folder / "run", progress=no_progress)
     return export_run(run.path, folder / "bundle")
 
 

@@ -187,6 +187,12 @@ class SignalLayout(_Model):
     max_lost: float = Field(
         0.05, ge=0, lt=1, description="Largest share of a window's values that may be lost for it to be judged."
     )
+    low_hz: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="The trunk takes off what is slower; null: nothing."
+    )
+    high_hz: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="The trunk takes off what is faster; null: nothing."
+    )
 
     @model_validator(mode="after")
     def _windows_cover_the_signal(self) -> SignalLayout:
@@ -194,6 +200,12 @@ class SignalLayout(_Model):
             raise ValueError(f"hop {self.hop} leaves samples between windows of {self.window} unjudged; at most that")
         if len(set(self.channels)) != len(self.channels):
             raise ValueError("two channels have one name; give each its own")
+        if self.low_hz is not None and self.low_hz * self.window_s < 1:
+            raise ValueError(
+                f"a window of {self.window_s:g} s is too short to take off what is below {self.low_hz:g} Hz"
+            )
+        if self.high_hz is not None and not (self.low_hz or 0) < self.high_hz < self.rate_hz / 2:
+            raise ValueError(f"high_hz {self.high_hz:g}: above low_hz, and below half of {self.rate_hz:g} Hz")
         if len(self.channels) * self.window > _MAX_VALUES:
             raise ValueError(f"a window has {len(self.channels) * self.window} values, {_MAX_VALUES} are allowed")
         return self

@@ -104,6 +104,8 @@ def train(
     ] = "image",
     window: Annotated[float, typer.Option(help="Signal: seconds that are judged at once.")] = 2.0,
     hop: Annotated[float | None, typer.Option(help="Signal: seconds between windows; default: half a window.")] = None,
+    low_hz: Annotated[float | None, typer.Option(help="Signal: take off what is slower, such as a drift.")] = None,
+    high_hz: Annotated[float | None, typer.Option(help="Signal: take off what is faster, such as noise.")] = None,
     near: Annotated[float, typer.Option(help="Depth: metres; nearer points are not of the part.")] = 0.0,
     far: Annotated[float | None, typer.Option(help="Depth: metres; further points are not of the part.")] = None,
 ) -> None:
@@ -119,8 +121,8 @@ def train(
         from trainer.signals.command import train_signal
 
         train_signal(
-            method=method, data=data, out=out, window_s=window, hop_s=hop, preset=preset, seed=seed, product=product,
-            device=device, settings=_parse_settings(settings or []),
+            method=method, data=data, out=out, window_s=window, hop_s=hop, low_hz=low_hz, high_hz=high_hz,
+            preset=preset, seed=seed, product=product, device=device, settings=_parse_settings(settings or []),
         )  # fmt: skip
         return
     if modality == "depth":

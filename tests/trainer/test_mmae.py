@@ -24,11 +24,14 @@ from trainer.methods.mmae_ecg.model import (
     Autoencoder,
     MmaeHead,
     Space,
+    flat,
     hidden_errors,
     normalised,
+    waves,
 )
 
 TINY = Scales(12, 6)
+FLOOR = torch.full((2, 1), 0.05)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +53,7 @@ def _network(tiny: Scales = TINY, *, channels: int = 2, length: int = 6, seed: i
 
 def _head(space: Space = Space.RAW, passes: int = 4, seed: int = 0, **options) -> MmaeHead:
     masks = fixed_masks(TINY, passes, seed)
-    return MmaeHead(_network(**options), masks, floor=0.05, space=space, cell=2).eval()
+    return MmaeHead(_network(**options), masks, floor=FLOOR, space=space, cell=2).eval()
 
 
 def _signal(rows: int = 3, channels: int = 2, samples: int = 72, seed: int = 5) -> torch.Tensor:
@@ -173,7 +176,10 @@ def test_scores_are_means_over_the_passes_that_hid_a_segment():
             error = (
                 network(segments, single)
                 - torch.cat(
-                    [normalised(segments, 0.05)[0][:, part[one]] for part in (masks.global_hidden, masks.local_hidden)],
+                    [
+                        normalised(segments, FLOOR)[0][:, part[one]]
+                        for part in (masks.global_hidden, masks.local_hidden)
+                    ],
                     1,
                 )
             ).square()
@@ -183,7 +189,7 @@ def test_scores_are_means_over_the_passes_that_hid_a_segment():
         expected = (total / count.clamp_min(1)[:, None, None]).unflatten(3, (3, 2)).mean(4)
         raw, shape = head.point_scores(signal)
         torch.testing.assert_close(shape, expected.transpose(1, 2).flatten(2))
-        variance = normalised(segments, 0.05)[1]
+        variance = normalised(segments, FLOOR)[1]
         torch.testing.assert_close(raw, (expected * variance).transpose(1, 2).flatten(2))
         whole = total.mean((2, 3)).sum(1) / count.sum()
         torch.testing.assert_close(head.sample_scores(signal)[1], whole)
@@ -203,15 +209,34 @@ def test_training_loss_is_of_hidden_entries_alone():
     segments = network.cut(_signal(4)[:, 0])
     exact = torch.cat(
         [
-            normalised(segments, 0.05)[0][torch.arange(4)[:, None], part]
+            normalised(segments, FLOOR)[0][torch.arange(4)[:, None], part]
             for part in (masks.global_hidden, masks.local_hidden)
         ],
         1,
     )
-    assert sum(map(float, hidden_errors(exact, segments, masks, 0.05))) == 0.0
+    assert sum(map(float, hidden_errors(exact, segments, masks, FLOOR))) == 0.0
     exact[:, 6:] += 1.0
-    of_window, of_run = hidden_errors(exact, segments, masks, 0.05)
+    of_window, of_run = hidden_errors(exact, segments, masks, FLOOR)
     assert (float(of_window), float(of_run)) == (0.0, pytest.approx(1.0, abs=1e-5))
+
+
+@given(st.integers(4, 100), st.integers(1, 40), st.data())
+@settings(max_examples=40, deadline=None)
+def test_how_alike_two_first_positions_are_depends_on_their_distance_alone(count, half, data):
+    table = waves(count, 2 * half)
+    distance = data.draw(st.integers(0, count - 1))
+    alike = (table[: count - distance] * table[distance:]).sum(1)
+    torch.testing.assert_close(alike, alike[:1].expand(len(alike)), atol=1e-3, rtol=0)
+    assert float(alike[0]) <= half + 1e-3
+    assert waves(count, 2 * half + 1).shape == (count, 2 * half + 1)
+
+
+def test_a_floor_is_of_each_channel_and_of_the_segments_that_are_there_most():
+    quiet = 0.01 * torch.randn(50, 10, 2, 8, generator=torch.Generator().manual_seed(0))
+    quiet[:, :, 1] *= 20
+    quiet[:, :3] *= 100
+    assert flat(quiet).flatten().tolist() == pytest.approx([0.01, 0.2], rel=0.3)
+    assert float(flat(torch.zeros(2, 3, 1, 4))) > 0
 
 
 def test_the_graph_of_a_window_of_twelve_leads_and_ten_seconds_is_within_its_budget(tmp_path):
@@ -219,7 +244,11 @@ def test_the_graph_of_a_window_of_twelve_leads_and_ten_seconds_is_within_its_bud
     network = autoencoder(config, channels=12, samples=4800)
     network.initialise(torch.Generator().manual_seed(0))
     head = MmaeHead(
-        network, fixed_masks(network.scales, config.passes, 0), floor=0.05, space=Space.BOTH, cell=16
+        network,
+        fixed_masks(network.scales, config.passes, 0),
+        floor=torch.full((12, 1), 0.05),
+        space=Space.BOTH,
+        cell=16,
     ).eval()
     path = tmp_path / "head.onnx"
     export_head(head, path, tap_shapes={SIGNAL: (1, 12, 4800)})
@@ -303,7 +332,7 @@ def test_learning_waves_brings_the_loss_below_chance_and_a_broken_wave_stands_ou
 
 
 def test_one_seed_gives_one_detector():
-    config = MmaeConfig.model_validate({**QUICK, "steps": 8, "loss_gate": 9.0})
+    config = MmaeConfig.model_validate({**QUICK, "steps": 8, "loss_gate": 1e3})
     one, same, other = (MmaeMethod.fit(_context(_waves(20), seed), config) for seed in (0, 0, 1))
     signal = _waves(5, seed=9)[:, None]
     with torch.no_grad():

@@ -9,13 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deploy.export import export_fixed_trunk
 from deploy.metrics import image_auroc
 from deploy.parity import ParityRules
 from deploy.progress import no_progress
-from edge.bundle import Modality, Precision
+from edge.bundle import Engine, Modality, Precision, SignalLayout
 from edge.cli import main
 from edge.errors import DataError, UsageError
+from edge.inference.engines import open_graph
 from trainer.data.signals import Bearing, EcgLike
+from trainer.methods.mmae_ecg.model import SIGNAL
 from trainer.signals.baselines import PcaMethod, amplitude, pca, peak_to_peak
 from trainer.signals.beats import labels_of_beats
 from trainer.signals.defects import copies, make_defects
@@ -28,7 +31,7 @@ from trainer.signals.reading import read_recordings, training_part, write_record
 from trainer.signals.reading import test_part as labelled_part
 from trainer.signals.recording import Recording, around, cut_windows, one_kind
 from trainer.signals.runs import SignalRun
-from trainer.signals.trunk import SignalTrunk
+from trainer.signals.trunk import SignalTrunk, band_kernel, in_band
 
 
 @pytest.fixture(autouse=True)
@@ -250,13 +253,59 @@ def test_a_channel_that_never_changes_is_named():
     values = np.random.default_rng(0).standard_normal((5, 2, 40)).astype(np.float32)
     values[:, 1] = 3.0
     with pytest.raises(DataError, match="channel 1"):
-        SignalTrunk.of(values)
+        SignalTrunk.of(values, _layout(2, 40))
 
 
 def test_channel_in_a_large_unit_is_not_taken_for_a_flat_one() -> None:
     values = np.random.default_rng(0).normal(0, 2e-7, (20, 1, 50)).astype(np.float32)  # amperes
-    scaled = SignalTrunk.of(values)(torch.from_numpy(values))[0]
+    scaled = SignalTrunk.of(values, _layout(1, 50))(torch.from_numpy(values))[0]
     assert float(scaled.std()) == pytest.approx(1.0, rel=0.01)
+
+
+def _layout(channels: int, window: int, **band: float) -> SignalLayout:
+    names = tuple(f"c{index}" for index in range(channels))
+    return SignalLayout(channels=names, unit="mV", rate_hz=360, window=window, hop=window, **band)
+
+
+@given(st.floats(0.0, 170.0), st.floats(0, 6.28))
+@settings(max_examples=60, deadline=None)
+def test_band_keeps_what_is_inside_it_in_its_place_and_takes_off_the_rest(hz, phase):
+    time = np.arange(1440) / 360
+    wave = np.sin(2 * np.pi * hz * time + phase).astype(np.float32)
+    kernel = torch.from_numpy(band_kernel(_layout(1, 1440, low_hz=2.0, high_hz=25.0)))
+    kept = in_band(torch.from_numpy(wave)[None, None], kernel).numpy()[0, 0]
+    half = len(kernel) // 2
+    inside, before = kept[half:-half], wave[half:-half]
+    if 5 <= hz <= 18:
+        np.testing.assert_allclose(inside, before, atol=0.05)
+    elif hz < 0.2 or hz > 33:
+        assert np.abs(inside).max() < 0.03
+    assert np.abs(inside).max() <= 1.05 * max(np.abs(before).max(), 1e-3) + 0.03
+
+
+def test_band_takes_a_constant_off_wholly_and_no_band_is_no_filter():
+    windows = torch.full((2, 3, 720), 7.5)
+    kernel = torch.from_numpy(band_kernel(_layout(3, 720, low_hz=1.0)))
+    assert float(in_band(windows, kernel).abs().max()) < 1e-4
+    assert in_band(windows, torch.from_numpy(band_kernel(_layout(3, 720)))) is windows
+
+
+@pytest.mark.parametrize("engine", [Engine.ONNXRUNTIME, Engine.OPENVINO])
+def test_the_exported_trunk_filters_as_torch_does(tmp_path, engine):
+    values = np.random.default_rng(0).normal(3, 2, (20, 2, 720)).astype(np.float32)
+    trunk = SignalTrunk.of(values, _layout(2, 720, low_hz=1.0, high_hz=25.0))
+    export_fixed_trunk(trunk, tmp_path / "trunk.onnx", shape=(2, 720))
+    session = open_graph(tmp_path / "trunk.onnx", engine=engine, precision=Precision.FLOAT32, threads=1)
+    found = session.run({"image": values[:1]})[SIGNAL]
+    expected = trunk(torch.from_numpy(values[:1]))[0].numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert float(trunk(torch.from_numpy(values))[0].std()) == pytest.approx(1.0, rel=0.01)
+
+
+@pytest.mark.parametrize("band", [{"low_hz": 0.4}, {"high_hz": 50.0}, {"low_hz": 30.0, "high_hz": 20.0}])
+def test_a_band_that_the_window_or_the_rate_cannot_hold_is_refused(band):
+    with pytest.raises(UsageError, match="Hz"):
+        layout_for([_recording(np.zeros((1, 900)))], window_s=2.0, hop_s=None, **band)
 
 
 def test_a_hop_beyond_the_window_is_refused():

@@ -192,9 +192,9 @@ def evaluate_signal(
     return evaluation
 
 
-def baseline_rows(train: npt.NDArray[np.float32], windows: Windows) -> list[Row]:
-    """Return what the baselines say, fitted on good windows of the same signal, float32 [n, K, Q] in its unit."""
-    trunk = SignalTrunk.of(train)
+def baseline_rows(train: npt.NDArray[np.float32], windows: Windows, layout: SignalLayout) -> list[Row]:
+    """Return what the baselines say of the same band, fitted on good windows float32 [n, K, Q] in the signal's unit."""
+    trunk = SignalTrunk.of(train, layout)
     with torch.inference_mode():
         good = trunk(torch.from_numpy(train))[0]
         tap = trunk(torch.from_numpy(windows.values))[0]
@@ -214,7 +214,7 @@ def _baselines(data: Path, layout: SignalLayout, windows: Windows) -> tuple[list
         train = split_windows(training_part(data), layout.window)[0]
     except DataError as error:
         return [], [f"No baselines: {error}."]
-    return baseline_rows(train.values, windows), []
+    return baseline_rows(train.values, windows, layout), []
 
 
 def _row(name: str, scores: npt.NDArray[np.floating], windows: Windows, maps: npt.NDArray[np.floating] | None) -> Row:

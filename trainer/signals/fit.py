@@ -50,13 +50,22 @@ POOLING_SHARES = (0.0, 0.01, 0.05, 0.2, 1.0)
 """Shares of the map's cells whose mean may become the score; the choice is made on the hold-out."""
 
 
-def layout_for(recordings: Sequence[Recording], *, window_s: float, hop_s: float | None) -> SignalLayout:
+def layout_for(
+    recordings: Sequence[Recording],
+    *,
+    window_s: float,
+    hop_s: float | None,
+    low_hz: float | None = None,
+    high_hz: float | None = None,
+) -> SignalLayout:
     """Return what a source must give for a detector of these recordings.
 
     Args:
         recordings: of one kind.
         window_s: seconds that are judged at once.
         hop_s: seconds from one window to the next; None for half a window.
+        low_hz: what is slower is taken off; None for nothing.
+        high_hz: what is faster is taken off; None for nothing.
 
     Raises:
         DataError: the recordings differ.
@@ -66,8 +75,9 @@ def layout_for(recordings: Sequence[Recording], *, window_s: float, hop_s: float
     hop_s = window_s / 2 if hop_s is None else hop_s
     try:
         return SignalLayout(
-            channels=channels, unit=unit, rate_hz=rate, window=round(window_s * rate), hop=max(1, round(hop_s * rate))
-        )
+            channels=channels, unit=unit, rate_hz=rate, window=round(window_s * rate),
+            hop=max(1, round(hop_s * rate)), low_hz=low_hz, high_hz=high_hz,
+        )  # fmt: skip
     except (ValidationError, OverflowError, ValueError) as error:
         raise UsageError(f"--window {window_s:g}, --hop {hop_s:g} at {rate:g} Hz: {error}") from error
 
@@ -108,6 +118,8 @@ def train(
     out: Path,
     window_s: float,
     hop_s: float | None = None,
+    low_hz: float | None = None,
+    high_hz: float | None = None,
     preset: str = "quick",
     seed: int = 0,
     product: str | None = None,
@@ -123,6 +135,8 @@ def train(
         out: run folder to write; must not hold anything but an earlier run.
         window_s: seconds that are judged at once.
         hop_s: seconds from one window to the next on a box; None for half a window.
+        low_hz: what is slower is taken off before anything is judged; None for nothing.
+        high_hz: what is faster, likewise.
         preset: ``quick`` or ``full``.
         seed: of every random choice.
         product: name of the product; the data's name if None.
@@ -143,9 +157,9 @@ def train(
     seed_everything(seed)
     SignalRun.refuse_foreign(out)
     recordings = training_part(data)
-    layout = layout_for(recordings, window_s=window_s, hop_s=hop_s)
+    layout = layout_for(recordings, window_s=window_s, hop_s=hop_s, low_hz=low_hz, high_hz=high_hz)
     windows, holdout = split_windows(recordings, layout.window)
-    trunk = SignalTrunk.of(windows.values)
+    trunk = SignalTrunk.of(windows.values, layout)
     defective, masks = make_defects(
         holdout.values, seed=seed, repeats=max(1, round(_VALIDATION_DEFECTS / len(holdout)))
     )

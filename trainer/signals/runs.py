@@ -1,7 +1,7 @@
 """A run folder of a detector for signals: what training leaves behind, and all that evaluation and export need.
 
-``run.json`` (the record), ``head.safetensors``, ``trunk.safetensors`` (usual value and deviation of each channel),
-``holdout.npz`` (held-out good windows and their groups).
+``run.json`` (the record), ``head.safetensors``, ``trunk.safetensors`` (filter, and each channel's usual value and
+deviation), ``holdout.npz`` (held-out good windows and their groups).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class SignalRun:
     Attributes:
         path: its folder.
         record: what run.json says.
-        trunk: scales a window.
+        trunk: filters and scales a window.
         head: the fitted head, in eval mode on the CPU.
         holdout: float32 [n, K, Q], good windows that training did not see.
         groups: unicode [n]; windows of one group overlap.
@@ -104,7 +104,7 @@ class SignalRun:
         try:
             head = method.build(config, load_file(path / _WEIGHTS))
             scale = load_file(path / _TRUNK)
-            trunk = SignalTrunk(scale["mean"][:, 0], scale["std"][:, 0]).eval()
+            trunk = SignalTrunk(scale["mean"][:, 0], scale["std"][:, 0], scale["kernel"]).eval()
             arrays = load_arrays(path / _HOLDOUT)
             holdout, groups = arrays["window"], arrays["groups"].astype(np.str_)
         except (OSError, SafetensorError, KeyError, BundleError) as error:

@@ -15,7 +15,7 @@ from pydantic import Field
 from edge.errors import DataError, UsageError
 from trainer.methods.base import FitContext, Method, MethodConfig
 from trainer.methods.mmae_ecg.masks import Scales, fixed_masks, random_masks
-from trainer.methods.mmae_ecg.model import SIGNAL, Autoencoder, MmaeHead, Space, hidden_errors
+from trainer.methods.mmae_ecg.model import SIGNAL, Autoencoder, MmaeHead, Space, flat, hidden_errors, normalised
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +43,9 @@ class MmaeConfig(MethodConfig):
     couple_masks: bool = Field(False, description="Hide at the global scale what is hidden at the local one.")
     space: Space = Field(Space.BOTH, description="What the map is measured in: normalised, raw or both.")
     cell: int | None = Field(None, ge=1, description="Samples of a map cell; null: a third of a segment, or a half.")
-    floor: float = Field(0.1, gt=0, description="Deviation, of the scaled signal, below which a segment is flat.")
+    floor: float = Field(
+        4.0, gt=0, description="Deviation below which a segment is flat, over its channel's median over good segments."
+    )
     width: int = Field(64, ge=8, description="d of tokens.")
     depth: int = Field(5, ge=1, le=24, description="Blocks of the encoder.")
     heads: int = Field(4, ge=1, description="Of every attention.")
@@ -90,21 +92,26 @@ class MmaeMethod(Method):
         network = autoencoder(own, channels=windows.shape[1], samples=windows.shape[2])
         generator = context.generator()
         network.initialise(generator)
+        segments = network.cut(windows)
+        floor = own.floor * flat(segments)
         losses = train(
             network.to(context.device),
             windows,
             own,
+            floor=floor.to(context.device),
             generator=generator,
             device=context.device,
             report=lambda done: context.progress("mmae_ecg", done, own.steps),
         )
-        reached = sum(losses[-_LAST:]) / len(losses[-_LAST:])
+        # What a floor takes from a flat segment's target, nobody has to rebuild: of 2 it is the same share everywhere.
+        known_nothing = float(normalised(segments, floor)[0].square().mean())
+        reached = sum(losses[-_LAST:]) / len(losses[-_LAST:]) / known_nothing
         if not reached < own.loss_gate:
             raise UsageError(
                 f"mmae_ecg reached a loss of {reached:.2f} after {own.steps} steps, and {CHANCE:g} is chance: what it "
                 f"would say means nothing; raise --set steps, or --set loss_gate={own.loss_gate:g} for a noisy signal"
             )
-        head = _head(network.to("cpu"), own, context.seed)
+        head = _head(network.to("cpu"), own, floor, context.seed)
         head.loss.fill_(reached)
         return head
 
@@ -118,7 +125,8 @@ class MmaeMethod(Method):
         own = _own(config)
         try:
             shape = tensors["shape"].tolist()
-            head = _head(autoencoder(own, channels=shape[0], samples=shape[1]), own, shape[2])
+            network = autoencoder(own, channels=shape[0], samples=shape[1])
+            head = _head(network, own, tensors["floor"], shape[2])
             head.load_state_dict(tensors)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError, UsageError) as error:
             raise DataError(f"these tensors are no MMAE-ECG head ({error}); train again") from error
@@ -178,6 +186,7 @@ def train(
     windows: torch.Tensor,
     config: MmaeConfig,
     *,
+    floor: torch.Tensor,
     generator: torch.Generator,
     device: torch.device,
     report: Callable[[int], None],
@@ -188,6 +197,7 @@ def train(
         network: on the device; left in eval mode.
         windows: float32 [n, K, Q], scaled, on the CPU.
         config: settings.
+        floor: float32 [K, 1], on the device, as for :func:`trainer.methods.mmae_ecg.model.normalised`.
         generator: source of order and masks.
         device: where to train.
         report: called with the steps done.
@@ -214,7 +224,7 @@ def train(
         segments = network.cut(varied(windows[rows], config, generator).to(device))
         with torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext():
             rebuilt = network(segments, masks)
-        of_window, of_run = hidden_errors(rebuilt.float(), segments, masks, config.floor)
+        of_window, of_run = hidden_errors(rebuilt.float(), segments, masks, floor)
         loss = of_window + of_run
         optimiser.zero_grad()
         loss.backward()
@@ -263,11 +273,11 @@ def _share(step: int, warm: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _head(network: Autoencoder, config: MmaeConfig, seed: int) -> MmaeHead:
+def _head(network: Autoencoder, config: MmaeConfig, floor: torch.Tensor, seed: int) -> MmaeHead:
     length = network.length
     cell = config.cell or next(length // parts for parts in (3, 2, 1) if length % parts == 0)
     masks = fixed_masks(network.scales, config.passes, seed, couple=config.couple_masks)
-    head = MmaeHead(network, masks, floor=config.floor, space=config.space, cell=cell, seed=seed)
+    head = MmaeHead(network, masks, floor=floor, space=config.space, cell=cell, seed=seed)
     return head.eval().requires_grad_(requires_grad=False)
 
 

@@ -23,6 +23,8 @@ SIGNAL = "signal"
 """The tap: float32 [N, 1, K, Q], the scaled samples."""
 EPSILON = 1e-6
 _LEAST = 1e-12
+# First positions: deviation of what is random, and height of the waves.
+_SMALL, _WAVES = 0.02, 0.5
 
 
 class Space(str, Enum):
@@ -117,15 +119,20 @@ class Autoencoder(nn.Module):
         self.leave = nn.Linear(width, inner)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw first weights: positions and the token of hidden segments with deviation 0.02, matrices as Xavier."""
+        """Draw first weights: matrices as Xavier, the token of hidden segments with deviation 0.02.
+
+        Positions begin as sines and cosines of the segment's number and are learned from there: from small random ones
+        a network of five blocks does not find out within a few thousand steps which segments are neighbours.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 nn.init.zeros_(module.bias)
-        for table in (
-            self.encoder_global, self.encoder_local, self.decoder_global, self.decoder_local, self.hidden
-        ):  # fmt: skip
-            nn.init.trunc_normal_(table, std=0.02, generator=generator)
+        nn.init.trunc_normal_(self.hidden, std=_SMALL, generator=generator)
+        for table in (self.encoder_global, self.encoder_local, self.decoder_global, self.decoder_local):
+            nn.init.trunc_normal_(table, std=_SMALL, generator=generator)
+            with torch.no_grad():
+                table.add_(waves(*table.shape), alpha=_WAVES)
 
     def cut(self, signal: torch.Tensor) -> torch.Tensor:
         """Return the segments float32 [N, T, K, P] of a signal [N, K, Q]."""
@@ -189,12 +196,22 @@ def _taken(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return tokens.unflatten(0, (-1, rows)).flatten(1, 2)[:, index + first]
 
 
-def normalised(segments: torch.Tensor, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
+def waves(count: int, width: int) -> torch.Tensor:
+    """Return float32 [count, width], each row a place in sines and cosines of falling frequency (Vaswani et al., 2017).
+
+    The slowest has a period of about 2 pi times 100 segments, the most that a window usually has.
+    """
+    rates = 100.0 ** -(torch.arange(-(-width // 2)) / (width / 2))
+    angles = torch.arange(count)[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], 1)[:, :width]
+
+
+def normalised(segments: torch.Tensor, floor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Give every segment of every channel mean 0 and deviation 1; a flat one keeps its noise small.
 
     Args:
-        segments: float32 [..., P].
-        floor: what is added to the variance, squared, in units of the scaled signal.
+        segments: float32 [..., K, P].
+        floor: float32 [K, 1], what is added to the variance, squared, in units of the scaled signal.
 
     Returns:
         The same shape, and the variance that it was divided by [..., 1].
@@ -205,8 +222,14 @@ def normalised(segments: torch.Tensor, floor: float) -> tuple[torch.Tensor, torc
     return centred * variance.rsqrt(), variance
 
 
+def flat(segments: torch.Tensor) -> torch.Tensor:
+    """Return each channel's median deviation of a segment, float32 [K, 1], of segments [N, T, K, P]."""
+    deviation = segments.std(-1, correction=0).flatten(0, 1)
+    return deviation.median(0).values.clamp_min(_LEAST**0.5)[:, None]
+
+
 def hidden_errors(
-    rebuilt: torch.Tensor, segments: torch.Tensor, masks: Masks, floor: float
+    rebuilt: torch.Tensor, segments: torch.Tensor, masks: Masks, floor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss of each scale: mean squared errors of normalised hidden segments.
 
@@ -242,21 +265,23 @@ class MmaeHead(Head):
 
     tap_names: tuple[str, ...] = (SIGNAL,)
     float_ops: tuple[str, ...] = ()
+    floor: torch.Tensor
     rows: torch.Tensor
     counts: torch.Tensor
     loss: torch.Tensor
 
     def __init__(
-        self, network: Autoencoder, masks: Masks, *, floor: float, space: Space, cell: int, seed: int = 0
+        self, network: Autoencoder, masks: Masks, *, floor: torch.Tensor, space: Space, cell: int, seed: int = 0
     ) -> None:
         super().__init__()
         if network.length % cell:
             raise DataError(f"a segment of {network.length} samples is not cut into cells of {cell}")
-        self.network, self.floor, self.space, self.map_stride = network, floor, space, cell
+        self.network, self.space, self.map_stride = network, space, cell
         for name in Masks.__slots__:
             self.register_buffer(name, getattr(masks, name), persistent=False)
         segments = network.scales.segments
         self.register_buffer("shape", torch.tensor([network.channels, segments * network.length, seed]))
+        self.register_buffer("floor", floor)
         self.register_buffer("loss", torch.full((), float("nan")))
         self.register_buffer("rows", _gathering(masks, segments), persistent=False)
         self.register_buffer("counts", masks.counts(segments).float(), persistent=False)
