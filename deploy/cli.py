@@ -23,7 +23,7 @@ def verify(bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")]) -
 
     opened = Bundle.open(bundle)
     manifest = opened.manifest
-    table = Table(title=f"{opened.path}  {manifest.method} / {manifest.product}  {opened.id[:12]}")
+    table = Table(title=f"{opened.path}  {manifest.method} / {manifest.product}")
     for column in ("engine", "precision", "golden frames", "largest error", "tolerance", "result"):
         table.add_column(column)
     for precision in dict.fromkeys(precision for _, precision in opened.calibrated()):
@@ -44,6 +44,8 @@ def verify(bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")]) -
         table.add_row(*names, shown, f"{tolerance:.3g}", "[red]missed[/red]" if problem else "[green]ok[/green]")
     table.caption = described(manifest)
     Console().print(table)
+    # Whole, as thresholds from outside have to name it; a line of its own is never wrapped.
+    typer.echo(f"bundle {opened.id}")
     if missed:
         raise GateError(f"{bundle}: golden frames missed: {'; '.join(missed)}; export the bundle again")
     if not ran:

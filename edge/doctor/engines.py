@@ -92,7 +92,7 @@ def _proof(detector: Detector) -> Iterator[Finding]:
     subject = manifest.product
     tolerance = manifest.golden.tolerance.get(f"{status.engine.value}_{status.precision.value}", float("nan"))
     text = (
-        f"{manifest.method} {detector.bundle.id[:12]} on {status.engine.value} {status.precision.value}; golden scores "
+        f"{manifest.method} {detector.bundle.id} on {status.engine.value} {status.precision.value}; golden scores "
         f"differ by {status.golden_max_error:.3g}, {tolerance:.3g} is allowed"
     )
     figures = {"id": detector.bundle.id, "engine": status.engine.value, "precision": status.precision.value,

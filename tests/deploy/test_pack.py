@@ -266,6 +266,7 @@ def test_verify_accepts_a_packed_bundle(bundle: Bundle) -> None:
     assert "moments of one product, from 20 training images" in " ".join(output.split())
     assert error is None
     assert output.count("ok") == 4
+    assert f"bundle {bundle.id}" in output.splitlines()
 
 
 def test_verify_refuses_a_damaged_file_with_exit_code_3(bundle: Bundle, tmp_path: Path) -> None:

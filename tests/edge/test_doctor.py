@@ -112,7 +112,7 @@ def test_box_that_is_ready_has_no_failure(configure: Configure, mosquitto: Mosqu
     assert not (config.parent / "state").exists()
 
 
-def test_command_says_what_is_wrong_in_lines_or_json(configure: Configure) -> None:
+def test_command_says_what_is_wrong_in_lines_or_json(configure: Configure, bundle: Bundle) -> None:
     command = [*LINEWARD, "doctor", "--config", str(configure()), "--seconds", "0.2"]
 
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -120,6 +120,7 @@ def test_command_says_what_is_wrong_in_lines_or_json(configure: Configure) -> No
 
     assert shown.returncode == as_json.returncode == 4
     assert any(line.startswith("fail  broker port: ") and "  -> " in line for line in shown.stdout.splitlines())
+    assert bundle.id in shown.stdout
     found = [json.loads(line) for line in as_json.stdout.splitlines()]
     assert {one["level"] for one in found} == {"ok", "warn", "fail"}
     assert shown.stdout.splitlines()[-1].endswith("1 fail")
