@@ -71,12 +71,13 @@ def train(
     ],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Image: memory, pbas, fader, hetnet, feddymem, adapted_moe, uniad, onenip or prototypes. "
-            "Signal: mmae_ecg or pca_residual. Depth: memory."
+            help="Image: memory (default), pbas, fader, hetnet, feddymem, adapted_moe, uniad, onenip or prototypes. "
+            "Signal: pca_residual (default) or mmae_ecg. Depth: memory.",
+            show_default=False,
         ),
-    ] = "memory",
+    ] = None,
     preset: Annotated[str, typer.Option(help="quick or full.")] = "quick",
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     size: Annotated[
@@ -117,6 +118,8 @@ def train(
     from trainer.fit import train as fit
     from trainer.progress import progress_bars
 
+    if method is None:
+        method = "pca_residual" if modality == "signal" else "memory"
     if modality == "signal":
         from trainer.signals.command import train_signal
 

@@ -374,10 +374,10 @@ def test_the_usual_commands_train_export_and_evaluate_a_signal(bearing, tmp_path
 
     run, bundle = tmp_path / "run", tmp_path / "bundle"
     code = lineward(
-        "train", "--modality", "signal", "--method", "pca_residual", "--data", bearing, "--out", run, "--window", "0.1",
-        "--set", "components=6",
+        "train", "--modality", "signal", "--data", bearing, "--out", run, "--window", "0.1", "--set", "components=6",
     )  # fmt: skip
     assert code == 0
+    assert SignalRun.load(run).record.method == "pca_residual"
     assert lineward("evaluate", "--run", run, "--data", bearing, "--report", tmp_path / "r.html") == 0
     assert (tmp_path / "r.html").stat().st_size > 1000
     assert lineward("train", "--modality", "signal", "--method", "memory", "--data", bearing, "--out", bundle) == 2
