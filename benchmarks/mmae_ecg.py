@@ -149,7 +149,10 @@ def figures(run: SignalRun, windows: Windows) -> dict[str, Any]:
         with torch.inference_mode():
             tap = run.trunk(torch.from_numpy(windows.values))[0]
             scores = [torch.cat(part).numpy() for part in zip(*map(head.sample_scores, tap.split(64)), strict=True)]
-            maps = [torch.cat(part).numpy() for part in zip(*map(head.point_scores, tap.split(64)), strict=True)]
+            maps = [
+                head.smoothed(torch.cat(part)).numpy()
+                for part in zip(*map(head.point_scores, tap.split(64)), strict=True)
+            ]
         for space, score, points in zip(("raw", "normalised"), scores, maps, strict=True):
             interval = window_auroc(labels, score, windows.groups)
             found[f"{space} H={passes}"] = {
@@ -168,7 +171,8 @@ def with_passes(run: SignalRun, passes: int) -> MmaeHead:
     head = run.head
     assert isinstance(head, MmaeHead)
     masks = fixed_masks(head.network.scales, passes, run.record.seed)
-    return MmaeHead(head.network, masks, floor=head.floor, space=head.space, cell=head.map_stride).eval()
+    smooth = float(run.record.config["smooth"])
+    return MmaeHead(head.network, masks, floor=head.floor, space=head.space, cell=head.map_stride, smooth=smooth).eval()
 
 
 def shift_change(run: SignalRun) -> float:
@@ -225,9 +229,9 @@ def table(name: str, data: Path, found: Sequence[dict[str, Any]]) -> list[Goal]:
              spread=f"{np.ptp(shifts):.3f}"),
     ]  # fmt: skip
     if name == "record":
-        floor = max(PEAK_TO_PEAK, ranges["peak to peak"])
-        goals.insert(0, Goal("record: window AUROC above peak to peak", statistics.mean(many), floor, at_least=True,
-                             spread=f"{np.ptp(many):.3f}"))  # fmt: skip
+        for what, limit in (("as published", PEAK_TO_PEAK), ("in the same band", ranges["peak to peak"])):
+            goals.insert(0, Goal(f"record: above peak to peak {what}", statistics.mean(many), limit, at_least=True,
+                                 spread=f"{np.ptp(many):.3f}"))  # fmt: skip
     return goals
 
 
@@ -237,7 +241,9 @@ def cost(folder: Path, repeats: int) -> list[Goal]:
     network = autoencoder(config, channels=12, samples=4800)
     network.initialise(torch.Generator().manual_seed(0))
     masks = fixed_masks(network.scales, config.passes, 0)
-    head = MmaeHead(network, masks, floor=torch.full((12, 1), 0.3), space=Space.BOTH, cell=16).eval()
+    head = MmaeHead(
+        network, masks, floor=torch.full((12, 1), 0.3), space=Space.BOTH, cell=16, smooth=config.smooth
+    ).eval()
     plain, small = folder / "head.onnx", folder / "head.int8.onnx"
     export_head(head, plain, tap_shapes={SIGNAL: (1, 12, 4800)})
     generator = np.random.default_rng(0)

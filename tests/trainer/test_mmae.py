@@ -231,6 +231,19 @@ def test_how_alike_two_first_positions_are_depends_on_their_distance_alone(count
     assert waves(count, 2 * half + 1).shape == (count, 2 * half + 1)
 
 
+def test_smoothing_spreads_a_peak_and_keeps_the_level():
+    smooth = MmaeHead(_network(), fixed_masks(TINY, 4, 0), floor=FLOOR, space=Space.RAW, cell=2, smooth=0.5)
+    cells = torch.zeros(1, 2, 36)
+    cells[0, 1, 18] = 1.0
+    found = smooth.smoothed(cells)
+    assert float(found.sum()) == pytest.approx(1.0, rel=1e-5)
+    assert int(found[0, 1].argmax()) == 18
+    assert 0.2 < float(found[0, 1, 18]) < 0.4
+    assert float(found[0, 0].abs().max()) == 0
+    torch.testing.assert_close(smooth.smoothed(torch.ones(2, 2, 36)), torch.ones(2, 2, 36))
+    assert _head().smoothed(cells) is cells
+
+
 def test_a_floor_is_of_each_channel_and_of_the_segments_that_are_there_most():
     quiet = 0.01 * torch.randn(50, 10, 2, 8, generator=torch.Generator().manual_seed(0))
     quiet[:, :, 1] *= 20

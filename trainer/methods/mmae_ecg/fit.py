@@ -46,6 +46,7 @@ class MmaeConfig(MethodConfig):
     floor: float = Field(
         4.0, gt=0, description="Deviation below which a segment is flat, over its channel's median over good segments."
     )
+    smooth: float = Field(0.4, ge=0, le=4, description="Segments, deviation of the Gaussian that smooths the map.")
     width: int = Field(64, ge=8, description="d of tokens.")
     depth: int = Field(5, ge=1, le=24, description="Blocks of the encoder.")
     heads: int = Field(4, ge=1, description="Of every attention.")
@@ -277,7 +278,7 @@ def _head(network: Autoencoder, config: MmaeConfig, floor: torch.Tensor, seed: i
     length = network.length
     cell = config.cell or next(length // parts for parts in (3, 2, 1) if length % parts == 0)
     masks = fixed_masks(network.scales, config.passes, seed, couple=config.couple_masks)
-    head = MmaeHead(network, masks, floor=floor, space=config.space, cell=cell, seed=seed)
+    head = MmaeHead(network, masks, floor=floor, space=config.space, cell=cell, smooth=config.smooth, seed=seed)
     return head.eval().requires_grad_(requires_grad=False)
 
 

@@ -6,6 +6,7 @@ Zhou et al., arXiv 2502.05494.
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -257,6 +258,7 @@ class MmaeHead(Head):
         floor: as for :func:`normalised`.
         space: what errors are measured in.
         cell: samples per cell of the map, a divisor of the segments' length.
+        smooth: deviation of the Gaussian that the map is smoothed with over time, in segments; 0 for none.
         seed: that the masks were made from, kept to make them again.
 
     Raises:
@@ -264,14 +266,23 @@ class MmaeHead(Head):
     """
 
     tap_names: tuple[str, ...] = (SIGNAL,)
-    float_ops: tuple[str, ...] = ()
+    float_ops: tuple[str, ...] = ("smoothing",)
     floor: torch.Tensor
+    smoothing: torch.Tensor
     rows: torch.Tensor
     counts: torch.Tensor
     loss: torch.Tensor
 
     def __init__(
-        self, network: Autoencoder, masks: Masks, *, floor: torch.Tensor, space: Space, cell: int, seed: int = 0
+        self,
+        network: Autoencoder,
+        masks: Masks,
+        *,
+        floor: torch.Tensor,
+        space: Space,
+        cell: int,
+        smooth: float = 0.0,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if network.length % cell:
@@ -282,6 +293,7 @@ class MmaeHead(Head):
         segments = network.scales.segments
         self.register_buffer("shape", torch.tensor([network.channels, segments * network.length, seed]))
         self.register_buffer("floor", floor)
+        self.register_buffer("smoothing", gaussian(smooth * network.length / cell), persistent=False)
         self.register_buffer("loss", torch.full((), float("nan")))
         self.register_buffer("rows", _gathering(masks, segments), persistent=False)
         self.register_buffer("counts", masks.counts(segments).float(), persistent=False)
@@ -297,7 +309,15 @@ class MmaeHead(Head):
         found = shape if self.space is Space.NORMALISED else raw
         if self.space is Space.BOTH:
             found = raw * (shape.mean((1, 2), keepdim=True) / (raw.mean((1, 2), keepdim=True) + _LEAST))
-        return (found,)
+        return (self.smoothed(found),)
+
+    def smoothed(self, cells: torch.Tensor) -> torch.Tensor:
+        """Return float32 [N, K, n] smoothed over time; beyond its ends a map is taken to go on as it ends."""
+        half = len(self.smoothing) // 2
+        if not half:
+            return cells
+        rows = nn.functional.pad(cells.flatten(0, 1)[:, None], (half, half), mode="replicate")
+        return nn.functional.conv1d(rows, self.smoothing[None, None]).reshape(cells.shape)
 
     def point_scores(self, signal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the mean squared error of each point over the passes that hid it, raw and normalised.
@@ -328,6 +348,15 @@ class MmaeHead(Head):
         cells = self.network.length // self.map_stride
         weights = (self.counts / (self.counts.sum() * cells)).repeat_interleave(cells)
         return tuple((part.mean(1) * weights).sum(1) for part in self.point_scores(signal))
+
+
+def gaussian(deviation: float) -> torch.Tensor:
+    """Return the weights, float32 [odd], of a Gaussian to three deviations; a single 1 for none."""
+    half = math.ceil(3 * deviation)
+    if not half:
+        return torch.ones(1)
+    weights = torch.exp(-0.5 * (torch.arange(-half, half + 1) / deviation) ** 2)
+    return weights / weights.sum()
 
 
 def _gathering(masks: Masks, segments: int) -> torch.Tensor:
