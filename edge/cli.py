@@ -60,10 +60,6 @@ VERB_HELP = {
 }
 EXTRAS = {"aggregate": "aggregator", "demo": "demo"}
 _ROOMS = frozenset({"edge", "deploy", "trainer"})
-LINE_FIELDS = (
-    "value", "kind", "severity", "decision", "phase", "state", "part_id", "event_id", "score", "threshold", "p_value",
-    "reason", "text", "evidence",
-)  # fmt: skip
 # sysexits.h EX_TEMPFAIL: ended in order, to be started again by whoever supervises it.
 RESTART_EXIT = 75
 
@@ -331,7 +327,7 @@ def watch(
     prefix: PrefixOption = "lineward",
     site: Annotated[str, typer.Option(help="Only this site.")] = "+",
     box: Annotated[str, typer.Option(help="Only this box.")] = "+",
-    camera: Annotated[str | None, typer.Option(help="Only this camera.")] = None,
+    camera: Annotated[str | None, typer.Option(help="Only this camera, signal or station.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Also status, states and availability.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line, as published.")] = False,
     count: Annotated[int | None, typer.Option(min=1, help="Stop after this many messages.")] = None,
@@ -339,6 +335,7 @@ def watch(
     connect_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for the broker.")] = 10.0,
 ) -> None:
     """Print alerts and verdicts as they come, each once."""
+    from edge.alerts.line import line_of, sources_of
     from edge.alerts.subscriber import EVENTS, EVERYTHING, Subscriber
 
     settings = broker_settings(
@@ -356,10 +353,10 @@ def watch(
             if left is not None and left <= 0:
                 break
             received = subscriber.receive(left)
-            if received is None or (camera is not None and getattr(received.message, "camera", None) != camera):
+            if received is None or (camera is not None and camera not in sources_of(received.message)):
                 continue
             printed += 1
-            text = received.payload.decode() if as_json else _line(received.topic, received.message)
+            text = received.payload.decode() if as_json else line_of(received.topic, received.message)
             typer.echo(text)
             sys.stdout.flush()
 
@@ -439,22 +436,6 @@ def _log_to_stderr(*, verbose: bool, level: int = logging.INFO, form: str = "tex
     if form not in forms:
         raise UsageError(f"--log-format {form}: choose one of {', '.join(forms)}")
     configure_logs(logging.DEBUG if verbose else level, form=LogFormat(form), fields=fields)
-
-
-def _line(topic: str, message: Any) -> str:  # noqa: ANN401 (one of the published messages)
-    """Say a message in one line for people."""
-    values = message.model_dump()
-    parts = [topic]
-    for name in LINE_FIELDS:
-        value = values.get(name)
-        if value not in (None, ""):
-            shown = getattr(value, "value", value)
-            parts.append(f"{name}={shown:.4g}" if isinstance(shown, float) else f"{name}={shown}")
-    if values.get("regions"):
-        parts.append(f"regions={len(values['regions'])}")
-    if values.get("late"):
-        parts.append("late")
-    return " ".join(parts)
 
 
 def _print_summary(summary: ReplaySummary) -> None:

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from edge.alerts.command_messages import EvidenceCommand
+from edge.alerts.line import line_of
 from edge.alerts.message import alert_from_event, build, encode, parse, verdict_message
-from edge.cli import _line
 from edge.errors import MessageError
 from tests.alert_values import IDENTITY, JUDGE, event, verdict
 
@@ -23,7 +23,7 @@ def test_alerts_and_verdicts_carry_it(reference: str | None) -> None:
         verdict_message(verdict(evidence=reference), **NUMBER),
     ):
         assert json.loads(encode(message))["evidence"] == reference
-        assert (f"evidence={REFERENCE}" in _line("topic", message)) == (reference is not None)
+        assert (f"evidence={REFERENCE}" in line_of("topic", message)) == (reference is not None)
 
 
 def test_a_question_is_read_as_documented() -> None:
