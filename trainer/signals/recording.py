@@ -80,7 +80,7 @@ class Windows:
         anomalous: bool [n].
         points: bool [n, Q], labelled samples.
         names: unicode [n], recording and first sample.
-        groups: unicode [n]; windows of one group overlap.
+        groups: unicode [n]; windows of one group begin within one window's length, and each overlaps the next group's.
     """
 
     values: npt.NDArray[np.float32]
