@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 CLEARLY_VISIBLE = 4.0
 """Multiples of the noise floor; a weaker defect is no example of one."""
 
+_MOST_OF_THEM = 0.95
+_ROUNDING = 1e-9
 _LEAST_REGION = 24  # points; a smaller region is not chosen while there are larger ones
 _TURNS = 2.0 * np.pi
 
@@ -118,9 +120,14 @@ class SurfaceDefect:
     noise: NoiseFloor
 
     @property
+    def reached(self) -> float:
+        """How far the points that the field moved went, 95th percentile in metres; 0 where it moved none."""
+        return _reached(np.abs(self.displacement[self.mask]))
+
+    @property
     def below_noise(self) -> bool:
-        """Whether the strength is under four times the noise floor: no example of a defect."""
-        return self.strength < CLEARLY_VISIBLE * self.noise.p95
+        """Whether nothing moved, or :attr:`reached` is under four times the noise floor: no example of a defect."""
+        return not self.reached or self.reached < CLEARLY_VISIBLE * self.noise.p95 * (1 - _ROUNDING)
 
     def record(self) -> dict[str, Any]:
         """Return what made this sample, and what came of it, for JSON."""
@@ -132,6 +139,7 @@ class SurfaceDefect:
             "noise_median_m": self.noise.median,
             "noise_p95_m": self.noise.p95,
             "below_noise": self.below_noise,
+            "reached_m": self.reached,
             "largest_displacement_m": float(np.abs(self.displacement).max()),
             "points_moved": int(np.count_nonzero(self.mask)),
             "points_labelled": int(np.count_nonzero(self.label)),
@@ -163,7 +171,7 @@ def perturb(part: Part, settings: SurfaceNoise, *, seed: int) -> SurfaceDefect:
         weight *= at == drawn
         moved &= at == drawn
         weight /= max(float(weight.max(initial=0.0)), np.finfo(np.float64).tiny)
-    strength = _strength(part, settings)
+    strength = _strength(part, settings, _reached(weight[moved]))
     offset = strength * weight * _signs(settings.sign, at, int(regions.max(initial=0)), rng)
     xyz = part.xyz.copy()
     displaced = part.points[moved] + offset[moved, None] * part.surface.normals[moved]
@@ -247,12 +255,18 @@ def _signs(sign: Sign, at: npt.NDArray[np.int32], regions: int, rng: np.random.G
     return np.full(len(at), fixed)
 
 
-def _strength(part: Part, settings: SurfaceNoise) -> float:
+def _reached(distances: Values) -> float:
+    return float(np.quantile(distances, _MOST_OF_THEM)) if len(distances) else 0.0
+
+
+def _strength(part: Part, settings: SurfaceNoise, reached: float) -> float:
     if settings.strength_unit is StrengthUnit.METRES:
         return settings.strength
     if settings.strength_unit is StrengthUnit.NOISE:
         return settings.strength * part.noise.p95
-    return max(settings.strength * part.diagonal, settings.least_noise * part.noise.p95)
+    # A field of many octaves reaches half of its strength, so that a raised strength alone would not be seen.
+    raised = settings.least_noise * part.noise.p95 / reached if reached else 0.0
+    return max(settings.strength * part.diagonal, raised)
 
 
 def _spread(part: Part, values: npt.NDArray[Any], *, fill: float) -> npt.NDArray[Any]:

@@ -65,8 +65,8 @@ def synth3d(
     )
     if sample.defect.below_noise:
         typer.echo(
-            f"note: below noise: {1000 * sample.defect.strength:.3g} mm is under 4 times the noise floor of "
-            f"{1000 * sample.defect.noise.p95:.3g} mm; this is no example of a defect",
+            f"note: below noise: 95 % of what moved went at most {1000 * sample.defect.reached:.3g} mm, not 4 times "
+            f"the noise floor of {1000 * sample.defect.noise.p95:.3g} mm; this is no example of a defect",
             err=True,
         )
 

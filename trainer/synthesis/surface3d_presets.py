@@ -58,7 +58,8 @@ class SurfaceNoise(BaseModel):
         edge: see :class:`Edge`.
         strength: largest displacement, in ``strength_unit``.
         strength_unit: see :class:`StrengthUnit`.
-        least_noise: multiples of the noise floor that a strength in shares of the diagonal is raised to.
+        least_noise: multiples of the noise floor; a strength in shares of the diagonal is raised until points move so
+            far (95th percentile of those that move).
         sign: see :class:`Sign`.
         single_region: keep one region of the field and stretch it to the full strength.
         resolution: nodes of the field along each side.
