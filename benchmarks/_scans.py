@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.spatial import cKDTree
 
-from trainer.data.scan_files import read_scan
+from edge.capture.scan_files import read_scan
 from trainer.data.scans import KINDS, make_scan
 from trainer.synthesis.surface3d import Part
 

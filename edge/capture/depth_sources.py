@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
+from edge.capture.scan_files import SCAN_EXTENSIONS, read_organised
 from edge.capture.sources import CorruptFrameError, Grab
-from edge.errors import CaptureError
+from edge.errors import CaptureError, DataError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 
     from edge.capture.sense_settings import DepthSourceSettings
 
-SUFFIXES = frozenset({".png", ".tif", ".tiff", ".npz"})
+SUFFIXES = SCAN_EXTENSIONS | {".png"}
 POINTS = "xyz"
 """Name in an npz of an organised scan float32 [H, W, 3] in metres; ``z`` [H, W] is depth alone, in metres."""
 DEPTH = "z"
-_XYZ, _MAP = 3, 2
+_MAP = 2
 _READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -58,7 +59,7 @@ def read_depth(path: Path, settings: DepthSourceSettings) -> npt.NDArray[np.floa
     """Read one depth map.
 
     Args:
-        path: a 16-bit PNG or TIFF in counts, or an npz with ``xyz`` or ``z`` in metres.
+        path: a 16-bit PNG or TIFF in counts; an npz with ``z`` in metres; or an organised scan, as training reads it.
         settings: geometry and scale of depth without x and y.
 
     Returns:
@@ -67,43 +68,57 @@ def read_depth(path: Path, settings: DepthSourceSettings) -> npt.NDArray[np.floa
     Raises:
         CorruptFrameError: the file is unreadable or something else.
         CaptureError: the geometry is not set.
+        MissingExtraError: what reads it is not installed.
     """
-    if path.suffix.lower() == ".npz":
-        return _read_scan(path, settings)
+    suffix = path.suffix.lower()
+    if suffix in {".png", ".tif", ".tiff"}:
+        counts = _counts(path)
+        if counts is not None:
+            return points_of(counts.astype(np.float32) * np.float32(settings.scale_m), settings)
+    if suffix == ".npz":
+        depth = _depth_alone(path)
+        if depth is not None:
+            return points_of(depth, settings)
+    try:
+        return read_organised(path)
+    except DataError as error:
+        raise CorruptFrameError(str(error), name=path.name) from error
+
+
+def _counts(path: Path) -> npt.NDArray[np.uint16] | None:
+    """The 16-bit depth image in a file; None where a TIFF is none, and may be a scan."""
     try:
         data = path.read_bytes()
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
     except (OSError, cv2.error) as error:
         raise CorruptFrameError(f"{path}: cannot be read ({error})", name=path.name) from error
-    if image is None or image.dtype != np.uint16 or image.ndim != _MAP:
-        found = "nothing that can be decoded" if image is None else f"{image.dtype} {list(image.shape)}"
-        raise CorruptFrameError(
-            f"{path}: holds {found}; a depth image is one channel of 16 bits, and a scan is an npz with {POINTS}",
-            name=path.name,
-        )
-    return points_of(image.astype(np.float32) * np.float32(settings.scale_m), settings)
+    if image is not None and image.dtype == np.uint16 and image.ndim == _MAP:
+        return np.asarray(image, np.uint16)
+    if path.suffix.lower() != ".png" and (image is None or image.dtype.kind == "f"):
+        return None
+    found = "nothing that can be decoded" if image is None else f"{image.dtype} {list(image.shape)}"
+    raise CorruptFrameError(
+        f"{path}: holds {found}; a depth image is one channel of 16 bits, a scan a TIFF of three float planes or an "
+        f"npz with {POINTS}",
+        name=path.name,
+    )
 
 
-def _read_scan(path: Path, settings: DepthSourceSettings) -> npt.NDArray[np.float32]:
+def _depth_alone(path: Path) -> npt.NDArray[np.floating[Any]] | None:
+    """The depth in metres of an npz without points; None where it has points."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files if name in (POINTS, DEPTH)}
+            if POINTS in archive.files:
+                return None
+            depth = archive[DEPTH] if DEPTH in archive.files else None
     except _READ_ERRORS as error:
         raise CorruptFrameError(f"{path}: not a readable npz ({error})", name=path.name) from error
-    if POINTS in arrays:
-        points = arrays[POINTS]
-        if points.ndim != _XYZ or points.shape[2] != _XYZ or not np.issubdtype(points.dtype, np.floating):
-            raise CorruptFrameError(f"{path}: {POINTS} is {points.dtype} {list(points.shape)}, not float [H, W, 3]",
-                                    name=path.name)  # fmt: skip
-        # Whatever a sensor writes for "nothing": not finite, or no distance at all.
-        measured = np.isfinite(points).all(axis=2) & (points[..., 2] > 0)
-        return np.asarray(np.where(measured[..., np.newaxis], points, np.nan), np.float32)
     # Whole numbers are counts, of which an npz does not say how long they are.
-    if DEPTH in arrays and arrays[DEPTH].ndim == _MAP and np.issubdtype(arrays[DEPTH].dtype, np.floating):
-        return points_of(arrays[DEPTH], settings)
-    raise CorruptFrameError(
-        f"{path}: has neither {POINTS} [H, W, 3] nor {DEPTH} [H, W], in floating-point metres", name=path.name
-    )
+    if depth is None or depth.ndim != _MAP or not np.issubdtype(depth.dtype, np.floating):
+        raise CorruptFrameError(
+            f"{path}: has neither {POINTS} [H, W, 3] nor {DEPTH} [H, W], in floating-point metres", name=path.name
+        )
+    return np.asarray(depth)
 
 
 class DepthFolderSource:
@@ -123,7 +138,9 @@ class DepthFolderSource:
         """
         if not self._path.is_dir():
             raise CaptureError(f"{self._path}: no such folder; set the source's path to a folder of depth maps")
-        self._files = sorted(file for file in self._path.iterdir() if file.suffix.lower() in SUFFIXES)
+        self._files = sorted(
+            file for file in self._path.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+        )
         if not self._files:
             raise CaptureError(f"{self._path}: holds no depth map ({' '.join(sorted(SUFFIXES))})")
         self._next = self._good_in_pass = 0

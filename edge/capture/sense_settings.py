@@ -57,10 +57,18 @@ class DepthSourceSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    fx: float | None = Field(None, gt=0, title="Focal length x", description="Pixels; of 16-bit depth images.")
-    fy: float | None = Field(None, gt=0, title="Focal length y", description="Pixels; fx where absent.")
-    cx: float | None = Field(None, title="Principal point x", description="Pixels; the middle where absent.")
-    cy: float | None = Field(None, title="Principal point y", description="Pixels; the middle where absent.")
+    fx: float | None = Field(
+        None, gt=0, allow_inf_nan=False, title="Focal length x", description="Pixels; of 16-bit depth images."
+    )
+    fy: float | None = Field(
+        None, gt=0, allow_inf_nan=False, title="Focal length y", description="Pixels; fx where absent."
+    )
+    cx: float | None = Field(
+        None, allow_inf_nan=False, title="Principal point x", description="Pixels; the middle where absent."
+    )
+    cy: float | None = Field(
+        None, allow_inf_nan=False, title="Principal point y", description="Pixels; the middle where absent."
+    )
     scale_m: float = Field(
         0.001, gt=0, le=1, title="Metres per count", description="Of 16-bit depth images; 0 counts are no measurement."
     )

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from edge.bundle import Preprocessing, Resize
 from edge.capture.building import build_source
 from edge.capture.depth_sources import points_of, read_depth
+from edge.capture.scan_files import read_organised
 from edge.capture.sense_settings import DepthSourceSettings
 from edge.capture.settings import SourceSettings
 from edge.capture.sources import CorruptFrameError, Grab
@@ -53,16 +55,79 @@ def test_depth_in_an_npz_that_is_no_metres_is_refused(tmp_path: Path, depth: np.
         source.read()
 
 
+@pytest.mark.parametrize("name", ["fx", "fy", "cx", "cy"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_geometry_that_is_no_number_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ValidationError, match=name):
+        DepthSourceSettings.model_validate({name: value})
+
+
 def test_depth_image_without_geometry_is_refused(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "one.png"), np.full((4, 4), 800, np.uint16))
     with pytest.raises(CaptureError, match=r"depth\.fx"):
         read_depth(tmp_path / "one.png", DepthSourceSettings())
 
 
-def test_scan_in_a_tiff_is_refused_with_the_kind_of_file_to_give(tmp_path: Path) -> None:
+def write_pcd(path: Path, points: np.ndarray, *, height: int) -> None:
+    """A PCD 0.7 of x, y and z; organised where ``height`` is over 1."""
+    flat = np.ascontiguousarray(points.reshape(-1, 3), "<f4")
+    header = (
+        f"VERSION 0.7\nFIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nCOUNT 1 1 1\nWIDTH {len(flat) // height}\n"
+        f"HEIGHT {height}\nVIEWPOINT 0 0 0 1 0 0 0\nPOINTS {len(flat)}\nDATA binary\n"
+    )
+    path.write_bytes(header.encode() + flat.tobytes())
+
+
+def test_folder_that_was_learned_from_is_played(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="needs tifffile: pip install 'lineward[three-d]'")
+    pytest.importorskip("pypcd4", reason="needs pypcd4: pip install 'lineward[three-d]'")
+    points = scan(1, height=60, width=80)
+    points[0, 0] = 0.1, 0.1, -1.0  # behind the sensor
+    write_pcd(tmp_path / "a.pcd", points, height=60)
+    tifffile.imwrite(tmp_path / "b.tiff", np.nan_to_num(points), photometric="rgb", compression="zlib")
+    np.savez(tmp_path / "c.npz", xyz=points)
+    (tmp_path / "._b.tiff").write_bytes(b"what a file manager leaves behind")
+    source = build_source(SourceSettings(kind="depth_folder", path=str(tmp_path)))
+    source.open()
+    wanted = points.copy()
+    wanted[0, 0] = np.nan
+    for name in ("a.pcd", "b.tiff", "c.npz"):
+        grab = source.read()
+        assert isinstance(grab, Grab)
+        assert grab.name == name
+        np.testing.assert_array_equal(grab.image, wanted)
+        np.testing.assert_array_equal(read_organised(tmp_path / name), wanted)
+    assert source.read() is None
+
+
+@pytest.mark.parametrize("name", ["cloud.pcd", "cloud.ply"])
+def test_cloud_without_rows_is_refused_with_what_to_save_instead(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("pypcd4", reason="needs pypcd4: pip install 'lineward[three-d]'")
+    write_pcd(tmp_path / name, np.ones((7, 3)), height=1)
+    with pytest.raises(CorruptFrameError, match=r"without rows and columns.*organised scan as NPZ"):
+        read_depth(tmp_path / name, LENS)
+
+
+@pytest.mark.parametrize(("name", "package"), [("one.tiff", "tifffile"), ("one.pcd", "pypcd4")])
+def test_scan_without_its_package_says_what_to_install(
+    tmp_path: Path, name: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
     cv2.imwrite(str(tmp_path / "one.tiff"), np.ones((4, 5, 3), np.float32))
-    with pytest.raises(CorruptFrameError, match=r"float32 \[4, 5, 3\].*npz with xyz"):
-        read_depth(tmp_path / "one.tiff", DepthSourceSettings(fx=500.0))
+    write_pcd(tmp_path / "one.pcd", np.ones((4, 5, 3)), height=4)
+    with pytest.raises(MissingExtraError, match=rf"{package}.*lineward\[three-d\]"):
+        read_depth(tmp_path / name, LENS)
+
+
+@pytest.mark.parametrize("content", [b"", b"II*\0 half", b"VERSION 0.7\nFIELDS x"])
+@pytest.mark.parametrize("suffix", [".tif", ".pcd", ".npz", ".png"])
+def test_damaged_file_is_told_in_one_line(tmp_path: Path, suffix: str, content: bytes) -> None:
+    pytest.importorskip("pypcd4", reason="needs pypcd4: pip install 'lineward[three-d]'")
+    path = tmp_path / f"one{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(CorruptFrameError, match=path.name) as refused:
+        read_depth(path, LENS)
+    assert "\n" not in str(refused.value)
 
 
 def test_file_that_is_no_depth_map_is_corrupt_and_the_next_one_read(tmp_path: Path) -> None:

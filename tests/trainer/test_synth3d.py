@@ -11,8 +11,9 @@ import pytest
 from pypcd4 import PointCloud
 from typer.testing import CliRunner
 
+from edge.capture.scan_files import read_organised, read_scan
 from edge.errors import DataError, UsageError
-from trainer.data.scan_files import read_organised, read_scan, write_npz, write_tiff
+from trainer.data.scan_files import write_npz, write_tiff
 from trainer.data.scan_folder import load_scan_mask, read_scan_folder
 from trainer.data.scans import KINDS, Sensor, make_scan
 from trainer.synthesis.surface3d_cli import app

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from edge.bundle import load_arrays
+from edge.capture.scan_files import ORGANISED_EXTENSIONS
 from edge.errors import BundleError, DataError
 from trainer.data.folder import GOOD, Sample
 from trainer.data.images import load_mask_file
-from trainer.data.scan_files import ORGANISED_EXTENSIONS
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 
 from deploy.evaluation import Evaluation, Picture, Subject
+from edge.capture.scan_files import read_organised
 from edge.errors import DataError
 from edge.inference.depth import within_range
 from edge.judgement.threshold import fit_threshold
 from trainer.data.folder import content_hash
-from trainer.data.scan_files import read_organised
 from trainer.data.scan_folder import load_scan_mask, read_scan_folder
 from trainer.depth.geometry import PlaneFit
 from trainer.evaluation.protocol import LabelledImage

@@ -15,11 +15,11 @@ import torch
 from pydantic import ValidationError
 
 from edge.bundle import DepthLayout, Preprocessing, Resize
+from edge.capture.scan_files import read_organised
 from edge.errors import CaptureError, DataError, UsageError
 from edge.inference.depth import depth_canvas, valid_share, within_range
 from edge.inference.preprocessing import cut_tiles, join_maps
 from trainer.data.folder import content_hash
-from trainer.data.scan_files import read_organised
 from trainer.data.scan_folder import read_scan_folder
 from trainer.depth.defects import Defects
 from trainer.depth.geometry import GeometryTrunk

@@ -14,9 +14,10 @@ import numpy as np
 from pydantic import ValidationError
 
 from deploy.evaluation import write_whole
+from edge.capture.scan_files import ScanFile, read_scan
 from edge.errors import UsageError
 from trainer.data.images import write_png
-from trainer.data.scan_files import ScanFile, read_scan, write_npz, write_tiff
+from trainer.data.scan_files import write_npz, write_tiff
 from trainer.synthesis.surface3d import Part, SurfaceDefect, perturb
 from trainer.synthesis.surface3d_normals import estimate_surface
 from trainer.synthesis.surface3d_pictures import Raster, contact_sheet
