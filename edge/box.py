@@ -18,6 +18,7 @@ from edge.errors import MessageError
 from edge.health.signals import stopped_by_signals
 from edge.health.watchdog import clock_synchronised, notify_systemd
 from edge.inference.detectors import Detectors
+from edge.products.files import prepare_products
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -230,10 +231,10 @@ class Box:
             _LOG.warning("the box ends, to be started again: %s", self.restart_reason)
             self._stop.set()
             return
-        self._contents.add_products(settings, detectors)
-        judges = self._contents.judges(detectors, (*plan.begun, *plan.switched))
-        # Of cameras that go on, too: products may have been added for them.
-        added = self._contents.added_judges(settings, detectors)
+        products = prepare_products(settings.products, detectors)
+        judges = self._contents.judges(detectors, (*plan.begun, *plan.switched), products)
+        # Of cameras that go on, too: products may be added for them.
+        added = self._contents.added_judges(settings, detectors, products)
         assert self._contents.inspection is not None
         self._contents.inspection.change(settings)
         begun = [self._contents.worker(camera, detectors, judges[camera.name], settings) for camera in plan.begun]
@@ -243,6 +244,8 @@ class Box:
             self.cameras[camera.name].replace_detector(detectors.of(camera.name), judges[camera.name], guide)
         for name, judge in added:
             self.cameras[name].install_judge(judge)
+        # Not before their judges are there: a frame would be seen as a product that has no thresholds.
+        self._contents.add_products(products)
         self.cameras.change(settings.cameras, ended=plan.ended, begun=begun)
         assert self._contents.adaptation is not None
         self._contents.adaptation.keep_only(camera.name for camera in settings.cameras if camera.enabled)

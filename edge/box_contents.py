@@ -28,7 +28,7 @@ from edge.judgement.threshold_commands import ThresholdCommands
 from edge.judgement.threshold_versions import VERSIONS_FILE, ThresholdVersions
 from edge.memory.box_memory import BoxMemory
 from edge.products.book import RECIPES_FILE, RecipeBook
-from edge.products.files import add_products
+from edge.products.files import prepare_products
 from edge.products.judging import product_judges
 from edge.products.part import Recipes
 from edge.reporter import Reporter
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from edge.inference.detector import Detector
     from edge.judgement.verdicts import Judge
     from edge.part import BoxPart
+    from edge.products.files import PreparedProducts
     from edge.settings import BoxSettings, CameraSettings
 
 OUTBOX_FILE = "outbox.db"
@@ -99,7 +100,7 @@ class BoxContents:
         self._given = GivenThresholds(settings.state_dir / THRESHOLDS_FILE)
         self._thresholds = ThresholdVersions(settings.state_dir / VERSIONS_FILE)
         self._book = RecipeBook(settings.state_dir / RECIPES_FILE)
-        self._refused_files: list[str] = []
+        self._refused_files: tuple[str, ...] = ()
         self._evidence: EvidenceKeeper | None = None
         self._slot_watch: SlotWatch | None = None
         self._watches: CameraWatches | None = None
@@ -164,8 +165,10 @@ class BoxContents:
             for name, said in self.cameras.status().items()
         }
 
-    def judges(self, detectors: Detectors, settings: Sequence[CameraSettings]) -> dict[str, tuple[Judge, ...]]:
-        """The judges of each enabled camera, one for each product.
+    def judges(
+        self, detectors: Detectors, settings: Sequence[CameraSettings], products: PreparedProducts
+    ) -> dict[str, tuple[Judge, ...]]:
+        """The judges of each enabled camera, one for each product, those from files included.
 
         They are of the memory that judged last; of the packed one where that cannot be used.
         """
@@ -173,7 +176,8 @@ class BoxContents:
         for detector in detectors:
             cameras = [c for c in settings if c.enabled and detectors.of(c.name) is detector]
             if detector.products:
-                found |= {camera.name: product_judges(camera, detector, self._given.of) for camera in cameras}
+                added = products.of(detector)
+                found |= {one.name: product_judges(one, detector, self._given.of, added) for one in cameras}
                 continue
 
             def make(
@@ -223,29 +227,28 @@ class BoxContents:
             follower=guide,
         )
 
-    def add_products(self, settings: BoxSettings, detectors: Detectors) -> None:
-        """Add the products of the settings' files to the detectors of their bundles; tell of those that are refused."""
-        self._refused_files = add_products(settings.products, detectors)
+    def add_products(self, products: PreparedProducts) -> None:
+        """Have products from files judged; tell of files that are refused."""
+        products.put_in_force()
+        self._refused_files = products.refused
         if self.recipes is not None:
             self.recipes.refuse_files(self._refused_files)
 
-    def added_judges(self, settings: BoxSettings, detectors: Detectors) -> list[tuple[str, Judge]]:
-        """Make judges of products that running cameras can judge since they were added, each with its camera's name."""
+    def added_judges(
+        self, settings: BoxSettings, detectors: Detectors, products: PreparedProducts
+    ) -> list[tuple[str, Judge]]:
+        """Make judges of products from files that are new to running cameras, each with its camera's name."""
         found: list[tuple[str, Judge]] = []
         before, cameras = self.detectors, {camera.name: camera for camera in settings.cameras if camera.enabled}
         for worker in self.cameras:
-            camera, known = cameras.get(worker.name), {one.product: one.calibration for one in worker.judges}
+            camera, known = cameras.get(worker.name), {one.product_file for one in worker.judges}
             if camera is None or before is None or detectors.of(camera.name) is not before.of(camera.name):
                 continue
             detector = detectors.of(camera.name)
-            new = {
-                one.product
-                for one in detector.added
-                if one.product not in known or known[one.product] is not one.calibration
-            }
-            if new:
-                judges = product_judges(camera, detector, self._given.of)
-                found += [(worker.name, judge) for judge in judges if judge.product in new]
+            added = products.of(detector)
+            if any(one.digest not in known for one in added):
+                judges = product_judges(camera, detector, self._given.of, added)
+                found += [(worker.name, one) for one in judges if one.product_file not in known]
         return found
 
     def guide(self, camera: CameraSettings, detectors: Detectors, settings: BoxSettings) -> Guide | None:
@@ -284,7 +287,7 @@ class BoxContents:
 
     def _open_once(self, settings: BoxSettings) -> tuple[Detectors, dict[str, tuple[Judge, ...]]]:
         detectors = Detectors.open(settings)
-        self.add_products(settings, detectors)
+        products = prepare_products(settings.products, detectors)
         if settings.memory is not None:
             if detectors.default.products:
                 raise SettingsError(
@@ -292,7 +295,9 @@ class BoxContents:
                     "leave the section out, or use a bundle for each product"
                 )
             self.memory = BoxMemory(settings, detectors.default, link=self._link)
-        return detectors, self.judges(detectors, settings.cameras)
+        judges = self.judges(detectors, settings.cameras, products)
+        self.add_products(products)
+        return detectors, judges
 
     def _open_outbox(self) -> None:
         settings = self.settings

@@ -54,6 +54,7 @@ def make_judge(
     run_time: RunTimeThreshold | None = None,
     *,
     product: str = "",
+    product_file: str = "",
     remark: str = "",
 ) -> Judge:
     """Make the judge of one camera and say its threshold in the log.
@@ -65,6 +66,7 @@ def make_judge(
         memory_version: of the memory, 0 for the packed one.
         run_time: a threshold that was given to the running box.
         product: whose scores these are, of a bundle for several.
+        product_file: digest of the file that the product is of; empty of one of the bundle's own.
         remark: what an operator should know of them.
 
     Raises:
@@ -88,6 +90,7 @@ def make_judge(
         bundle_id=bundle.id,
         memory_version=memory_version,
         product=product,
+        product_file=product_file,
         remark=remark,
     )
     threshold = judge.threshold

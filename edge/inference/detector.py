@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -60,6 +60,18 @@ class DetectorStatus:
     fallback_reason: str
     golden_max_error: float
     accelerator: str = Provider.CPU.value
+
+
+class MoreProducts(NamedTuple):
+    """Products that a detector could judge from now on.
+
+    Attributes:
+        added: all that will be added then, in the order of their indices.
+        put_in_force: has the detector judge them, in one step that cannot fail.
+    """
+
+    added: tuple[ProductFile, ...]
+    put_in_force: Callable[[], None]
 
 
 class Detector:
@@ -274,7 +286,7 @@ class Detector:
         copies = {name: np.array(values, order="C") for name, values in tensors.items()}
 
         def build() -> None:
-            state = self._with_added(copies)
+            state = self._with_added(copies, self._added)
             head = self._build_head(state)
             # Whoever has used embeddings goes on to: their graph is compiled here, not in that call.
             if self._in_force.head.has(EMBEDDING):
@@ -303,31 +315,31 @@ class Detector:
         """Whether the head says which product or sub-class it sees."""
         return ROUTE in self._in_force.head.outputs
 
-    def add_products(self, products: Sequence[ProductFile]) -> Future[None]:
-        """Build a head with the rows of more products in the background and switch to it in one step.
+    def prepare_products(self, products: Sequence[ProductFile]) -> Future[MoreProducts]:
+        """Build a head with the rows of more products in the background; nobody judges by it yet.
 
         A product that was added before gets its new rows. The rows of the others are as they were, so golden frames
-        keep their scores.
+        keep their scores. Of two that are prepared the one put in force last holds, and a state that was switched
+        meanwhile is lost.
 
         Args:
             products: that fit the bundle, see :func:`edge.products.product_file.require_fit`.
 
         Returns:
-            Done when they can be judged. Its error may be an EngineError; the products of before then stay.
+            Done when they can be put in force. Its error may be an EngineError.
         """
 
-        def build() -> None:
+        def build() -> MoreProducts:
             added = self._added | {one.product: one for one in products}
-            before, self._added = self._added, added
-            try:
-                head = self._build_head(self._with_added(self._state))
-                if self._in_force.head.has(EMBEDDING):
-                    head.session(EMBEDDING, 0)
-            except BaseException:
-                self._added = before
-                raise
+            head = self._build_head(self._with_added(self._state, added))
+            if self._in_force.head.has(EMBEDDING):
+                head.session(EMBEDDING, 0)
             names = (*self.bundle.manifest.products, *added)
-            self._in_force = InForce(head, self._in_force.memory_version, names)
+
+            def put_in_force() -> None:
+                self._added, self._in_force = added, InForce(head, self._in_force.memory_version, names)
+
+            return MoreProducts(tuple(added.values()), put_in_force)
 
         return self._switcher.submit(build)
 
@@ -356,14 +368,14 @@ class Detector:
         ]
         return float(np.max(np.abs(np.array(scores) - arrays[f"score_{name}"].astype(np.float64))))
 
-    def _with_added(self, state: State) -> State:
-        if not self._added:
+    def _with_added(self, state: State, added: Mapping[str, ProductFile]) -> State:
+        if not added:
             return state
         own = {
             name: values[: len(self.bundle.manifest.products)] if name in self.bundle.manifest.product_state else values
             for name, values in state.items()
         }
-        return with_products(own, list(self._added.values()))
+        return with_products(own, list(added.values()))
 
     def _golden_products(self, path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> list[int]:
         """Which product each golden frame shows, by index."""

@@ -137,16 +137,23 @@ class RunTimeThreshold(_BoundThreshold):
         value: raw score at and above which a frame is NOK; None for what the budget gives.
         scope: of the camera when it was given, see :attr:`~edge.judgement.verdicts.Judge.scope`; a score under another
             mask or smallest area is another score.
+        product_file: digest of the file that the product is of, see
+            :attr:`~edge.products.product_file.ProductFile.digest`; empty of one of the bundle's own.
         given_at: UTC, RFC 3339, for people.
     """
 
     value: float | None = Field(allow_inf_nan=False)
     scope: str = Field("", max_length=64)
+    product_file: str = Field("", max_length=64)
     given_at: str = Field("", max_length=40)
 
-    def mismatch(self, *, bundle_id: str, memory_version: int, scope: str, product: str = "") -> str:
+    def mismatch(
+        self, *, bundle_id: str, memory_version: int, scope: str, product: str = "", product_file: str = ""
+    ) -> str:
         """Return why the threshold must not be used here; empty where it may."""
         other = self._other(bundle_id=bundle_id, memory_version=memory_version, product=product)
+        if not other and self.product_file != product_file:
+            other = f"it was set for another file of product {product}"
         if not other and self.scope != scope:
             other = "the camera's region, mask or smallest area was another one"
         return other and f"threshold given at run time ignored: {other}"
@@ -175,6 +182,7 @@ def choose_threshold(
     memory_version: int,
     scope: str,
     product: str = "",
+    product_file: str = "",
 ) -> Chosen:
     """Choose between a threshold given at run time, that of the settings, and the budget, in this order.
 
@@ -185,10 +193,13 @@ def choose_threshold(
         memory_version: of the memory in use.
         scope: of the camera's region, mask and smallest area.
         product: that is judged; empty in a bundle of one.
+        product_file: digest of the file that it is of; empty of one of the bundle's own.
     """
     notice = ""
     if run_time is not None:
-        notice = run_time.mismatch(bundle_id=bundle_id, memory_version=memory_version, scope=scope, product=product)
+        notice = run_time.mismatch(
+            bundle_id=bundle_id, memory_version=memory_version, scope=scope, product=product, product_file=product_file
+        )
         if not notice:
             return Chosen(run_time.value, "budget" if run_time.value is None else "run time")
         # "None" took something away; where it does not hold, nothing that judges is missing.

@@ -173,6 +173,7 @@ class ThresholdCommands:
             memory_version=command.memory_version,
             product=command.product or None,
             scope=before.scope,
+            product_file=before.product_file,
             given_at=format_utc(datetime.now(timezone.utc)),
         )
         other = given.mismatch(
@@ -180,6 +181,7 @@ class ThresholdCommands:
             memory_version=before.memory_version,
             scope=before.scope,
             product=before.product,
+            product_file=before.product_file,
         )
         where = place(camera.name, before.product)
         if other:

@@ -77,6 +77,7 @@ class Judge:
         bundle_id: of the bundle in use.
         memory_version: of the memory that its thresholds hold for.
         product: that its thresholds hold for; empty in a bundle of one.
+        product_file: digest of the file that the product is of; empty of one of the bundle's own.
         run_time: the threshold given at run time, whether it holds here or not.
         notice: why a threshold from outside is not used; empty where it is, or where there is none.
         threshold_version: of its threshold, as verdicts name it; whoever puts the judge in force counts.
@@ -99,6 +100,7 @@ class Judge:
         bundle_id: str = "",
         memory_version: int = 0,
         product: str = "",
+        product_file: str = "",
         remark: str = "",
         max_regions: int = 16,
         clock_ns: Callable[[], int] = time.monotonic_ns,
@@ -120,6 +122,7 @@ class Judge:
             bundle_id: of the bundle in use.
             memory_version: of the memory whose predictions are judged, 0 for the one packed in the bundle.
             product: whose good scores these are; empty in a bundle of one.
+            product_file: digest of the file that the product is of; empty of one of the bundle's own.
             remark: what an operator should know of these scores.
             max_regions: most regions in a verdict.
             clock_ns: the monotonic clock.
@@ -140,6 +143,7 @@ class Judge:
         self.bundle_id = bundle_id
         self.memory_version = memory_version
         self.product = product
+        self.product_file = product_file
         self._remark = remark
         self.run_time = run_time
         self.threshold_version = 0
@@ -150,6 +154,7 @@ class Judge:
             memory_version=memory_version,
             scope=self._scope.digest,
             product=product,
+            product_file=product_file,
         )
         self.notice = self._chosen.notice
         self._view: _View | None = None
@@ -249,6 +254,7 @@ class Judge:
             bundle_id=self.bundle_id,
             memory_version=memory_version,
             product=self.product,
+            product_file=self.product_file,
             remark=self._remark,
             max_regions=self._max_regions,
             clock_ns=self._clock_ns,

@@ -12,7 +12,7 @@ from edge.errors import DataError
 from edge.judgement.threshold import fit_threshold
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from edge.bundle import CalibrationScores
     from edge.inference.detector import Detector
@@ -23,14 +23,18 @@ if TYPE_CHECKING:
 
 
 def product_judges(
-    camera: CameraSettings, detector: Detector, given: Callable[[str, str], RunTimeThreshold | None]
+    camera: CameraSettings,
+    detector: Detector,
+    given: Callable[[str, str], RunTimeThreshold | None],
+    added: Sequence[ProductFile] | None = None,
 ) -> tuple[Judge, ...]:
-    """Make the judges of one camera, of the bundle's products and of those that were added to it.
+    """Make the judges of one camera, of the bundle's products and of those from files.
 
     Args:
         camera: its settings.
         detector: of a bundle for several products.
         given: the threshold that a camera was given at run time for a product.
+        added: products from files; those that the detector judges already where None.
 
     Raises:
         BundleError: the bundle has no scores of one of its products.
@@ -41,27 +45,28 @@ def product_judges(
     calibration = bundle.calibration(status.engine, status.precision)
     own = {name: calibration.of(name) for name in bundle.manifest.products}
 
-    def make(name: str, scores: CalibrationScores, remark: str = "") -> Judge:
+    def make(name: str, scores: CalibrationScores, file: str = "", remark: str = "") -> Judge:
         outside = camera.threshold
         if outside is not None and outside.product not in (None, name):
             # It is another product's, which is no reason to warn of it here.
             outside = None
         its = camera.model_copy(update={"threshold": outside})
-        return make_judge(its, bundle, scores, run_time=given(camera.name, name), product=name, remark=remark)
+        run_time = given(camera.name, name)
+        return make_judge(its, bundle, scores, run_time=run_time, product=name, product_file=file, remark=remark)
 
     found = [make(name, scores) for name, scores in own.items()]
-    for added in detector.added:
-        scores, why = _scores_of(added, detector, camera.alpha)
+    for one in detector.added if added is None else added:
+        scores, why = _scores_of(one, detector, camera.alpha)
         if scores is not None:
-            found.append(make(added.product, scores))
+            found.append(make(one.product, scores, one.digest))
             continue
-        highest = {name: fit_threshold(one.scores, one.groups, camera.alpha).value for name, one in own.items()}
+        highest = {name: fit_threshold(its.scores, its.groups, camera.alpha).value for name, its in own.items()}
         lender = max(highest, key=highest.__getitem__)
         remark = (
             f"its thresholds are those of {lender}, the highest of the bundle's products: {why}; make its file again "
             "with --good and a folder of good images"
         )
-        found.append(make(added.product, own[lender], remark))
+        found.append(make(one.product, own[lender], one.digest, remark))
     return tuple(found)
 
 

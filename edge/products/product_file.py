@@ -70,6 +70,8 @@ class ProductFile:
         state: one row of each ``product_state`` tensor, float32, by name.
         calibration: scores of good images under this very state, for ``engine`` and ``precision`` alone, ``products``
             None; None where no folder was given: thresholds are then to be borrowed from the bundle's own products.
+        digest: sha256 of the metadata entry, which names that of the tensors: of a file made anew it is another one.
+            Empty of what was not read from a file.
     """
 
     product: str
@@ -81,6 +83,7 @@ class ProductFile:
     created: datetime
     state: Mapping[str, npt.NDArray[np.float32]]
     calibration: CalibrationScores | None = None
+    digest: str = ""
 
 
 def write_product(path: Path, product: ProductFile) -> None:
@@ -155,6 +158,7 @@ def read_product(path: Path) -> ProductFile:
         created=header.created,
         state=state,
         calibration=calibration,
+        digest=hashlib.sha256(text.encode()).hexdigest(),
     )
 
 

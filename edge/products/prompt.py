@@ -75,7 +75,7 @@ def make_product(detector: Detector, name: str, image: Path, good: Path | None =
         return product
     canvases = _canvases(detector, good, skip=_sha256(image))
     try:
-        detector.add_products([product]).result()
+        detector.prepare_products([product]).result().put_in_force()
     except EngineError as error:
         raise EngineError(f"{bundle.path}: cannot take {name!r} in ({error})") from error
     look = Look(detector.products.index(name))

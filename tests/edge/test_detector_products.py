@@ -100,7 +100,7 @@ def test_an_added_product_is_judged_by_its_own_rows_and_changes_nobody_elses(
     detector = Detector.open(bundle, engine=engine, threads=1)
     before = [score(detector, MAKE[name](7), index) for index, name in enumerate(PRODUCTS)]
     added = make_product_file(tmp_path / "m.safetensors", bundle, middle_frame, name="middle")
-    detector.add_products([added]).result(SOON)
+    detector.prepare_products([added]).result(SOON).put_in_force()
 
     assert detector.products == (*PRODUCTS, "middle")
     assert detector.golden_error() <= 1e-3
@@ -111,7 +111,7 @@ def test_an_added_product_is_judged_by_its_own_rows_and_changes_nobody_elses(
     detector.switch_state(stored_state(bundle), memory_version=3).result(SOON)
     assert detector.predict(frame(middle_frame(9)), Look(2)).memory_version == 3
     again = make_product_file(tmp_path / "m.safetensors", bundle, dark_frame, name="middle")
-    detector.add_products([again]).result(SOON)
+    detector.prepare_products([again]).result(SOON).put_in_force()
     assert detector.products == (*PRODUCTS, "middle")
     assert score(detector, dark_frame(9), 2) < score(detector, middle_frame(9), 2)
 

@@ -13,7 +13,7 @@ import pytest
 
 from edge.adaptation.look import Look
 from edge.alerts.command_messages import ThresholdCommand
-from edge.alerts.message import build
+from edge.alerts.message import NoticeKind, build
 from edge.bundle import Bundle, CalibrationScores, Engine, Pooling, Precision
 from edge.camera import CameraWorker
 from edge.errors import DataError
@@ -316,7 +316,7 @@ def test_an_added_product_without_scores_borrows_the_highest_threshold_and_says_
 ) -> None:
     detector, path = open_detector(bundle), tmp_path / "middle.safetensors"
     make_product_file(path, bundle, middle_frame, name="middle")
-    assert add_products([path], [detector]) == []
+    assert add_products([path], [detector]) == ()
     dark, _, middle = product_judges(camera_settings(), detector, nothing_given)
     assert (middle.product, middle.threshold) == ("middle", dark.threshold)
     assert (
@@ -325,27 +325,56 @@ def test_an_added_product_without_scores_borrows_the_highest_threshold_and_says_
     )
     assert dark.warnings == ()
     # With another threshold given it is its own all the same.
-    given = RunTimeThreshold(value=1.5, bundle_id=bundle.id, product="middle", scope=middle.scope)
+    given = RunTimeThreshold(
+        value=1.5, bundle_id=bundle.id, product="middle", scope=middle.scope, product_file=middle.product_file
+    )
     assert middle.with_threshold(given).threshold.value == 1.5
     assert middle.with_threshold(given).warnings == middle.warnings
 
     make_product_file(path, bundle, middle_frame, name="middle", scores=True)
     again = open_detector(bundle)
-    assert add_products([path], [again]) == []
+    assert add_products([path], [again]) == ()
     own = product_judges(camera_settings(), again, nothing_given)[2]
     assert own.threshold.value != dark.threshold.value
     assert own.warnings == ()
+
+
+def test_a_threshold_holds_for_the_file_that_it_was_given_for_and_no_other(bundle: Bundle, tmp_path: Path) -> None:
+    path, notices = tmp_path / "middle.safetensors", list[NoticeKind]()
+    make_product_file(path, bundle, middle_frame, name="middle")
+    detector = open_detector(bundle)
+    assert add_products([path], [detector]) == ()
+    kept = GivenThresholds(tmp_path / "thresholds.json")
+    cameras = [Worker(*product_judges(camera_settings(), detector, kept.of))]
+    commands = ThresholdCommands(kept, cameras=cameras, notify=lambda kind, *_, **__: notices.append(kind))
+    asked = {"camera": "cam", "value": 1.5, "bundle_id": bundle.id, "memory_version": 0, "product": "middle"}
+    assert commands.obey(build(ThresholdCommand, **asked))["ok"]
+    # After a restart, too.
+    held = product_judges(camera_settings(), detector, GivenThresholds(tmp_path / "thresholds.json").of)[2]
+    assert (held.threshold.value, held.threshold_source, held.notice) == (1.5, "run time", "")
+
+    make_product_file(path, bundle, middle_frame, name="middle", rows=8)
+    assert add_products([path], [detector]) == ()
+    anew = product_judges(camera_settings(), detector, kept.of)[2]
+    assert anew.threshold_source == "budget"
+    assert anew.warnings[-1] == "threshold given at run time ignored: it was set for another file of product middle"
+    cameras[:] = [Worker(anew)]
+    commands.look()
+    assert notices == [NoticeKind.THRESHOLD_SET, NoticeKind.THRESHOLD_IGNORED]
+    assert not commands.status()["cameras"]["cam/middle"]["in_force"]
+    assert commands.obey(build(ThresholdCommand, **asked))["ok"]
+    assert cameras[0].judge.threshold_source == "run time"
 
 
 def test_scores_of_another_engine_are_not_taken(bundle: Bundle, tmp_path: Path) -> None:
     path = tmp_path / "middle.safetensors"
     make_product_file(path, bundle, middle_frame, scores=True)
     detector = Detector.open(bundle, engine=Engine.OPENVINO, threads=1)
-    assert add_products([path], [detector]) == []
+    assert add_products([path], [detector]) == ()
     borrowed = product_judges(camera_settings(), detector, nothing_given)[2]
     assert "of onnxruntime float32, and openvino float32 judges" in borrowed.warnings[0]
     few = open_detector(bundle)
-    assert add_products([path], [few]) == []
+    assert add_products([path], [few]) == ()
     strict = camera_settings(budget={"false_events_per_hour": 0.01})
     assert math.isfinite(product_judges(strict, few, nothing_given)[2].threshold.value)
 

@@ -77,7 +77,7 @@ def test_good_images_are_scored_as_the_box_will_score_them(bundle: Bundle, detec
     assert made.calibration is not None
     assert made.calibration.groups.tolist() == [f"{index}.png" for index in range(1, 8)]
     box = Detector.open(bundle, engine=ENGINE, threads=1)
-    box.add_products([made]).result()
+    box.prepare_products([made]).result().put_in_force()
     for index, (found, one) in enumerate(zip(made.calibration.scores, made.calibration.maps, strict=True), start=1):
         assert found == pytest.approx(score(box, striped(index), 2), rel=1e-5)
         assert found == pytest.approx(pool_score(one.astype(np.float32), bundle.manifest.pooling), rel=1e-2)

@@ -244,6 +244,33 @@ def test_a_product_is_added_by_a_reload_and_a_foreign_file_is_refused(
     with started(wanted(fits)) as (box, _):
         wait(lambda: statuses(box)["counters"]["nok"] > 0, box)
         assert statuses(box)["judged_as"] == "middle"
+        # A threshold is of the file that it was given for.
+        make_product_file(fits, blind, middle_frame, name="middle", rows=8)
+        box.reload(wanted(fits))
+        assert any("set for another file of product middle" in text for text in box.status()["warnings"])
+        assert statuses(box)["products"]["middle"]["levels"]["threshold_source"] == "budget"
+
+
+def test_a_reload_that_is_refused_adds_no_product(mosquitto: Mosquitto, blind: Bundle, tmp_path: Path) -> None:
+    parts, file = folder_of(tmp_path / "parts", [(BRIGHT, False)] * 2), tmp_path / "file.safetensors"
+    make_product_file(file, blind, lambda seed: bright_frame(seed, 30), name="middle")
+    before = settings(tmp_path, blind.path, mosquitto.url, [camera("cam", parts, **LOOSE)])
+    more = camera("more", parts, region_of_interest={"mask": str(tmp_path / "missing.png")})
+
+    def wanted(*cameras: dict[str, Any], files: tuple[Path, ...]) -> BoxSettings:
+        return settings(tmp_path, blind.path, mosquitto.url, [camera("cam", parts, **LOOSE), *cameras], products=files)
+
+    with asker(mosquitto.url) as ask, started(before) as (box, _):
+        assert recipe(ask, BRIGHT).ok
+        box.reload(wanted(more, files=(file, tmp_path / "none.safetensors")))
+        assert any("missing.png" in text for text in box.status()["warnings"])
+        assert box.status()["detail"]["recipes"]["products"] == {"cam": list(PRODUCTS)}
+        assert box.status()["detail"]["recipes"]["refused_files"] == []
+        assert "has no product 'middle'" in recipe(ask, "middle").reason
+        # The same file in settings that can come into force.
+        box.reload(wanted(files=(file,)))
+        assert recipe(ask, "middle").ok
+        wait(lambda: statuses(box).get("judged_as") == "middle", box)
 
 
 def test_a_recipe_outlives_its_bundle_where_the_next_one_has_the_product(

@@ -100,7 +100,7 @@ def test_box_is_told_of_a_third_product_by_one_good_image(
 
     box = Detector.open(bundle, engine=engine, precision=Precision.FLOAT32)
     before = [box.map_of_canvas(canvas(image), Look(product)) for product in range(len(KNOWN))]
-    box.add_products([read]).result()
+    box.prepare_products([read]).result().put_in_force()
     assert box.products == (*KNOWN, THIRD)
     for product, found in enumerate(before):
         np.testing.assert_allclose(box.map_of_canvas(canvas(image), Look(product)), found, rtol=1e-4, atol=1e-4)
