@@ -1,14 +1,16 @@
 """Depth cameras by their makers' own packages: Intel RealSense (pyrealsense2) and Luxonis OAK (depthai).
 
-Written after the packages' documented interfaces and never run with a device; loaded only where a source asks for one.
+Checked against pyrealsense2 2.59 and depthai 2.33 without a device, and never run with one; loaded where asked for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from edge.capture.depth_sources import points_of
 from edge.capture.sense_settings import DepthSourceSettings
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 _POLL_MS = 200
 _DEFAULT_SIZE, _DEFAULT_FPS = (640, 480), 30
+_OAK_SIZE = (640, 400)
 
 
 class RealSenseSource:
@@ -52,12 +55,13 @@ class RealSenseSource:
         pipeline = rs.pipeline()
         try:
             profile = pipeline.start(config)
+            # From here on it streams, and has to be stopped whatever else fails.
+            self._pipeline = pipeline
             self._scale = float(profile.get_device().first_depth_sensor().get_depth_scale())
             lens = profile.get_stream(rs.stream.depth).as_video_stream_profile().get_intrinsics()
         except RuntimeError as error:
             raise CaptureError(f"realsense {settings.device}: cannot be opened ({error}); see its cable") from error
-        self._pipeline = pipeline
-        self._geometry = DepthSourceSettings(fx=lens.fx, fy=lens.fy, cx=lens.ppx, cy=lens.ppy)
+        self._geometry = _geometry(f"realsense {settings.device}", lens.fx, lens.fy, lens.ppx, lens.ppy)
 
     def read(self) -> Grab | Idle:
         """Return the next depth map.
@@ -82,7 +86,9 @@ class RealSenseSource:
         """Stop the stream."""
         pipeline, self._pipeline = self._pipeline, None
         if pipeline is not None:
-            pipeline.stop()
+            # One whose device is gone has stopped by itself, and says so (RuntimeError).
+            with contextlib.suppress(RuntimeError):
+                pipeline.stop()
 
 
 class OakSource:
@@ -123,12 +129,10 @@ class OakSource:
         try:
             self._device = dai.Device(pipeline, dai.DeviceInfo(str(self._settings.device)))
             self._queue = self._device.getOutputQueue(name="depth", maxSize=2, blocking=False)
-            calibration = self._device.readCalibration()
+            lens = self._device.readCalibration().getCameraIntrinsics(dai.CameraBoardSocket.CAM_C, *_OAK_SIZE)
         except RuntimeError as error:
             raise CaptureError(f"oak {self._settings.device}: cannot be opened ({error}); see its cable") from error
-        size = (640, 400)
-        lens = calibration.getCameraIntrinsics(dai.CameraBoardSocket.CAM_C, *size)
-        self._geometry = DepthSourceSettings(fx=lens[0][0], fy=lens[1][1], cx=lens[0][2], cy=lens[1][2])
+        self._geometry = _geometry(f"oak {self._settings.device}", lens[0][0], lens[1][1], lens[0][2], lens[1][2])
 
     def read(self) -> Grab | Idle:
         """Return the next depth map.
@@ -152,4 +156,14 @@ class OakSource:
         """Let go of the camera."""
         device, self._device, self._queue = self._device, None, None
         if device is not None:
-            device.close()
+            with contextlib.suppress(RuntimeError):
+                device.close()
+
+
+def _geometry(camera: str, fx: float, fy: float, cx: float, cy: float) -> DepthSourceSettings:
+    try:
+        return DepthSourceSettings(fx=fx, fy=fy, cx=cx, cy=cy)
+    except ValidationError as error:
+        raise CaptureError(
+            f"{camera}: says focal lengths {fx:g}, {fy:g} and principal point {cx:g}, {cy:g}; calibrate it"
+        ) from error
