@@ -103,7 +103,10 @@ def train(
     modality: Annotated[
         str, typer.Option(help="image; signal: --data has recordings; depth: --data has scans (docs/depth.md).")
     ] = "image",
-    window: Annotated[float, typer.Option(help="Signal: seconds that are judged at once.")] = 2.0,
+    window: Annotated[
+        float | None,
+        typer.Option(help="Signal: seconds that are judged at once; default: 2, of PTB-XL a whole record."),
+    ] = None,
     hop: Annotated[float | None, typer.Option(help="Signal: seconds between windows; default: half a window.")] = None,
     low_hz: Annotated[float | None, typer.Option(help="Signal: take off what is slower, such as a drift.")] = None,
     high_hz: Annotated[float | None, typer.Option(help="Signal: take off what is faster, such as noise.")] = None,

@@ -26,7 +26,6 @@ from trainer.signals.evaluate import evaluate_signal
 from trainer.signals.export import export_signal_run
 from trainer.signals.figures import point_auroc, window_auroc
 from trainer.signals.fit import layout_for, split_windows, train
-from trainer.signals.ptbxl import prepare, read_entries, records
 from trainer.signals.reading import read_recordings, training_part, write_recording
 from trainer.signals.reading import test_part as labelled_part
 from trainer.signals.recording import Recording, around, cut_windows, one_kind
@@ -414,39 +413,3 @@ def test_a_damaged_run_is_named(runs, tmp_path):
         SignalRun.load(tmp_path / "copy")
     with pytest.raises(DataError, match="lineward train"):
         SignalRun.load(tmp_path)
-
-
-def test_ptbxl_is_split_by_fold_and_first_superclass(tmp_path):
-    (tmp_path / "scp_statements.csv").write_text(
-        ",description,diagnostic_class\nNORM,n,NORM\nIMI,i,MI\nSR,sinus rhythm,\n", encoding="utf-8"
-    )
-    (tmp_path / "ptbxl_database.csv").write_text(
-        "ecg_id,scp_codes,strat_fold,filename_hr\n"
-        "1,\"{'SR': 0.0, 'NORM': 100.0}\",3,records500/1\n"
-        "2,\"{'IMI': 50.0, 'NORM': 100.0}\",3,records500/2\n"
-        "3,\"{'NORM': 80.0, 'IMI': 15.0}\",10,records500/3\n"
-        "4,\"{'SR': 0.0}\",10,records500/4\n",
-        encoding="utf-8",
-    )
-    entries = read_entries(tmp_path)
-    assert [one.superclass for one in entries] == ["NORM", "MI", "NORM", ""]
-    assert [one.learned for one in entries] == [True, False, False, False]
-    assert [one.judged for one in entries] == [False, False, True, False]
-    raw = EcgLike(channels=12, rate_hz=500.0).recording(10, seed=1)
-    found = dict(records(tmp_path, lambda one: one.learned or one.judged, lambda _: raw))
-    assert [one.anomalous.any() for one in found.values()] == [False, False]
-    with pytest.raises(DataError, match="PTB-XL"):
-        read_entries(tmp_path / "nowhere")
-
-
-def test_ptbxl_records_lose_baseline_and_hum_and_fill_their_range():
-    time = np.arange(5000) / 500
-    beat = np.sin(2 * np.pi * 8 * time)
-    dirty = np.stack([beat + 3 + 2 * np.sin(2 * np.pi * 0.1 * time) + 0.5 * np.sin(2 * np.pi * 100 * time), 0 * time])
-    found = prepare(dirty)
-    assert found.shape == (2, 4800)
-    assert (found[0].min(), found[0].max()) == (-1.0, 1.0)
-    assert np.corrcoef(found[0], beat[100:4900])[0, 1] > 0.98
-    assert not found[1].any()
-    with pytest.raises(DataError, match="shorter"):
-        prepare(dirty[:, :1000])

@@ -11,11 +11,14 @@ from edge.bundle import MANIFEST, Modality
 from edge.errors import UsageError
 from trainer.progress import progress_bars
 from trainer.signals.fit import train
+from trainer.signals.ptbxl import WINDOW_S, is_ptbxl
 from trainer.signals.runs import SignalRun, is_signal_run
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
+
+_WINDOW_S = 2.0
 
 
 def train_signal(
@@ -23,7 +26,7 @@ def train_signal(
     method: str,
     data: Sequence[Path],
     out: Path,
-    window_s: float,
+    window_s: float | None,
     hop_s: float | None,
     low_hz: float | None,
     high_hz: float | None,
@@ -35,12 +38,16 @@ def train_signal(
 ) -> SignalRun:
     """Train on recordings and print what came of it; the arguments are those of :func:`trainer.signals.fit.train`.
 
+    A window is 2 s where None is given, of PTB-XL a whole record.
+
     Raises:
         UsageError: recordings of several products, or a setting is out of range.
         DataError: the recordings cannot be used.
     """
     if len(data) > 1 or len(product or ()) > 1:
         raise UsageError("--data: a detector of signals learns one product; give one folder of recordings")
+    if window_s is None:
+        window_s = WINDOW_S if is_ptbxl(data[0]) else _WINDOW_S
     with progress_bars() as progress:
         run = train(
             method=method,

@@ -178,6 +178,8 @@ def evaluate_signal(
     found = np.stack(maps)
     scores = pool(found)
     rows, notes = _baselines(data, layout, windows)
+    if windows.anomalous.any() and not windows.points.any():
+        notes.append("Labels are of whole recordings, so that there is no AUROC over points.")
     own = Row(named.method, window_auroc(windows.anomalous, scores, windows.groups), point_auroc(windows.points, found))
     evaluation = SignalEvaluation(
         named, layout, threshold, windows, found, scores, np.array(milliseconds), (own, *rows), tuple(notes)

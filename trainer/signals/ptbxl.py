@@ -26,6 +26,8 @@ NORMAL = "NORM"
 RATE_HZ = 500.0
 CROP = (100, 4900)
 """Samples that are kept: 4800, without the edges that filters disturb."""
+WINDOW_S = (CROP[1] - CROP[0]) / RATE_HZ
+"""A whole record, which is what the protocol judges at once."""
 _HIGH_PASS_HZ, _NOTCH_HZ, _LOW_PASS_HZ = 1.0, 35.0, 25.0
 _ORDER, _NOTCH_QUALITY = 2, 30.0
 _DATABASE, _STATEMENTS = "ptbxl_database.csv", "scp_statements.csv"
@@ -56,6 +58,11 @@ class Entry:
         return self.fold == TEST_FOLD and bool(self.superclass)
 
 
+def is_ptbxl(folder: Path) -> bool:
+    """Whether a folder is that of the set."""
+    return (folder / _DATABASE).is_file()
+
+
 def read_entries(folder: Path) -> list[Entry]:
     """Read the set's two tables.
 
@@ -72,8 +79,9 @@ def read_entries(folder: Path) -> list[Entry]:
             ]
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}); give the folder of PTB-XL") from error
-    except (KeyError, ValueError, SyntaxError) as error:
-        raise DataError(f"{folder}: its tables are not those of PTB-XL ({error!r}); fetch the set again") from error
+    except (KeyError, ValueError, TypeError, SyntaxError, csv.Error) as error:
+        why = f"they lack the column {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{folder}: its tables are not those of PTB-XL ({why}); fetch the set again") from error
 
 
 def superclass(codes: str, classes: Mapping[str, str]) -> str:
@@ -124,7 +132,9 @@ def prepare(samples: npt.NDArray[np.floating]) -> npt.NDArray[np.float32]:
 def records(
     folder: Path, wanted: Callable[[Entry], bool], read: Callable[[Path], Recording]
 ) -> Iterator[tuple[Entry, Recording]]:
-    """Yield prepared records, each one window; those that are not normal are labelled throughout.
+    """Yield prepared records in the order of folds, each one window; labels are of the whole record.
+
+    So of the records to learn from, the last ones, which validate, are of other patients but in one fold.
 
     Args:
         folder: of the set.
@@ -132,12 +142,24 @@ def records(
         read: from a header's path to a recording, such as :func:`trainer.signals.reading.read_recordings`' first.
 
     Raises:
-        DataError: a table or a record cannot be used.
+        DataError: a table or a record cannot be used, or none is wanted.
     """
-    for entry in read_entries(folder):
-        if not wanted(entry):
-            continue
-        raw = read(folder / f"{entry.file}.hea")
+    entries = sorted(filter(wanted, read_entries(folder)), key=lambda entry: entry.fold)
+    if not entries:
+        raise DataError(
+            f"{folder}: no record of the folds and superclasses that the protocol takes; fetch the set again"
+        )
+    for entry in entries:
+        path = folder / f"{entry.file}.hea"
+        if not path.is_file():
+            raise DataError(f"{path}: missing; the protocol takes the records of 500 Hz, fetch records500/")
+        raw = read(path)
+        if raw.rate_hz != RATE_HZ:
+            raise DataError(
+                f"{path}: {raw.rate_hz:g} Hz; the protocol takes records of {RATE_HZ:g} Hz, fetch records500/"
+            )
+        if not np.isfinite(raw.samples).all():
+            raise DataError(f"{path}: lacks samples, which filters would spread over the record; fetch it again")
         values = prepare(raw.samples)
         labels = np.full(values.shape[1], entry.superclass != NORMAL)
-        yield entry, Recording(raw.name, values, RATE_HZ, raw.channels, "of range", labels)
+        yield entry, Recording(raw.name, values, RATE_HZ, raw.channels, "of range", labels, placed=False)

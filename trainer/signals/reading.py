@@ -12,6 +12,7 @@ import numpy as np
 from edge.bundle import load_arrays
 from edge.errors import BundleError, DataError, MissingExtraError
 from trainer.signals.beats import labels_of_beats
+from trainer.signals.ptbxl import is_ptbxl, records
 from trainer.signals.recording import Recording
 
 if TYPE_CHECKING:
@@ -48,22 +49,26 @@ def read_recordings(path: Path) -> list[Recording]:
 
 
 def training_part(path: Path) -> list[Recording]:
-    """Return what may be learned from: ``path/train``, or the first 66 % of each recording.
+    """Return what may be learned from: ``path/train``, or the first 66 % of each recording; PTB-XL by its protocol.
 
     Raises:
         DataError: as :func:`read_recordings`.
     """
+    if is_ptbxl(path):
+        return [one for _, one in records(path, lambda entry: entry.learned, _read)]
     if (path / "train").is_dir():
         return read_recordings(path / "train")
     return [one.part(0, TRAIN_SHARE) for one in read_recordings(path)]
 
 
 def test_part(path: Path) -> list[Recording]:
-    """Return what is judged: ``path/test``, or what :func:`training_part` leaves of each recording.
+    """Return what is judged: ``path/test``, or what :func:`training_part` leaves of each recording; PTB-XL's fold 10.
 
     Raises:
         DataError: as :func:`read_recordings`, or nobody has labelled a recording.
     """
+    if is_ptbxl(path):
+        return [one for _, one in records(path, lambda entry: entry.judged, _read)]
     whole = (path / "train").is_dir() or (path / "test").is_dir()
     found = read_recordings(path / "test") if whole else [one.part(TRAIN_SHARE, 1) for one in read_recordings(path)]
     for one in found:
@@ -101,7 +106,8 @@ def _read(path: Path) -> Recording:
             return _read_wfdb(path)
         arrays = load_arrays(path)
         return _from_counts(path.stem, arrays) if "adc" in arrays else _from_arrays(path.stem, arrays)
-    except (BundleError, KeyError, ValueError, OSError) as error:
+    # wfdb indexes and unpacks what a damaged header lacks.
+    except (BundleError, LookupError, TypeError, AttributeError, ValueError, OSError) as error:
         why = f"it lacks {error.args[0]}" if isinstance(error, KeyError) and error.args else str(error)
         raise DataError(f"{path}: is no recording ({why}); see docs/signals.md for what it must hold") from error
 

@@ -37,6 +37,7 @@ class Recording:
         anomalous: bool [n], True where the signal is not as it should be; None where nobody has said.
         usable: bool [n], False where it says nothing (noise, a loose electrode); None everywhere usable.
         least: labelled samples of a window from which it is anomalous as a whole.
+        placed: labels say where; False where they are of the recording as a whole.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Recording:
     anomalous: npt.NDArray[np.bool_] | None = None
     usable: npt.NDArray[np.bool_] | None = None
     least: int = 1
+    placed: bool = True
 
     def __post_init__(self) -> None:
         shape = self.samples.shape
@@ -67,7 +69,14 @@ class Recording:
         labels = (None if label is None else label[begin:end] for label in (self.anomalous, self.usable))
         name = self.name if not begin else f"{self.name}+{begin}"
         return Recording(
-            name, self.samples[:, begin:end], self.rate_hz, self.channels, self.unit, *labels, least=self.least
+            name,
+            self.samples[:, begin:end],
+            self.rate_hz,
+            self.channels,
+            self.unit,
+            *labels,
+            least=self.least,
+            placed=self.placed,
         )
 
 
@@ -78,7 +87,7 @@ class Windows:
     Attributes:
         values: float32 [n, K, Q], in the recordings' unit; a lost sample lies between its neighbours.
         anomalous: bool [n].
-        points: bool [n, Q], labelled samples.
+        points: bool [n, Q], labelled samples; none where nobody said where.
         names: unicode [n], recording and first sample.
         groups: unicode [n]; windows of one group begin within one window's length, and each overlaps the next group's.
     """
@@ -122,7 +131,7 @@ def cut_windows(recordings: Iterable[Recording], window: int, hop: int, *, max_l
             values = filled(one.samples[:, here], max_lost)
             if values is not None:
                 group = f"{one.name}@{begin // window}"
-                rows.append((values, labelled > 0, labels[here], f"{one.name}@{begin}", group))
+                rows.append((values, labelled > 0, labels[here] & one.placed, f"{one.name}@{begin}", group))
     if not rows:
         nothing = np.zeros((0, window), np.bool_)
         return Windows(np.zeros((0, channels, window), np.float32), nothing[:, 0], nothing, *[np.zeros(0, np.str_)] * 2)
