@@ -156,7 +156,12 @@ class BoxSettings(BaseModel):
     site: str = Field(title="Site", description="The plant; second segment of every topic.")
     box: str = Field(title="Box", description="This box, unique in its site; third segment of every topic.")
     state_dir: Path = Field(title="State folder", description="Where the durable outbox is kept; made if missing.")
-    bundle: Path = Field(title="Bundle", description="Folder of the bundle that judges.")
+    bundle: Path = Field(  # type: ignore[assignment]  # where none is given, that of an entry takes its place
+        None,
+        title="Bundle",
+        description="Folder of the bundle that judges whatever names none of its own; where absent all must, and the "
+        "first one's stands for the box in its status and in slots.",
+    )
     products: tuple[Path, ...] = Field(
         (), title="Product files", description="Products to add to the bundle, made by `lineward prompt`."
     )
@@ -245,6 +250,20 @@ class BoxSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _everything_has_a_bundle(self) -> BoxSettings:
+        if "bundle" in self.model_fields_set:
+            return self
+        for camera in self.cameras:
+            if camera.bundle is None:
+                what = "signal" if camera in self.signals else "camera"
+                raise ValueError(f"{what} {camera.name!r} names no bundle and the box has none; add `bundle` to either")
+        if self.memory is not None:
+            raise ValueError("memory is that of the box's bundle, and there is none; add `bundle` beside it")
+        first = next((camera for camera in self.cameras if camera.enabled), self.cameras[0])
+        object.__setattr__(self, "bundle", first.bundle)
+        return self
+
+    @model_validator(mode="after")
     def _camera_names_are_unique(self) -> BoxSettings:
         names = [camera.name for camera in self.cameras]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -302,7 +321,7 @@ def load_settings(path: Path) -> BoxSettings:
             names the file, the key and, for an unknown key, the nearest valid one; it never repeats a value, since
             that may be a password.
     """
-    content = read_yaml(path, needed="site, box, state_dir, bundle and cameras")
+    content = read_yaml(path, needed="site, box, state_dir and cameras")
     try:
         settings = BoxSettings.model_validate(content)
     except ValidationError as error:

@@ -72,6 +72,26 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     assert settings.broker.password_file == Path("/etc/pw")
 
 
+def test_bundle_may_be_left_out_where_every_entry_names_its_own(tmp_path: Path) -> None:
+    spindle = {"name": "spindle", "source": {"kind": "signal_tcp", "url": "tcp://h:1"}, "bundle": "bundles/spindle"}
+    values = content(
+        cameras=[camera(name="off", enabled=False, bundle="off"), camera(bundle="bundles/two")], signals=[spindle]
+    )
+    del values["bundle"]
+
+    settings = load_settings(write(tmp_path, values))
+
+    # What the box says of itself is of the first one that judges.
+    assert settings.bundle == tmp_path / "bundles/two"
+    assert [one.bundle for one in settings.cameras[1:]] == [tmp_path / "bundles/two", tmp_path / "bundles/spindle"]
+    del spindle["bundle"]
+    assert "signal 'spindle' names no bundle and the box has none" in refusal(tmp_path, values)
+    values["cameras"] = [camera()]
+    assert "camera 'cam1' names no bundle and the box has none; add `bundle`" in refusal(tmp_path, values)
+    values |= {"cameras": [camera(bundle="one")], "signals": [], "memory": {}}
+    assert "memory is that of the box's bundle, and there is none; add `bundle`" in refusal(tmp_path, values)
+
+
 def test_everything_can_be_given(tmp_path: Path) -> None:
     values = content(
         engine="openvino",

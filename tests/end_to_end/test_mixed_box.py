@@ -52,11 +52,11 @@ def write_box(tmp_path: Path, url: str, sender: SignalSender) -> tuple[Path, dic
     # Sent faster than real time here: no window may be dropped.
     stream = {"kind": "signal_tcp", "url": sender.url, "capacity": 64}
     settings = {
-        "site": "plant", "box": "box1", "state_dir": "state", "bundle": str(image.path), "threads": 1,
+        "site": "plant", "box": "box1", "state_dir": "state", "threads": 1,
         "status_every_s": 0.5, "broker": {"url": url}, "evidence": {},
         "cameras": [
-            {"name": "left", "source": folder("left"), "events": EVENTS},
-            {"name": "right", "source": folder("right"), "events": EVENTS},
+            {"name": "left", "source": folder("left"), "bundle": str(image.path), "events": EVENTS},
+            {"name": "right", "source": folder("right"), "bundle": str(image.path), "events": EVENTS},
             {"name": "height", "source": scene, "bundle": str(depth.path), "events": EVENTS},
         ],
         "signals": [
@@ -173,6 +173,7 @@ def test_source_of_another_modality_than_its_bundle_is_refused_before_anything_s
     with SignalSender() as sender:
         config, _ = write_box(tmp_path, "mqtt://127.0.0.1:1", sender)
         settings = yaml.safe_load(config.read_text())
+        settings["bundle"] = settings["cameras"][0]["bundle"]
         del settings["signals"][0]["bundle"]
         config.write_text(yaml.safe_dump(settings))
         lineward = str(Path(sys.executable).parent / "lineward")
