@@ -32,7 +32,7 @@ class FileTransport:
         path: of a WFDB record, without suffix (``.hea`` is taken off), read in blocks; or of an npz with ``signal``
             float32 [channels, samples], ``rate_hz`` and ``channels`` (names), read whole.
         speed: samples come at so many times the record's rate; as fast as they are read where None.
-        loop: begin again at its end; numbers go on.
+        loop: begin again at its end; numbers go on, no window spans end and begin.
         clock: monotonic nanoseconds.
         sleep: waits for some seconds.
     """
@@ -83,7 +83,7 @@ class FileTransport:
             return []
         count = min(due, self._length - self._at)
         samples = self._samples(self._at, count)
-        chunk = Chunk(self._given, samples, self._rate, self._names)
+        chunk = Chunk(self._given, samples, self._rate, self._names, begins=self._at == 0)
         self._at, self._given = self._at + len(samples), self._given + len(samples)
         return [chunk]
 

@@ -5,11 +5,14 @@ Optional libraries are imported where a source is opened. Knows nothing of windo
 
 from __future__ import annotations
 
+import hashlib
 import os
 import queue
 import socket
 import threading
 import uuid
+from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -25,6 +28,8 @@ CONNECT_S = 5.0
 _READ_BYTES = 65_536
 _WAITING_BYTES = 4 * MAX_QUEUED_BYTES
 _EVENT_BYTES = 512
+# Unacknowledged messages that a sender repeats after it has connected anew: 20 with mosquitto and with paho.
+_REPEATED_MOST = 20
 
 
 class TcpTransport:
@@ -117,7 +122,9 @@ class ZmqTransport:
         self.close()
         self._socket = zmq.Context.instance().socket(zmq.SUB)
         self._socket.setsockopt(zmq.LINGER, 0)
+        # Together 16 MiB: the publisher keeps or drops what is not read, and the numbers of its samples tell.
         self._socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.RCVHWM, _WAITING_BYTES // (2 * MAX_MESSAGE_BYTES))
         self._socket.setsockopt(zmq.SUBSCRIBE, self._prefix)
         try:
             self._socket.connect(self._url)
@@ -249,6 +256,9 @@ def _bytes_of(item: Event) -> int:
 class MqttTransport:
     """An MQTT topic; each message is one or more chunks. Retained messages are of another time, and left out.
 
+    A sender that connects anew sends again what was not acknowledged (QoS 1, MQTT 5 clause 4.4), to a broker that may
+    have passed it on, and passes it on again as a new message: one that equals any of the last 20 is ``repeated``.
+
     Args:
         settings: of the source: url, and of its signal topic, login and certificates.
     """
@@ -259,6 +269,7 @@ class MqttTransport:
         self._settings = settings
         self._link: Link | None = None
         self._inbox = _Inbox()
+        self._last: deque[bytes] = deque(maxlen=_REPEATED_MOST)
         self._broken = 0
 
     def open(self) -> None:
@@ -310,10 +321,17 @@ class MqttTransport:
             raise CaptureError(f"{self._settings.label}: topic {self._settings.signal.topic}: {event.refusal}")
         elif isinstance(event, Incoming) and not event.retained:
             try:
-                return read_messages(event.payload)
+                return self._chunks(event.payload)
             except CaptureError:
                 self._broken += 1
         return []
+
+    def _chunks(self, payload: bytes) -> list[Chunk]:
+        chunks, known = read_messages(payload), hashlib.blake2b(payload, digest_size=16).digest()
+        if known in self._last:
+            return [replace(chunk, repeated=True) for chunk in chunks]
+        self._last.append(known)
+        return chunks
 
     @property
     def broken(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -27,6 +27,17 @@ if TYPE_CHECKING:
 
 
 _NS = 1_000_000_000
+
+
+class _Part(NamedTuple):
+    """Samples that wait to be cut into windows, the rest of a chunk."""
+
+    first: int
+    samples: npt.NDArray[np.float32]
+    end: int
+    begins: bool
+    refusal: str
+    now: int
 
 
 class Transport(Protocol):
@@ -79,10 +90,12 @@ class SignalSource:
     ) -> None:
         self._transport, self._layout, self._clock = transport, layout, clock
         self._names, self._scale = tuple(channels), np.float32(scale)
-        self._windows = Windows(channels=len(layout.channels), window=layout.window, hop=layout.hop)
+        self._windows = Windows(
+            channels=len(layout.channels), window=layout.window, hop=layout.hop, max_lost=layout.max_lost
+        )
         self._rate = RateCheck(layout.rate_hz, paced=transport.paced)
         self._ready: deque[Grab] = deque()
-        self._waiting: deque[tuple[int, npt.NDArray[np.float32], str, int]] = deque()
+        self._waiting: deque[_Part] = deque()
         self._refusal = ""
         # Windows that begin before this number hold samples of another rate, for this reason.
         self._refused_to, self._reason = 0, ""
@@ -118,8 +131,13 @@ class SignalSource:
             return self._ready.popleft() if self._ready else None
         now = self._clock()
         for chunk in chunks:
-            self._waiting.append((chunk.first, self._arranged(chunk), self._rate.declared(chunk.rate_hz), now))
-            self._rate.saw(chunk.first + len(chunk.samples), now)
+            samples, end = self._arranged(chunk), chunk.first + len(chunk.samples)
+            if chunk.repeated:
+                self._windows.counts.repeated += len(samples)
+                continue
+            refusal = self._rate.declared(chunk.rate_hz)
+            self._waiting.append(_Part(chunk.first, samples, end, chunk.begins, refusal, now))
+            self._rate.saw(end, now)
         if self._take():
             return self._ready.popleft()
         return ALIVE if chunks else IDLE
@@ -141,11 +159,14 @@ class SignalSource:
     def _take(self) -> bool:
         """Cut what came into windows until there is one: a long chunk makes many, which would fill the memory."""
         while self._waiting and not self._ready:
-            first, samples, self._refusal, now = self._waiting.popleft()
+            part = self._waiting.popleft()
+            first, samples, end, begins, self._refusal, now = part
             hop, restarts = self._layout.hop, self._windows.counts.restarts
             if len(samples) > hop:
-                self._waiting.appendleft((first + hop, samples[hop:], self._refusal, now))
-            self._give(self._windows.push(first, samples[:hop]), now, first, len(samples))
+                self._waiting.appendleft(part._replace(first=first + hop, samples=samples[hop:], begins=False))
+            if begins:
+                self._give(self._windows.finish(), now)
+            self._give(self._windows.push(first, samples[:hop], chunk_end=end), now, first, len(samples))
             if self._windows.counts.restarts > restarts:
                 self._refused_to = 0
             if self._refusal:
@@ -155,11 +176,13 @@ class SignalSource:
     def _give(self, windows: Sequence[Window], now: int, first: int = 0, count: int = 0) -> None:
         """Make windows frames; of ``count`` samples from number ``first`` on, the last one came now."""
         for window in windows:
-            behind = window.first + self._layout.window
+            behind = window.first + self._layout.window + window.more * self._layout.hop
             # A chunk's samples came one after the other before it was sent, those of a gap before all of them.
             later = min(max(0, first + count - behind), count) if self._transport.paced else 0
             self._captured_ns = max(self._captured_ns, now - round(later * _NS / self._layout.rate_hz))
             refusal = self._refusal or (self._reason if window.first < self._refused_to else "")
+            if window.more:
+                refusal = refusal or f"{window.more + 1} windows lost too much to one gap; see the link to the sensor"
             self._ready.append(Grab(window.values, f"samples {window.first}-{behind - 1}", self._captured_ns, refusal))
 
     def _arranged(self, chunk: Chunk) -> npt.NDArray[np.float32]:

@@ -5,7 +5,7 @@ Knows numbers of samples only; not time, channels' names, or where samples come 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,10 +21,12 @@ class Window:
     Attributes:
         first: number of its first sample.
         values: float32 [K, Q], NaN where samples were lost.
+        more: windows behind it that it stands for, since the same gap took too much of them, too.
     """
 
     first: int
     values: npt.NDArray[np.float32]
+    more: int = 0
 
 
 @dataclass(slots=True)
@@ -54,18 +56,20 @@ class Windows:
     """Cuts a stream of samples into windows of ``window`` samples, one every ``hop``.
 
     Holds one window's samples and no more. Where a gap is longer than a window, the windows that began before it are
-    completed with NaN and the grid of windows begins anew behind the gap. Where the numbers fall back by a window or
-    more, or at all behind a new connection, the sender began anew: the end of what came before is judged in a window
-    of its own where a whole one is there, and the grid begins anew.
+    completed with NaN and the grid of windows begins anew behind the gap. Of the windows that one gap completes, those
+    that lost more than ``max_lost`` are one entry, since they could be as many as a window has samples. Where the
+    numbers fall back by a window or more, or at all behind a new connection, the sender began anew: the end of what
+    came before is judged in a window of its own where a whole one is there, and the grid begins anew.
 
     Args:
         channels: K.
         window: samples of a window, Q.
         hop: samples from one window's begin to the next's, 1 .. Q.
+        max_lost: share of a window's values that may be lost for it to be judged.
     """
 
-    def __init__(self, *, channels: int, window: int, hop: int) -> None:
-        self._window, self._hop = window, hop
+    def __init__(self, *, channels: int, window: int, hop: int, max_lost: float) -> None:
+        self._window, self._hop, self._max_lost = window, hop, max_lost
         self._ring = np.full((channels, window), np.nan, np.float32)
         self._begin: int | None = None
         self._start = self._next = self._covered = 0
@@ -77,12 +81,13 @@ class Windows:
         """Samples that are in no window yet."""
         return self._next - self._covered
 
-    def push(self, first: int, samples: npt.NDArray[np.float32]) -> list[Window]:
+    def push(self, first: int, samples: npt.NDArray[np.float32], *, chunk_end: int | None = None) -> list[Window]:
         """Take consecutive samples in.
 
         Args:
             first: number of the first.
             samples: float32 [T, K].
+            chunk_end: number behind the last one of the chunk that they are a part of; they are the whole where None.
 
         Returns:
             The windows that they complete, in order.
@@ -92,7 +97,7 @@ class Windows:
             self._begin_at(first)
         anew = self._reconnected and first < self._next
         self._reconnected = False
-        if anew or first + len(samples) <= self._next - self._window:
+        if anew or (first + len(samples) if chunk_end is None else chunk_end) <= self._next - self._window:
             found += self.finish()
             self.counts.restarts += 1
             self._begin_at(first)
@@ -152,9 +157,18 @@ class Windows:
             taken = min(room, left)
             self._write(None if samples is None else samples[done : done + taken], taken)
             done, left = done + taken, left - taken
-            if taken == room:
+            if taken < room:
+                continue
+            # The further windows of a gap lost no less than the one before.
+            if samples is None and found and self._spoilt(found[-1]):
+                found[-1] = replace(found[-1], more=found[-1].more + 1)
+                self._step()
+            else:
                 found.append(self._cut())
         return found
+
+    def _spoilt(self, window: Window) -> bool:
+        return window.more > 0 or float(np.isnan(window.values).mean()) > self._max_lost
 
     def _write(self, samples: npt.NDArray[np.float32] | None, count: int) -> None:
         place = self._next % self._window
@@ -172,7 +186,10 @@ class Windows:
         place = self._next % self._window
         values = np.concatenate([self._ring[:, place:], self._ring[:, :place]], axis=1)
         window = Window(self._start, values)
+        self._step()
+        return window
+
+    def _step(self) -> None:
         self.counts.windowed += self._next - self._covered
         self._covered = self._next
         self._start += self._hop
-        return window

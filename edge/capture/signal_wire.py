@@ -40,12 +40,16 @@ class Chunk:
         samples: float32 [T, K], T >= 1; NaN where the sender knows that a value is missing.
         rate_hz: samples per second as the sender says; None where it does not.
         channels: names of the K channels; empty where the sender does not say.
+        begins: no sample before it belongs to the same recording; what is numbered before is over.
+        repeated: came before, and was sent again.
     """
 
     first: int
     samples: npt.NDArray[np.float32]
     rate_hz: float | None = None
     channels: tuple[str, ...] = ()
+    begins: bool = False
+    repeated: bool = False
 
 
 def pack(chunk: Chunk) -> bytes:

@@ -7,7 +7,8 @@ import socket
 import subprocess
 import threading
 import tty
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ from edge.capture.building import build_source
 from edge.capture.capture import CameraState, Capture
 from edge.capture.settings import SourceSettings
 from edge.capture.signal_file import FileTransport
-from edge.capture.signal_links import MqttTransport
+from edge.capture.signal_links import MqttTransport, ZmqTransport
 from edge.capture.signal_rate import RateCheck
 from edge.capture.signal_source import SignalSource
 from edge.capture.signal_wire import Chunk, pack, to_json, to_text
@@ -195,6 +196,21 @@ def test_samples_lost_between_two_connections_are_counted_by_their_numbers() -> 
     assert source.counts["lost"] == 30
 
 
+def test_gap_is_one_window_that_is_not_judged_for_all_that_it_spoilt() -> None:
+    samples = bearing(3)
+    layout = signal_layout().model_copy(update={"hop": 10})
+    source = SignalSource(Scripted([[Chunk(0, samples[:200]), Chunk(900, samples[:200])], None]), layout)
+    source.open()
+    found = [grab for grab in iter(source.read, None) if isinstance(grab, Grab)]
+    shown = [(grab.name, grab.refusal) for grab in found]
+    assert shown[0] == ("samples 0-199", "")
+    assert shown[1] == ("samples 10-209", "")  # 5 % lost, as may be
+    assert shown[2] == ("samples 20-399", "19 windows lost too much to one gap; see the link to the sensor")
+    assert shown[3] == ("samples 900-1099", "")
+    counts = source.counts
+    assert counts["received"] + counts["lost"] == 1100 == counts["windowed"] + counts["skipped"]
+
+
 # -- the real transports -------------------------------------------------------------------------------------------
 
 
@@ -259,6 +275,32 @@ def test_npz_recording_is_judged_whole(tmp_path: Path) -> None:
     capture.stop()
     assert len(found) == 8
     np.testing.assert_array_equal(found[7].image, samples[640:840].T)
+
+
+@pytest.mark.parametrize(("length", "wanted"), [(500, [0, 100, 200, 300]), (530, [0, 100, 200, 300, 330]), (150, [])])
+def test_window_of_a_looped_recording_never_spans_its_end_and_its_begin(
+    tmp_path: Path, length: int, wanted: list[int]
+) -> None:
+    samples = np.arange(2 * length, dtype=np.float32).reshape(length, 2)
+    np.savez(tmp_path / "a.npz", signal=samples.T, rate_hz=400.0, channels=["drive end", "fan end"], unit="g")
+    transport = FileTransport(str(tmp_path / "a.npz"), speed=None, loop=True)
+    source = SignalSource(transport, signal_layout())
+    source.open()
+    found: list[Grab] = []
+    while source.counts["received"] < 5 * length:
+        grab = source.read()
+        found += [grab] if isinstance(grab, Grab) else []
+    assert bool(found) is bool(wanted)
+    passes = [found[at : at + len(wanted)] for at in range(0, 3 * len(wanted), max(1, len(wanted)))]
+    for turn, grabs in enumerate(passes):
+        assert [grab.name for grab in grabs] == [
+            f"samples {turn * length + at}-{turn * length + at + 199}" for at in wanted
+        ]
+        for grab, at in zip(grabs, wanted, strict=True):
+            np.testing.assert_array_equal(grab.image, samples[at : at + 200].T)
+    counts = source.counts
+    assert (counts["lost"], counts["repeated"], counts["restarts"]) == (0, 0, 0)
+    assert counts["received"] == counts["windowed"] + counts["unwindowed"] + counts["pending"]
 
 
 @pytest.mark.parametrize(
@@ -354,6 +396,49 @@ def test_zeromq_publisher_is_heard_by_its_prefix() -> None:
     finally:
         capture.stop()
         publisher.close(0)
+
+
+def test_zeromq_messages_that_nobody_reads_stay_with_their_publisher() -> None:
+    import zmq
+
+    publisher = zmq.Context.instance().socket(zmq.XPUB)
+    publisher.setsockopt(zmq.SNDHWM, 1)
+    publisher.setsockopt(zmq.SNDTIMEO, 300)
+    publisher.setsockopt(zmq.XPUB_NODROP, 1)
+    port = publisher.bind_to_random_port("tcp://127.0.0.1")
+    transport = ZmqTransport(f"tcp://127.0.0.1:{port}", "")
+    message, sent = pack(Chunk(0, np.zeros((2**19, 2), np.float32))), 0
+    try:
+        transport.open()
+        assert publisher.recv() == b"\x01"  # the subscription
+        with suppress(zmq.Again):
+            while sent < 40:
+                publisher.send(message)
+                sent += 1
+        # Two wait to be read; what else was taken is in the buffers of sockets.
+        assert sent < 30
+        assert len(transport.read()) == 1
+    finally:
+        transport.close()
+        publisher.close(0)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_messages_that_a_sender_repeats_are_counted_and_not_judged_again(count: int) -> None:
+    settings = SourceSettings(kind="signal_mqtt", url="mqtt://localhost", signal={"topic": "plant/press"})
+    transport = MqttTransport(settings)
+    transport._link = SimpleNamespace()  # type: ignore[assignment]  # of which reading needs nothing
+    samples = bearing(5)
+    messages = [pack(Chunk(at, samples[at : at + 500], 400.0)) for at in range(0, 500 * count, 500)]
+    source = SignalSource(transport, signal_layout())
+    for message in 2 * messages:
+        transport._inbox.put(Incoming("plant/press", message, retained=False))
+    found: list[Grab] = []
+    while (grab := source.read()) is not IDLE:
+        found += [grab] if isinstance(grab, Grab) else []
+    assert [grab.name for grab in found] == [f"samples {at}-{at + 199}" for at in range(0, 500 * count - 199, 100)]
+    counts = source.counts
+    assert (counts["received"], counts["repeated"], counts["restarts"]) == (500 * count, 500 * count, 0)
 
 
 def test_messages_that_come_faster_than_they_are_read_are_counted_and_fill_no_memory() -> None:

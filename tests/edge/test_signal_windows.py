@@ -17,7 +17,7 @@ def samples(first: int, count: int) -> np.ndarray:
 
 
 def test_windows_overlap_by_their_hop_and_hold_their_samples_in_order() -> None:
-    windows = Windows(channels=2, window=4, hop=2)
+    windows = Windows(channels=2, window=4, hop=2, max_lost=0.3)
     found = [one for first in range(0, 9, 3) for one in windows.push(first, samples(first, 3))]
     assert [one.first for one in found] == [0, 2, 4]
     for one in found:
@@ -26,7 +26,7 @@ def test_windows_overlap_by_their_hop_and_hold_their_samples_in_order() -> None:
 
 
 def test_gap_becomes_nan_in_its_windows() -> None:
-    windows = Windows(channels=2, window=6, hop=6)
+    windows = Windows(channels=2, window=6, hop=6, max_lost=0.3)
     windows.push(10, samples(10, 2))
     (window,) = windows.push(14, samples(14, 2))
     np.testing.assert_array_equal(np.isnan(window.values[0]), [False, False, True, True, False, False])
@@ -34,7 +34,7 @@ def test_gap_becomes_nan_in_its_windows() -> None:
 
 
 def test_gap_longer_than_a_window_completes_what_was_begun_and_begins_a_new_grid() -> None:
-    windows = Windows(channels=2, window=4, hop=2)
+    windows = Windows(channels=2, window=4, hop=2, max_lost=0.3)
     windows.push(0, samples(0, 3))
     found = windows.push(1_000_000_000, samples(1_000_000_000, 4))
     assert found[-1].first == 1_000_000_000
@@ -43,8 +43,29 @@ def test_gap_longer_than_a_window_completes_what_was_begun_and_begins_a_new_grid
     assert windows.counts.lost == 1_000_000_000 - 3
 
 
+@pytest.mark.parametrize("gap", [450, 1_000_000])
+def test_windows_that_one_gap_spoils_are_one_entry(gap: int) -> None:
+    windows = Windows(channels=2, window=500, hop=1, max_lost=0.1)
+    windows.push(0, samples(0, 500))
+    found = windows.push(500 + gap, samples(500 + gap, 1))
+    judged, spoilt = found[:50], found[50]
+    assert [np.isnan(one.values[0]).sum() for one in judged] == list(range(1, 51))
+    assert (spoilt.first, spoilt.more) == (51, min(gap, 500) - 51)
+    # The sample behind a short gap completes one more.
+    assert len(found) == 51 + (gap < 500)
+    counts = windows.counts
+    assert counts.received + counts.lost == counts.windowed + counts.skipped + windows.pending == 501 + gap
+
+
+def test_chunk_that_came_again_in_part_is_not_taken_for_a_sender_begun_anew() -> None:
+    windows = Windows(channels=2, window=4, hop=2, max_lost=0.3)
+    windows.push(0, samples(0, 12))
+    assert not windows.push(0, samples(0, 2), chunk_end=12)
+    assert (windows.counts.repeated, windows.counts.restarts) == (2, 0)
+
+
 def test_sender_that_begins_anew_behind_a_new_connection_is_not_taken_for_repeats() -> None:
-    windows = Windows(channels=2, window=8, hop=8)
+    windows = Windows(channels=2, window=8, hop=8, max_lost=0.3)
     windows.push(0, samples(0, 5))
     windows.reconnected()
     windows.push(0, samples(0, 3))
@@ -52,7 +73,7 @@ def test_sender_that_begins_anew_behind_a_new_connection_is_not_taken_for_repeat
 
 
 def test_end_of_a_stream_is_judged_in_a_window_that_overlaps_more() -> None:
-    windows = Windows(channels=2, window=4, hop=4)
+    windows = Windows(channels=2, window=4, hop=4, max_lost=0.3)
     windows.push(0, samples(0, 7))
     (last,) = windows.finish()
     assert last.first == 3
@@ -76,7 +97,7 @@ def test_every_sample_is_in_a_window_or_counted(
     chunks: list[tuple[int, int, bool]], window: int, data: st.DataObject
 ) -> None:
     hop = data.draw(st.integers(1, window))
-    windows = Windows(channels=2, window=window, hop=hop)
+    windows = Windows(channels=2, window=window, hop=hop, max_lost=data.draw(st.sampled_from([0.0, 0.3, 0.99])))
     found: list[Window] = []
     arrived, expected = 0, 0
     for off, count, anew in chunks:
@@ -96,6 +117,7 @@ def test_every_sample_is_in_a_window_or_counted(
     assert counts.received + counts.lost == counts.windowed + counts.unwindowed + counts.skipped
     for one in found:
         values = one.values[0]
+        assert not one.more or np.isnan(values).any()
         there = ~np.isnan(values)
         np.testing.assert_array_equal(values[there], (one.first + np.arange(window, dtype=np.float32))[there])
         np.testing.assert_array_equal(np.isnan(one.values[0]), np.isnan(one.values[1]))
@@ -108,7 +130,7 @@ def test_every_sample_is_in_a_window_or_counted(
 
 @pytest.mark.parametrize("count", [1, 7, 64])
 def test_memory_does_not_grow_with_the_stream(count: int) -> None:
-    windows = Windows(channels=2, window=32, hop=8)
+    windows = Windows(channels=2, window=32, hop=8, max_lost=0.3)
     for first in range(0, 50 * count, count):
         windows.push(first, samples(first, count))
     assert windows._ring.shape == (2, 32)
