@@ -88,7 +88,7 @@ def _of_threshold(settings: CameraSettings, judge: Judge) -> list[str]:
     if threshold.method == "tail_fit":
         found.append(
             f"the budget of {settings.budget_text(threshold.alpha)} is not supported: {threshold.n} "
-            f"calibration images in {threshold.n_groups} groups promise "
+            f"calibration scores in {threshold.n_groups} groups promise "
             f"{settings.budget_text(threshold.smallest_supported_alpha)} at best; the threshold is "
             "extrapolated from them"
         )

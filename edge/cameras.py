@@ -95,7 +95,7 @@ def make_judge(
     )
     threshold = judge.threshold
     _LOG.info(
-        "camera %s: %sthreshold %.6g (%s, alpha %.2g, %d calibration images in %d groups)",
+        "camera %s: %sthreshold %.6g (%s, alpha %.2g, %d calibration scores in %d groups)",
         camera.name, f"{product}: " if product else "",
         threshold.value, threshold.method, threshold.alpha, threshold.n, threshold.n_groups,
     )  # fmt: skip

@@ -445,7 +445,7 @@ def _print_summary(summary: ReplaySummary) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     latency = summary.latency_ms.get("processing", {})
     rate = summary.frames_per_second
-    supported = "supported" if summary.threshold["budget_supported"] else "not supported by so few good images"
+    supported = "supported" if summary.threshold["budget_supported"] else "not supported by so few good scores"
     for name, value in (
         ("frames", f"{summary.frames} ({summary.judged} judged, {summary.not_judged} not)"),
         ("NOK frames", str(summary.nok)),

@@ -140,8 +140,8 @@ def _threshold_of(seen: Seen, detector: Detector, judge: Judge, index: int) -> I
         yield fine("threshold", camera.name, text, value=threshold.value)
     else:
         promised = camera.budget_text(threshold.smallest_supported_alpha)
-        text += f"; {threshold.n_groups} groups of good images promise {promised} at best"
-        yield doubt("threshold", camera.name, text, "export with more good images, or allow more false alarms",
+        text += f"; {threshold.n_groups} groups of good scores promise {promised} at best"
+        yield doubt("threshold", camera.name, text, "export with more good data, or allow more false alarms",
                     value=threshold.value)  # fmt: skip
 
 

@@ -179,7 +179,7 @@ def _print(table: ThresholdTable, bundles: dict[Path, Bundle]) -> None:
     typer.echo(f"bundle     {table.bundle_id}")
     also = f" (also calibrated for {', '.join(others)})" if others else ""
     typer.echo(f"engine     {table.engine.value} {table.precision.value}{also}")
-    typer.echo(f"calibrated {table.n} good images in {table.groups} groups, highest score {table.highest_score:.6g}")
+    typer.echo(f"calibrated {table.n} good scores in {table.groups} groups, the highest {table.highest_score:.6g}")
     typer.echo(f"supported  budgets of {table.smallest_budget:.3g} {table.unit} and more")
     shown = Table(box=None, pad_edge=False)
     for heading in (table.unit, "per frame", "threshold", "enter", "leave", "", ""):
@@ -201,4 +201,4 @@ def _figure(value: float | None) -> str:
 def _word(method: str, *, supported: bool) -> str:
     if supported:
         return "supported"
-    return "extrapolated" if method else "too few images"
+    return "extrapolated" if method else "too few scores"

@@ -63,10 +63,10 @@ class ThresholdTable:
         engine: whose calibration it is.
         precision: of it.
         unit: what a budget counts.
-        n: calibration images.
-        groups: among them; they support budgets, not images.
+        n: calibration scores, one of each image, scan or window.
+        groups: among them; they support budgets, not single scores.
         smallest_budget: that the groups support, in the unit.
-        highest_score: of the calibration images.
+        highest_score: of them.
         rows: loosest budget first.
         notes: what an operator should know.
     """

@@ -256,7 +256,7 @@ def fit_threshold(scores: npt.NDArray[np.floating], groups: npt.NDArray[np.str_]
     elif values.size < MIN_TAIL_SCORES:
         raise DataError(
             f"{values.size} calibration scores cannot support a false-alarm probability of {alpha:.2g} (the smallest "
-            f"is {floor:.2g}) and at least {MIN_TAIL_SCORES} are needed to extrapolate; add good images to calibration"
+            f"is {floor:.2g}) and at least {MIN_TAIL_SCORES} are needed to extrapolate; calibrate with more good data"
         )
     else:
         value = max(_tail(values, weights, n_groups, alpha), float(values[-1]))
@@ -322,7 +322,7 @@ def _weighted(
     """Sort scores and weigh them so that groups weigh the same and all weights sum to 1."""
     values = np.asarray(scores, dtype=np.float64).ravel()
     if values.size == 0:
-        raise DataError("no calibration scores; export the bundle again with held-out good images")
+        raise DataError("no calibration scores; export the bundle again with held-out good data")
     bad = int(np.count_nonzero(~np.isfinite(values)))
     if bad:
         raise DataError(f"{bad} of {values.size} calibration scores are NaN or infinite; export the bundle again")

@@ -329,7 +329,7 @@ def test_budget_beyond_the_calibration_is_a_warning(tmp_path: Path) -> None:
     worker, _, _ = work(folder_of(tmp_path / "in", [CALM]), alpha=0.001)
 
     (warning,) = worker.warnings()
-    assert "budget of 1 false NOK per 1,000 is not supported: 50 calibration images in 50 groups" in warning
+    assert "budget of 1 false NOK per 1,000 is not supported: 50 calibration scores in 50 groups" in warning
     assert "19.6 false NOK per 1,000 at best" in warning
 
 

@@ -112,7 +112,7 @@ def test_table_is_readable(bundle: Bundle) -> None:
 
     assert result.exit_code == 0
     assert bundle.id in result.output
-    assert "40 good images in 40 groups" in result.output
+    assert "40 good scores in 40 groups" in result.output
     assert "supported  budgets of " in result.output
     assert "extrapolated" in result.output
     assert "<- asked for" in result.output
