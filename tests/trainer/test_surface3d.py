@@ -183,6 +183,23 @@ def test_normals_of_a_closed_part_point_outwards() -> None:
     assert ((estimate_surface(points).normals * points).sum(1) > 0.9).mean() > 0.99
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_normals_of_one_view_point_to_its_sensor_where_the_file_names_none(kind: str) -> None:
+    seen = Part.of(part(kind).points, closed=True)
+    assert ((seen.surface.normals * -seen.points).sum(1) > 0).mean() > 0.99
+    bump = perturb(seen, PRESETS["bump"], seed=2)
+    moved = (bump.xyz - seen.xyz)[bump.mask]
+    assert ((moved * -seen.points[bump.mask]).sum(1) > 0).all()
+
+
+def test_normals_of_a_closed_part_point_outwards_wherever_the_origin_is() -> None:
+    points = np.random.default_rng(0).uniform(-1, 1, (4000, 3))
+    points[np.arange(4000), np.arange(4000) % 3] = np.sign(points[np.arange(4000), np.arange(4000) % 3])  # a cube's
+    for place in ((0, 0, 0), (0, 0, 5), (3, -2, 1)):
+        normals = Part.of(points + place, closed=True).surface.normals
+        assert ((normals * points).sum(1) > 0).mean() > 0.99
+
+
 def test_one_region_reaches_the_whole_strength() -> None:
     defect = perturb(part(), PRESETS["dent"], seed=3)
     assert np.abs(defect.displacement).max() == pytest.approx(defect.strength)

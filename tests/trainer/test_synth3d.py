@@ -55,6 +55,19 @@ def test_a_strength_below_the_noise_is_said(source: Path, tmp_path: Path) -> Non
     assert "below noise" in result.output
 
 
+def test_a_scan_in_millimetres_is_doubted(source: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "mm.npz", xyz=1000 * read_scan(source).xyz)
+    result = CliRunner().invoke(app, ["--in", str(tmp_path / "mm.npz"), "--out", str(tmp_path)])
+    assert "divide by 1000" in result.output
+    assert "divide" not in CliRunner().invoke(app, ["--in", str(source), "--out", str(tmp_path)]).output
+
+
+def test_a_sheet_under_another_ending_is_refused(source: Path, tmp_path: Path) -> None:
+    for verb in (["sweep", "scale", "2"], ["grid"]):
+        result = CliRunner().invoke(app, [*verb, "--in", str(source), "--out", str(tmp_path / "sheet.jpg")])
+        assert isinstance(result.exception, UsageError)
+
+
 def test_sheets_are_drawn(source: Path, tmp_path: Path) -> None:
     for arguments in (
         ["sweep", "scale", "2", "8", "--in", str(source), "--out", str(tmp_path / "sweep.png")],
@@ -69,7 +82,14 @@ def test_sheets_are_drawn(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "match"),
-    [({"colour": "red"}, "colour"), ({"scale": "-1"}, "scale"), ({"strength": "3kg"}, "strength")],
+    [
+        ({"colour": "red"}, "colour"),
+        ({"scale": "-1"}, "scale"),
+        ({"strength": "3kg"}, "strength"),
+        ({"strength": "inf"}, "strength"),
+        ({"strength": "1e300m"}, "strength"),
+        ({"scale": "nan"}, "scale"),
+    ],
 )
 def test_parameters_that_are_none_are_refused(changes: dict[str, object], match: str) -> None:
     with pytest.raises(UsageError, match=match):

@@ -56,7 +56,7 @@ class Part:
         Args:
             xyz: [H, W, 3], an organised scan, or [N, 3]; metres; NaN, infinite or all-zero points are invalid.
             viewpoint: float [3], where the sensor stood; None is the origin, where depth cameras put themselves.
-            closed: the points go around the part, so that normals point away from its middle.
+            closed: nobody says where a sensor stood; see :func:`estimate_surface` for where normals point then.
 
         Raises:
             DataError: no scan, or too few valid points.

@@ -25,6 +25,9 @@ _SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="NAME=VALUE of a parameter, such as strength=8x; repeatable.")
 ]
 
+# Larger than what stands before a depth camera, smaller than a coin in millimetres.
+_LARGE_M = 10.0
+
 
 def _guarded_import() -> None:
     """Fail first, and with the extra's name, where what draws and computes is not installed."""
@@ -63,6 +66,11 @@ def synth3d(
         f"{sample.files[0]}: {record['points_labelled']} of {record['points_valid']} points, up to "
         f"{1000 * record['largest_displacement_m']:.3g} mm"
     )
+    if sample.diagonal > _LARGE_M:
+        typer.echo(
+            f"note: the part measures {sample.diagonal:.3g} m; if the scan is in millimetres, divide by 1000",
+            err=True,
+        )
     if sample.defect.below_noise:
         typer.echo(
             f"note: below noise: 95 % of what moved went at most {1000 * sample.defect.reached:.3g} mm, not 4 times "
@@ -87,6 +95,7 @@ def sweep(
     from trainer.synthesis.surface3d_command import settings_for
     from trainer.synthesis.surface3d_command import sweep as draw
 
+    _refuse_other_ending(out)
     wanted = settings_for(preset, _parse(settings))
     write_png(out, draw(source, settings=wanted, parameter=parameter, values=values, seed=seed))
     typer.echo(str(out))
@@ -105,9 +114,15 @@ def grid(
     from trainer.synthesis.surface3d_command import all_presets
     from trainer.synthesis.surface3d_command import grid as draw
 
-    names = tuple(presets.split(",")) if presets else all_presets()
+    _refuse_other_ending(out)
+    names = tuple(name.strip() for name in presets.split(",")) if presets else all_presets()
     write_png(out, draw(source, presets=names, seed=seed))
     typer.echo(str(out))
+
+
+def _refuse_other_ending(out: Path) -> None:
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"--out {out}: the sheet is a PNG; give a name that ends in .png")
 
 
 def _parse(given: list[str] | None) -> dict[str, object]:

@@ -44,10 +44,12 @@ class Sample:
     Attributes:
         defect: the defective scan.
         files: what was written, the record first.
+        diagonal: of the part, metres.
     """
 
     defect: SurfaceDefect
     files: tuple[Path, ...]
+    diagonal: float
 
 
 def settings_for(name: str, changes: Mapping[str, object]) -> SurfaceNoise:
@@ -127,7 +129,7 @@ def synthesise(source: Path, out: Path, *, settings: SurfaceNoise, name: str, se
         write_tiff(files[3], np.asarray(defect.xyz, np.float32))
         write_png(files[4], defect.mask.astype(np.uint8) * np.uint8(255))
     write_whole(files[0], json.dumps(record, indent=1, sort_keys=True) + "\n")
-    return Sample(defect, tuple(files))
+    return Sample(defect, tuple(files), part.diagonal)
 
 
 def part_of(scan: ScanFile) -> Part:
@@ -208,7 +210,9 @@ def grid(sources: Sequence[Path], *, presets: Sequence[str], seed: int) -> Pictu
         ]
         rows.append([np.full_like(plain, 255), *moved])
         names.append("")
-    return contact_sheet(rows, columns=["as scanned", *presets], names=names, title=f"seed {seed}")
+    return contact_sheet(
+        rows, columns=["as scanned", *presets], names=names, title=f"seed {seed}; colour is full at a preset's strength"
+    )
 
 
 def all_presets() -> tuple[str, ...]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 NEIGHBOURS = 30
 """Neighbours whose plane is a point's; the noise floor is defined with as many."""
 
+_ASKED = 7  # nearest ones that say whether normals agree, the point itself first
 _CHUNK = 16_384  # points whose neighbourhoods are in memory at once: 12 MB
 
 
@@ -64,8 +65,8 @@ def estimate_surface(points: Values, *, viewpoint: Values | None = None, neighbo
 
     Args:
         points: float64 [M, 3], valid ones, M > ``neighbours``.
-        viewpoint: float64 [3], where the sensor stood: normals point towards it. None: outwards from the centroid, for
-            closed parts.
+        viewpoint: float64 [3], where the sensor stood: normals point towards it. None: nobody says; outwards from the
+            centroid, as of a closed part, or to the origin where that opposes fewer neighbours, as in a view of a side.
         neighbours: points of a neighbourhood, the point itself among them.
     """
     _, near = cKDTree(points).query(points, k=min(neighbours, len(points)))
@@ -78,10 +79,18 @@ def estimate_surface(points: Values, *, viewpoint: Values | None = None, neighbo
         _, vectors = np.linalg.eigh(around.transpose(0, 2, 1) @ around)
         normals[rows] = vectors[:, :, 0]
         residual[rows] = np.abs(((points[rows] - middle) * vectors[:, :, 0]).sum(axis=1))
-    normals *= _towards(points, normals, viewpoint)[:, None]
-    return Surface(normals, residual)
+    if viewpoint is not None:
+        return Surface(_towards(normals, viewpoint - points), residual)
+    outwards, seen = (_towards(normals, wanted) for wanted in (points - points.mean(axis=0), -points))
+    # A closed part around the origin is as consistent inside out.
+    one_view = _opposed(seen, near) < 0.5 * _opposed(outwards, near)
+    return Surface(seen if one_view else outwards, residual)
 
 
-def _towards(points: Values, normals: Values, viewpoint: Values | None) -> Values:
-    wanted = points - points.mean(axis=0) if viewpoint is None else viewpoint - points
-    return np.where((normals * wanted).sum(axis=1) < 0, -1.0, 1.0)
+def _towards(normals: Values, wanted: Values) -> Values:
+    return np.where((normals * wanted).sum(axis=1) < 0, -1.0, 1.0)[:, None] * normals
+
+
+def _opposed(normals: Values, near: npt.NDArray[np.intp]) -> float:
+    """Return the share of nearest neighbours whose normals point the other way."""
+    return float(np.mean([(normals * normals[near[:, at]]).sum(axis=1) < 0 for at in range(1, _ASKED)]))

@@ -66,7 +66,7 @@ class SurfaceNoise(BaseModel):
         units: see :class:`Units`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     scale: float = Field(4.0, gt=0, le=1024)
     aspect: float = Field(1.0, ge=1, le=64)
@@ -75,9 +75,9 @@ class SurfaceNoise(BaseModel):
     lacunarity: float = Field(2.0, ge=1, le=8)
     threshold: float = Field(0.6, ge=0, lt=1)
     edge: Edge = Edge.SOFT
-    strength: float = Field(0.015, gt=0)
+    strength: float = Field(0.015, gt=0, le=1000)
     strength_unit: StrengthUnit = StrengthUnit.DIAGONAL
-    least_noise: float = Field(4.0, ge=0)
+    least_noise: float = Field(4.0, ge=0, le=1000)
     sign: Sign = Sign.RANDOM
     single_region: bool = False
     resolution: int = Field(256, ge=8, le=2048)
