@@ -176,7 +176,7 @@ class SignalLayout(_Model):
     """The signal that a bundle judges, as a source must give it.
 
     ``window`` samples of every channel are judged at once, every ``hop`` samples; neighbouring windows overlap by
-    their difference. A window of which more than ``max_lost`` was lost is not judged.
+    their difference. A window of which more than ``max_lost``, or all of one channel, was lost is not judged.
     """
 
     channels: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = Field(min_length=1, max_length=4096)

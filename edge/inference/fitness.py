@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from edge.errors import CaptureError
 from edge.inference.depth import valid_share, within_range
-from edge.inference.signals import lost_cells
+from edge.inference.signals import lost_cells, too_much_lost
 
 if TYPE_CHECKING:
+    import numpy as np
     import numpy.typing as npt
 
     from edge.bundle import Manifest
@@ -34,12 +33,9 @@ def require_enough(manifest: Manifest, frame: Frame, tiles: npt.NDArray[Any]) ->
     if frame.refusal:
         raise CaptureError(frame.refusal)
     if manifest.signal is not None:
-        share = float(np.isnan(frame.image).mean())
-        if share > manifest.signal.max_lost:
-            raise CaptureError(
-                f"{100 * share:.3g} % of the window's samples were lost, {100 * manifest.signal.max_lost:.3g} % may "
-                "be; see the link to the sensor"
-            )
+        reason = too_much_lost(frame.image, manifest.signal.max_lost, manifest.signal.channels)
+        if reason:
+            raise CaptureError(f"{reason}; see the link to the sensor")
     if manifest.depth is not None:
         within_range(tiles, manifest.depth)
         share = valid_share(tiles)

@@ -12,6 +12,8 @@ import numpy as np
 from edge.errors import CaptureError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
 
     from edge.inputs import SignalPreprocessing
@@ -57,6 +59,25 @@ def signal_canvas(
         else:
             canvas[channel] = 0.0
     return canvas
+
+
+def too_much_lost(window: npt.NDArray[np.float32], max_lost: float, channels: Sequence[str] = ()) -> str:
+    """Return why a window says too little to be judged or learned from; empty where it says enough.
+
+    A channel of which nothing arrived counts whatever its share is: zero in place of its usual value is an anomaly to
+    a network that has learned how channels go together, and its other channels' cells would show it.
+
+    Args:
+        window: float32 [K, Q], NaN where samples were lost.
+        max_lost: largest share of its values that may be lost.
+        channels: their names; numbers from 1 where empty.
+    """
+    lost = np.isnan(window)
+    share = float(lost.mean())
+    if share > max_lost:
+        return f"{100 * share:.3g} % of the window's samples were lost, {100 * max_lost:.3g} % may be"
+    silent = [channels[one] if channels else str(one + 1) for one in np.flatnonzero(lost.all(axis=1)).tolist()]
+    return f"nothing came of channel {', '.join(silent)} in this window" if silent else ""
 
 
 def lost_cells(

@@ -24,6 +24,7 @@ from edge.inputs import SignalLayout, SignalPreprocessing
 from edge.settings import BoxSettings
 from tests.edge.tiny_bundle import make_tiny_bundle
 from tests.edge.tiny_senses import bearing, make_signal_bundle, scan, signal_layout
+from trainer.signals.recording import filled as learned
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,6 +90,23 @@ def test_fault_under_lost_samples_is_hidden_and_one_beside_them_is_found(tmp_pat
     seen = detector.predict(frame(gappy)).anomaly_map
     assert seen[0, 4] == 0
     np.testing.assert_array_equal(seen[0, 5:], plain[0, 5:])
+
+
+@pytest.mark.parametrize("channels", [2, 3, 25])
+def test_window_without_a_channel_is_left_out_by_the_box_and_by_whoever_learns(tmp_path: Path, channels: int) -> None:
+    names = tuple(f"c{number}" for number in range(1, channels + 1))
+    detector = Detector.open(make_signal_bundle(tmp_path / "bundle", signal_layout(channels=names)))
+    values = np.ascontiguousarray(bearing(0.5, channels=channels).T)
+    values[1, :-1] = np.nan
+    # One sample of the second channel came: all depends on the share.
+    judged = learned(values, 0.05) is not None
+    assert judged is (channels == 25)
+    if judged:
+        detector.predict(frame(values))
+    values[1] = np.nan
+    assert learned(values, 0.05) is None
+    with pytest.raises(CaptureError, match=r"nothing came of channel c2|samples were lost"):
+        detector.predict(frame(values))
 
 
 def test_window_that_its_source_refuses_is_not_judged(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edge.errors import DataError
-from edge.inference.signals import signal_canvas
+from edge.inference.signals import signal_canvas, too_much_lost
 from edge.inputs import SignalPreprocessing
 
 if TYPE_CHECKING:
@@ -140,9 +140,12 @@ def cut_windows(recordings: Iterable[Recording], window: int, hop: int, *, max_l
 
 
 def filled(values: npt.NDArray[np.float32], max_lost: float) -> npt.NDArray[np.float32] | None:
-    """Return a window whose lost samples lie on the line between their neighbours; None where too many are lost."""
-    lost = ~np.isfinite(values)
-    if lost.mean() > max_lost or lost.all(axis=1).any():
+    """Return a window whose lost samples lie on the line between their neighbours; None where too many are lost.
+
+    A box judges the same windows, by the same rule.
+    """
+    values = np.where(np.isfinite(values), values, np.float32(np.nan))
+    if too_much_lost(values, max_lost):
         return None
     return signal_canvas(values, SignalPreprocessing(channels=values.shape[0], samples=values.shape[1]))
 
