@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from edge.inference.seeing import InForce, PendingPrediction, Seeing, with_produ
 from edge.inference.sessions import ANOMALY_MAP, EMBEDDING, IMAGE, PRODUCT, ROUTE, Head, Runtime, shared_trunk
 from edge.inference.state import check_state, stored_state
 from edge.judgement.score import pool_score
-from edge.products.product_file import with_products
+from edge.products.product_file import MoreProducts, with_products
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -60,18 +60,6 @@ class DetectorStatus:
     fallback_reason: str
     golden_max_error: float
     accelerator: str = Provider.CPU.value
-
-
-class MoreProducts(NamedTuple):
-    """Products that a detector could judge from now on.
-
-    Attributes:
-        added: all that will be added then, in the order of their indices.
-        put_in_force: has the detector judge them, in one step that cannot fail.
-    """
-
-    added: tuple[ProductFile, ...]
-    put_in_force: Callable[[], None]
 
 
 class Detector:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from edge.inference.detector import Detector, MoreProducts
-    from edge.products.product_file import ProductFile
+    from edge.inference.detector import Detector
+    from edge.products.product_file import MoreProducts, ProductFile
 
 ADD_S = 60.0
 """A head is compiled in far less."""

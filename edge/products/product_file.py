@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from datetime import datetime  # noqa: TC003 (pydantic needs it at run time)
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,7 +20,7 @@ from edge.durable_files import replace_file
 from edge.errors import ProductError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import numpy.typing as npt
@@ -84,6 +84,18 @@ class ProductFile:
     state: Mapping[str, npt.NDArray[np.float32]]
     calibration: CalibrationScores | None = None
     digest: str = ""
+
+
+class MoreProducts(NamedTuple):
+    """Products that a detector could judge from now on.
+
+    Attributes:
+        added: all that will be added then, in the order of their indices.
+        put_in_force: has the detector judge them, in one step that cannot fail.
+    """
+
+    added: tuple[ProductFile, ...]
+    put_in_force: Callable[[], None]
 
 
 def write_product(path: Path, product: ProductFile) -> None:
