@@ -76,7 +76,8 @@ SUBJECTS = {
     # published benchmark of electrocardiograms.
     "record": Subject(2.0, {"segments": 30, "local": 10}, (1.0, 25.0)),
     "ecg": Subject(2.0, {"segments": 30, "local": 10}, (1.0, 25.0)),
-    "vibration": Subject(0.2, {"segments": 32, "local": 10, "loss_gate": 1.9}),
+    # A knock is shorter than a segment: smoothed over time it lies nowhere.
+    "vibration": Subject(0.2, {"segments": 32, "local": 10, "smooth": 0}),
 }
 
 
