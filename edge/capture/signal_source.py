@@ -192,7 +192,9 @@ class SignalSource:
             self._picked = (names, count, self._pick(names, count))
         order = self._picked[2]
         samples = chunk.samples if order is None else chunk.samples[:, order]
-        return samples if self._scale == 1 else samples * self._scale
+        # What is too large becomes an infinity, and its window is refused.
+        with np.errstate(over="ignore"):
+            return samples if self._scale == 1 else samples * self._scale
 
     def _pick(self, names: tuple[str, ...], count: int) -> npt.NDArray[np.int64] | None:
         wanted = self._layout.channels

@@ -25,6 +25,8 @@ HEADER_BYTES = _HEADER.size
 MAX_MESSAGE_BYTES = 4 * 2**20
 MAX_QUEUED_BYTES = MAX_MESSAGE_BYTES + HEADER_BYTES
 """Longest message of a message queue."""
+MAX_PIECES = 65_536
+"""Most lines and packed messages in one message of a message queue; to read 4 MiB of short lines takes 20 s."""
 MAX_CHANNELS = 4096
 MAX_SEQ = 2**63 - 1
 _FLOAT_BYTES = 4
@@ -86,24 +88,31 @@ class StreamParser:
     A line that cannot be read is counted in ``broken`` and left out: the next one begins at the next newline. A packed
     message that cannot be read ends the stream, since nobody knows where the next one begins.
 
+    Args:
+        whole: what comes is one message of a message queue, of which everything must be right.
+
     Attributes:
         broken: lines that could not be read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, whole: bool = False) -> None:
         self._bytes = bytearray()
+        self._whole = whole
         self.broken = 0
-        self.last_error = ""
 
     def feed(self, data: bytes) -> list[Chunk]:
         """Take bytes in and return what is complete.
 
         Raises:
-            CaptureError: a packed message is damaged, or a message is longer than 4 MiB.
+            CaptureError: a packed message is damaged, or a message is longer than 4 MiB; of a whole message anything.
         """
         self._bytes += data
         found: list[Chunk] = []
+        pieces = 0
         while self._bytes:
+            pieces += 1
+            if self._whole and pieces > MAX_PIECES:
+                raise CaptureError(f"a message has more than {MAX_PIECES} lines; send more samples in each, or fewer")
             taken = self._packed(found) if self._bytes.startswith(MAGIC[:1]) else self._line(found)
             if not taken:
                 break
@@ -138,9 +147,10 @@ class StreamParser:
         if line:
             try:
                 found.append(read_line(line))
-            except CaptureError as error:
+            except CaptureError:
+                if self._whole:
+                    raise
                 self.broken += 1
-                self.last_error = str(error)
         return end + 1
 
 
@@ -152,10 +162,10 @@ def read_messages(payload: bytes) -> list[Chunk]:
     """
     if len(payload) > MAX_QUEUED_BYTES:
         raise CaptureError(f"a message is longer than {MAX_QUEUED_BYTES} bytes; send shorter chunks")
-    parser = StreamParser()
-    chunks = parser.feed(payload if payload.startswith(MAGIC) else payload + b"\n")
-    if parser.broken or parser.unread or not chunks:
-        raise CaptureError(parser.last_error or "a message is not complete; send whole chunks")
+    parser = StreamParser(whole=True)
+    chunks = parser.feed(payload if payload.startswith(MAGIC) or payload.endswith(b"\n") else payload + b"\n")
+    if parser.unread or not chunks:
+        raise CaptureError("a message is not complete; send whole chunks")
     return chunks
 
 
@@ -204,12 +214,11 @@ def read_line(line: bytes) -> Chunk:
         if line.startswith(b"S"):
             words = line.split()
             first, values = int(words[1]), [float(word) for word in words[2:]]
-            return _checked(first, np.array([values], np.float32), None, ())
+            return _checked(first, _float32([values]), None, ())
         content = json.loads(line)
         names = content.get("channels") or []
         rate = content.get("rate_hz")
-        # float32 of None is NaN, which is what null means.
-        samples = np.array(content["samples"], np.float32)
+        samples = _float32(content["samples"])
         return _checked(
             content["seq"], samples, None if rate is None else float(rate), tuple(str(name) for name in names)
         )
@@ -228,6 +237,12 @@ def _checked(first: object, samples: npt.NDArray[np.float32], rate: float | None
     if names and len(names) != samples.shape[1]:
         raise ValueError("channels")
     return Chunk(first, _without_infinity(samples), rate, names)
+
+
+def _float32(rows: object) -> npt.NDArray[np.float32]:
+    """None becomes NaN, which is what null means; what is too large an infinity."""
+    with np.errstate(over="ignore"):
+        return np.array(rows, np.float32)
 
 
 def _without_infinity(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.capture.signal_wire import MAGIC, Chunk, StreamParser, pack, read_messages, to_json, to_text, unpack
+from edge.capture.signal_wire import (
+    MAGIC,
+    MAX_PIECES,
+    Chunk,
+    StreamParser,
+    pack,
+    read_messages,
+    to_json,
+    to_text,
+    unpack,
+)
 from edge.errors import CaptureError
 
 VALUES = st.one_of(st.floats(width=32, allow_infinity=False), st.just(float("nan")))
@@ -105,3 +115,22 @@ def test_message_of_a_queue_must_be_whole() -> None:
         read_messages(whole + whole[:-1])
     with pytest.raises(CaptureError, match="longer"):
         read_messages(b" " * 5 * 2**20)
+
+
+@pytest.mark.parametrize("line", [b"S 7 1.5\n", b"\n"])
+def test_message_of_a_queue_with_too_many_lines_is_refused_before_all_are_read(line: bytes) -> None:
+    assert len(read_messages(MAX_PIECES // 2 * (line + b"S 7 1\n"))) >= MAX_PIECES // 2
+    with pytest.raises(CaptureError, match="more than 65536 lines"):
+        read_messages(2**22 // len(line) * line)
+
+
+def test_message_of_a_queue_is_given_up_at_its_first_line_that_cannot_be_read() -> None:
+    with pytest.raises(CaptureError, match="'x'"):
+        read_messages(b"x\n" * 2**20)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("line", [b"S 1 1e300\n", b'{"seq": 1, "samples": [[-1e300]]}\n'])
+def test_value_that_no_sensor_has_is_no_measurement(line: bytes) -> None:
+    (found,) = StreamParser().feed(line)
+    assert np.isnan(found.samples).all()
