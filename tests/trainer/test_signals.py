@@ -377,6 +377,10 @@ def test_a_detector_of_a_signal_is_trained_proved_packed_and_judges_as_torch_doe
     assert "Not a medical device" in text
     assert not re.findall(r'(?:src|href)="(?!data:)', text)
     assert text.count("<polyline") >= 3
+    assert bundle.id in text
+    assert "default-src 'none'" in text
+    assert all(re.search(r"radial x, -?[\d.e-]+ to [\d.e-]+ g</text>", one) for one in text.split("<svg")[1:])
+    assert "Run" in by_run.notes[-1]
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -159,7 +159,7 @@ def evaluate_signal(
     if run is not None and (engine is not None or precision is not None):
         raise UsageError("--engine and --precision belong to a bundle; a run is judged by torch in float32")
     subject = _of_run(run, alpha) if run is not None else _of_bundle(bundle, engine, precision, alpha)  # type: ignore[arg-type]
-    named, layout, judge, pool, threshold = subject
+    named, layout, judge, pool, threshold, identity = subject
     recordings = test_part(data)
     kind = one_kind(recordings)
     if kind != (layout.channels, layout.unit, layout.rate_hz):
@@ -178,8 +178,8 @@ def evaluate_signal(
     found = np.stack(maps)
     scores = pool(found)
     rows, notes = _baselines(data, layout, windows)
-    if windows.anomalous.any() and not windows.points.any():
-        notes.append("Labels are of whole recordings, so that there is no AUROC over points.")
+    notes += _notes(windows, threshold)
+    notes.append(f"{'Bundle' if run is None else 'Run'} {identity}, judged on {data}.")
     own = Row(named.method, window_auroc(windows.anomalous, scores, windows.groups), point_auroc(windows.points, found))
     evaluation = SignalEvaluation(
         named, layout, threshold, windows, found, scores, np.array(milliseconds), (own, *rows), tuple(notes)
@@ -219,12 +219,24 @@ def _baselines(data: Path, layout: SignalLayout, windows: Windows) -> tuple[list
     return baseline_rows(train.values, windows, layout), []
 
 
+def _notes(windows: Windows, threshold: Threshold) -> list[str]:
+    notes = []
+    if windows.anomalous.any() and not windows.points.any():
+        notes.append("Labels are of whole recordings, so that there is no AUROC over points.")
+    if not threshold.budget_supported:
+        notes.append(
+            f"The false-alarm rate of {threshold.alpha:g} per window is extrapolated from {threshold.n_groups} good "
+            f"stretches of a window's length; they support {threshold.smallest_supported_alpha:.3g} at best."
+        )
+    return notes
+
+
 def _row(name: str, scores: npt.NDArray[np.floating], windows: Windows, maps: npt.NDArray[np.floating] | None) -> Row:
     point = None if maps is None else point_auroc(windows.points, maps)
     return Row(name, window_auroc(windows.anomalous, scores, windows.groups), point)
 
 
-def _of_run(path: Path, alpha: float) -> tuple[Subject, SignalLayout, Judge, Judge, Threshold]:
+def _of_run(path: Path, alpha: float) -> tuple[Subject, SignalLayout, Judge, Judge, Threshold, str]:
     run = SignalRun.load(path)
     record = run.record
     return (
@@ -233,12 +245,13 @@ def _of_run(path: Path, alpha: float) -> tuple[Subject, SignalLayout, Judge, Jud
         lambda window: run.maps(window[np.newaxis])[0],
         lambda maps: pool_all(maps, record.pooling),
         fit_threshold(run.scores(run.holdout), run.groups, alpha),
+        f"{path} of {record.created:%Y-%m-%d %H:%M} UTC",
     )
 
 
 def _of_bundle(
     path: Path, engine: Engine | None, precision: Precision | None, alpha: float
-) -> tuple[Subject, SignalLayout, Judge, Judge, Threshold]:
+) -> tuple[Subject, SignalLayout, Judge, Judge, Threshold, str]:
     detector = Detector.open(Bundle.open(path), engine=engine, precision=precision)
     manifest, status = detector.bundle.manifest, detector.status
     if manifest.signal is None:
@@ -250,6 +263,7 @@ def _of_bundle(
         detector.map_of_canvas,
         lambda maps: pool_all(maps, manifest.pooling),
         fit_threshold(calibration.scores, calibration.groups, alpha),
+        detector.bundle.id,
     )
 
 

@@ -34,6 +34,7 @@ h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.2
 p, figcaption { color: #50565d; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .35rem .75rem .35rem 0; border-bottom: 1px solid #e6e8eb; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+text { paint-order: stroke; stroke: #fff; stroke-width: 3px; }
 figure { margin: 0 0 1.6rem; } svg { width: 100%; height: auto; display: block; }
 .key span { display: inline-block; width: 1.2em; height: .8em; margin: 0 .3em 0 1em; vertical-align: baseline; }
 """
@@ -74,7 +75,9 @@ def render(found: SignalEvaluation) -> str:
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in found.notes)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
+        f'<meta name="viewport" content="width=device-width">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<style>{_STYLE}</style></head><body>"
         f"<h1>{title}</h1><p>{html.escape(subject.method)} on {html.escape(subject.engine)} "
         f"{html.escape(subject.precision)}; {len(layout.channels)} channels "
         f"({html.escape(', '.join(layout.channels))}) "
@@ -85,6 +88,8 @@ def render(found: SignalEvaluation) -> str:
         f"<h2>At the threshold</h2><table>{other}</table>"
         f'<p class="key"><span style="background:{_LABELLED}"></span>labelled anomalous'
         f'<span style="background:{_FOUND}"></span>found: the darker, the further above the threshold</p>'
+        f"<p>Each picture is a window of {layout.window_s:g} s from left to right, called by recording and first "
+        "sample. Beside a channel's name stand its lowest and its highest value.</p>"
         + "".join(_section(heading, found, indices) for heading, indices in chosen(found).items())
         + "<p>Not a medical device: nothing here may be used to diagnose or to monitor a patient.</p></body></html>\n"
     )
@@ -175,9 +180,10 @@ def _traces(found: SignalEvaluation, index: int) -> str:
             f'opacity="{0.15 + 0.6 * float(strength[channel, place]):.2f}"/>'
             for place in np.flatnonzero(strength[channel] > _SEEN)
         ]
-        parts.append(_line(found.windows.values[index, channel], top))
-        name = html.escape(found.layout.channels[channel])
-        parts.append(f'<text x="4" y="{top + 12}" font-size="11" fill="#50565d">{name}</text>')
+        trace = found.windows.values[index, channel]
+        parts.append(_line(trace, top))
+        name = f"{found.layout.channels[channel]}, {trace.min():.3g} to {trace.max():.3g} {found.layout.unit}"
+        parts.append(f'<text x="4" y="{top + 12}" font-size="11" fill="#50565d">{html.escape(name)}</text>')
     caption = f"{found.windows.names[index]}: score {found.scores[index]:.4g}, threshold {found.threshold.value:.4g}"
     return (
         f'<figure><svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{html.escape(caption)}">'
