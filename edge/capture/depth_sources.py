@@ -28,7 +28,8 @@ POINTS = "xyz"
 """Name in an npz of an organised scan float32 [H, W, 3] in metres; ``z`` [H, W] is depth alone, in metres."""
 DEPTH = "z"
 _MAP = 2
-_READ_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+# RuntimeError: of an archive that is encrypted, or packed in a way that Python does not know.
+_READ_ERRORS = (OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
 
 
 def points_of(depth: npt.NDArray[Any], settings: DepthSourceSettings) -> npt.NDArray[np.float32]:

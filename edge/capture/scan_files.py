@@ -6,7 +6,6 @@ It knows files and points; it must not know folders, labels or cameras. What rea
 from __future__ import annotations
 
 import io
-import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ ORGANISED_EXTENSIONS = frozenset({".npz", ".tif", ".tiff"})
 """Kinds of files that hold an organised scan; a PCD may, too."""
 
 _ORGANISED, _AXES = 3, 3
+_MOST_VALUES = 3 * 2**26
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +117,14 @@ def _read_tiff(path: Path) -> ScanFile:
         raise _missing("tifffile", path) from error
     content = _read_bytes(path)
     try:
-        xyz = tifffile.imread(io.BytesIO(content))
-    except (tifffile.TiffFileError, ValueError, OSError, KeyError, IndexError, zlib.error) as error:
+        with tifffile.TiffFile(io.BytesIO(content)) as tiff:
+            series = tiff.series[0]
+            # Memory is taken, and filled, for what the header says.
+            if series.size > _MOST_VALUES:
+                raise ValueError(f"says {list(series.shape)}")  # noqa: TRY301 (told as what else is damaged)
+            xyz = series.asarray()
+    # A damaged file fails wherever the reader stumbles over it.
+    except Exception as error:
         raise DataError(f"{path}: not a readable TIFF ({error}); export the scan again") from error
     if not np.issubdtype(xyz.dtype, np.floating):
         raise DataError(f"{path}: {xyz.dtype} values; a scan has x, y and z in metres, as float32")
@@ -138,7 +144,7 @@ def _read_pcd(path: Path) -> ScanFile:
         if meta.height > 1:
             xyz = xyz.reshape(meta.height, meta.width, _AXES)
         viewpoint = np.array([float(value) for value in tuple(meta.viewpoint)[:_AXES]])
-    # A damaged header or body fails wherever the reader stumbles over it.
+    # The same.
     except Exception as error:
         why = str(error).partition("\n")[0]
         raise DataError(f"{path}: not a readable PCD with x, y and z ({why}); export the scan again") from error
@@ -154,7 +160,7 @@ def _read_ply(path: Path) -> ScanFile:
     try:
         loaded = trimesh.load(io.BytesIO(content), file_type="ply", process=False)
         xyz = np.asarray(loaded.vertices, np.float32)
-    # The same: a damaged file fails wherever the reader stumbles over it.
+    # The same.
     except Exception as error:
         raise DataError(f"{path}: not a readable PLY ({error}); export the scan again") from error
     return ScanFile(xyz, None, closed=True)

@@ -127,7 +127,10 @@ class FileTransport:
                 signal, rate = archive["signal"], float(archive["rate_hz"])
                 names = tuple(str(name) for name in archive["channels"])
             whole = np.asarray(signal, np.float32)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (
+            OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError,
+            zipfile.BadZipFile, zlib.error,
+        ) as error:  # fmt: skip
             raise CaptureError(f"{self._path}: no npz with signal, rate_hz and channels ({error})") from error
         if signal.ndim != _CHANNELS_BY_SAMPLES or not signal.size or len(names) != len(signal) or not 0 < rate < np.inf:
             raise CaptureError(f"{self._path}: signal is {list(signal.shape)} of {len(names)} channels at {rate:g} Hz")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
@@ -117,6 +118,28 @@ def test_scan_without_its_package_says_what_to_install(
     write_pcd(tmp_path / "one.pcd", np.ones((4, 5, 3)), height=4)
     with pytest.raises(MissingExtraError, match=rf"{package}.*lineward\[three-d\]"):
         read_depth(tmp_path / name, LENS)
+
+
+def test_tiff_that_is_damaged_anywhere_in_its_header_is_no_scan_or_still_one(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile", reason="needs tifffile: pip install 'lineward[three-d]'")
+    path = tmp_path / "one.tif"
+    tifffile.imwrite(path, np.ones((4, 5, 3), np.float32), photometric="rgb", metadata=None, software=False)
+    whole = path.read_bytes()
+    for place in range(8, 140):
+        for value in (0, 3, 255):
+            path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            with suppress(CorruptFrameError):
+                assert read_depth(path, LENS).shape[2] == 3
+
+
+def test_npz_that_is_encrypted_is_no_scan(tmp_path: Path) -> None:
+    np.savez(tmp_path / "one.npz", xyz=scan(1))
+    content = bytearray((tmp_path / "one.npz").read_bytes())
+    for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(header) + flags] |= 1
+    (tmp_path / "one.npz").write_bytes(content)
+    with pytest.raises(CorruptFrameError, match="npz"):
+        read_depth(tmp_path / "one.npz", LENS)
 
 
 @pytest.mark.parametrize("content", [b"", b"II*\0 half", b"VERSION 0.7\nFIELDS x"])
