@@ -17,6 +17,7 @@ from edge.bundle import Engine, Modality, Precision, SignalLayout
 from edge.cli import main
 from edge.errors import DataError, UsageError
 from edge.inference.engines import open_graph
+from edge.inference.signals import lost_cells
 from trainer.data.signals import Bearing, EcgLike
 from trainer.methods.mmae_ecg.model import SIGNAL
 from trainer.signals.baselines import PcaMethod, amplitude, pca, peak_to_peak
@@ -400,6 +401,18 @@ def test_the_usual_commands_train_export_and_evaluate_a_signal(bearing, tmp_path
     assert lineward("evaluate", "--run", run, "--data", bearing, "--report", tmp_path / "r.html") == 0
     assert (tmp_path / "r.html").stat().st_size > 1000
     assert lineward("train", "--modality", "signal", "--method", "memory", "--data", bearing, "--out", bundle) == 2
+
+
+def test_cells_over_lost_samples_say_nothing_in_an_evaluation_as_on_a_box(runs, tmp_path):
+    recording = Bearing(fault=3.0, episodes=((0, 1),)).recording(1, seed=2)
+    window = SignalRun.load(runs["pca_residual"]).record.signal.window
+    recording.samples[0, : window // 50] = np.nan
+    write_recording(tmp_path / "test" / "x.npz", recording)
+    found = evaluate_signal(run=runs["pca_residual"], bundle=None, data=tmp_path).maps
+    dead = lost_cells(recording.samples[:, :window], found[0].shape, 0.05)
+    assert dead.any()
+    np.testing.assert_array_equal(found[0] == 0, dead)
+    assert (found[1:] > 0).all()
 
 
 def test_evaluating_another_signal_is_refused(runs, tmp_path):

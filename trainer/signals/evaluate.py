@@ -21,6 +21,7 @@ from deploy.running import pool_all
 from edge.bundle import Bundle, Engine, Precision
 from edge.errors import DataError, UsageError
 from edge.inference.detector import Detector
+from edge.inference.signals import lost_cells
 from edge.judgement.threshold import fit_threshold
 from trainer.signals.baselines import amplitude, pca, peak_to_peak
 from trainer.signals.figures import Interval, point_auroc, window_auroc
@@ -32,14 +33,14 @@ from trainer.signals.runs import SignalRun
 from trainer.signals.trunk import SignalTrunk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import numpy.typing as npt
 
     from edge.bundle import SignalLayout
     from edge.judgement.threshold import Threshold
-    from trainer.signals.recording import Windows
+    from trainer.signals.recording import Recording, Windows
 
     Judge = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 
@@ -176,6 +177,7 @@ def evaluate_signal(
         maps.append(judge(window))
         milliseconds.append((time.perf_counter() - started) * 1e3)
     found = np.stack(maps)
+    _hide_lost(found, recordings, windows, layout)
     scores = pool(found)
     rows, notes = _baselines(data, layout, windows)
     notes += _notes(windows, threshold)
@@ -209,6 +211,19 @@ def baseline_rows(train: npt.NDArray[np.float32], windows: Windows, layout: Sign
     rows.append(_row("peak to peak", peak_to_peak(scaled), windows, None))
     rows.append(_row("amplitude", amplitude(scaled), windows, np.abs(scaled)))
     return rows
+
+
+def _hide_lost(
+    maps: npt.NDArray[np.float32], recordings: Sequence[Recording], windows: Windows, layout: SignalLayout
+) -> None:
+    """Give cells that cover too many lost samples the value 0, in place, as a box does."""
+    samples = {one.name: one.samples for one in recordings}
+    for name, map_ in zip(windows.names, maps, strict=True):
+        recording, _, begin = str(name).rpartition("@")
+        window = samples[recording][:, int(begin) : int(begin) + layout.window]
+        dead = lost_cells(window, map_.shape, layout.max_lost)
+        if dead is not None:
+            map_[dead] = 0.0
 
 
 def _baselines(data: Path, layout: SignalLayout, windows: Windows) -> tuple[list[Row], list[str]]:
