@@ -48,6 +48,15 @@ def test_a_sample_is_written_with_what_made_it(source: Path, tmp_path: Path) -> 
     assert np.array_equal(again.defect.xyz, xyz, equal_nan=True)
 
 
+def test_samples_of_a_test_folder_are_read_once_with_their_masks(source: Path, tmp_path: Path) -> None:
+    write_npz(tmp_path / "train" / "good" / "a.npz", xyz=read_scan(source).xyz)
+    sample = synthesise(source, tmp_path / "test" / "dent", settings=settings_for("dent", {}), name="dent", seed=7)
+    [found] = read_scan_folder(tmp_path).test
+    mask = load_scan_mask(found, sample.defect.mask.shape)
+    assert mask is not None
+    assert np.array_equal(mask, sample.defect.mask)
+
+
 def test_a_strength_below_the_noise_is_said(source: Path, tmp_path: Path) -> None:
     arguments = ["--in", str(source), "--out", str(tmp_path), "--set", "strength=1x"]
     result = CliRunner().invoke(app, arguments)

@@ -40,7 +40,7 @@ def read_scan_folder(root: Path) -> ScanFolder:
     Expected are ``train/good/*`` and, to evaluate, ``test/<label>/*`` (``good`` is normal, all else defective): NPZ,
     TIFF or organised PCD. The scans may also lie one folder deeper, in ``xyz``, with masks beside it in ``gt``, as in
     MVTec 3D-AD (Bergmann et al., VISAPP 2022); masks may also lie in ``ground_truth/<label>``, or be an array ``mask``
-    of the NPZ.
+    of the NPZ. A scan that is there as NPZ and as another kind is read once.
 
     Raises:
         DataError: the folder is missing, or has no scans in ``train/good``.
@@ -85,6 +85,9 @@ def _scans(folder: Path) -> list[Path]:
     for place in (folder / "xyz", folder):
         if place.is_dir():
             found = [path for path in sorted(place.iterdir()) if path.suffix.lower() in _SUFFIXES and _shown(path)]
+            # What synth3d writes is there as NPZ, with its mask, and as TIFF.
+            known = {path.stem for path in found if path.suffix.lower() == ".npz"}
+            found = [path for path in found if path.suffix.lower() == ".npz" or path.stem not in known]
             if found:
                 return found
     return []
