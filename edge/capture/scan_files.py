@@ -34,7 +34,7 @@ class ScanFile:
     Attributes:
         xyz: float32 [H, W, 3], an organised scan, or [N, 3]; metres; NaN is invalid.
         viewpoint: float64 [3], where the sensor stood, where the file says so.
-        closed: the file is a mesh or cloud of a whole part, without a sensor.
+        closed: the file is a mesh or cloud that names no sensor, perhaps of a whole part.
     """
 
     xyz: npt.NDArray[np.float32]
@@ -106,7 +106,7 @@ def _read_npz(path: Path) -> ScanFile:
     if viewpoint is not None and (viewpoint.shape != (_AXES,) or not np.isfinite(viewpoint).all()):
         raise DataError(f"{path}: viewpoint is {list(viewpoint.shape)}, expected 3 finite numbers")
     origin = None if viewpoint is None else viewpoint.astype(np.float64)
-    # A cloud that names no sensor is taken to go around the part; an organised scan has one, at the origin.
+    # A cloud that names no sensor may go around the part; an organised scan has one, at the origin.
     return ScanFile(arrays["xyz"].astype(np.float32), origin, closed=origin is None and arrays["xyz"].ndim == _AXES - 1)
 
 
