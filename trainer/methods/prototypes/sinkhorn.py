@@ -12,6 +12,9 @@ import torch
 
 from edge.errors import UsageError
 
+_LEAST = -80.0
+"""Logarithm below which a term beside 1 changes no bit of a sum, in float64 either."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -66,15 +69,15 @@ def sinkhorn(
     v = cost.new_zeros(columns)
     done, error = 0, math.inf
     while done < iterations:
-        v = log_column - torch.logsumexp(scores + u[:, None], 0)
-        u = log_row - torch.logsumexp(scores + v, 1)
+        v = log_column - _logsumexp(scores + u[:, None], 0)
+        u = log_row - _logsumexp(scores + v, 1)
         done += 1
         if tolerance and done % 10 == 1:
-            error = float((torch.logsumexp(scores + u[:, None] + v, 0).exp() - log_column.exp()).norm())
+            error = float((_logsumexp(scores + u[:, None] + v, 0).exp() - log_column.exp()).norm())
             if error < tolerance:
                 break
     log = scores + u[:, None] + v
-    return Plan(log, done, float((torch.logsumexp(log, 0).exp() - log_column.exp()).norm()))
+    return Plan(log, done, float((_logsumexp(log.clone(), 0).exp() - log_column.exp()).norm()))
 
 
 def barycentres(plan: Plan, values: torch.Tensor) -> torch.Tensor:
@@ -88,3 +91,9 @@ def barycentres(plan: Plan, values: torch.Tensor) -> torch.Tensor:
         values: float [N, D].
     """
     return torch.softmax(plan.log, 0).T @ values
+
+
+def _logsumexp(values: torch.Tensor, axis: int) -> torch.Tensor:
+    """Return ``torch.logsumexp`` without underflow, which is ten to fifty times as slow. Uses up ``values``."""
+    largest = values.amax(axis, keepdim=True)
+    return values.sub_(largest).clamp_min_(_LEAST).exp_().sum(axis).log_() + largest.squeeze(axis)
