@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import sys
+import zipfile
 from contextlib import suppress
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
@@ -138,6 +140,15 @@ def test_npz_that_is_encrypted_is_no_scan(tmp_path: Path) -> None:
     for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
         content[content.index(header) + flags] |= 1
     (tmp_path / "one.npz").write_bytes(content)
+    with pytest.raises(CorruptFrameError, match="npz"):
+        read_depth(tmp_path / "one.npz", LENS)
+
+
+def test_npz_whose_header_is_damaged_is_no_scan(tmp_path: Path) -> None:
+    array = io.BytesIO()
+    np.save(array, scan(1, height=4, width=5))
+    with zipfile.ZipFile(tmp_path / "one.npz", "w") as archive:
+        archive.writestr("xyz.npy", array.getvalue().replace(b"(4, 5, 3)", b"(4, 5, 3\xb8"))
     with pytest.raises(CorruptFrameError, match="npz"):
         read_depth(tmp_path / "one.npz", LENS)
 

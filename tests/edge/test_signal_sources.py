@@ -318,6 +318,14 @@ def test_npz_that_is_no_recording_says_so(tmp_path: Path, arrays: dict[str, obje
         FileTransport(str(tmp_path / "none.npz")).open()
 
 
+@pytest.mark.parametrize("header", ["r 2 400 520\n", "r 0 400 520\n", "\n"])
+def test_header_of_a_record_that_says_too_little_is_refused(tmp_path: Path, header: str) -> None:
+    pytest.importorskip("wfdb", reason="needs wfdb: pip install 'lineward[signals]'")
+    (tmp_path / "r.hea").write_text(header)
+    with pytest.raises(CaptureError, match=r"r\.hea"):
+        FileTransport(str(tmp_path / "r")).open()
+
+
 def test_missing_record_says_so(tmp_path: Path) -> None:
     pytest.importorskip("wfdb", reason="needs wfdb: pip install 'lineward[signals]'")
     with pytest.raises(CaptureError, match="WFDB"):
