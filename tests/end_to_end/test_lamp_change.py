@@ -33,9 +33,10 @@ pytestmark = pytest.mark.broker
 START = datetime(2000, 1, 1, tzinfo=timezone.utc)
 PARTS = 20
 DEFECT = f"{PARTS - 1:02d}"
-# A reset camera has settled after a few parts, a slow change is followed within ten.
+# A reset camera has settled after most of a round, a slow change is followed within one. A shorter memory would be of the
+# last few parts alone, and of other ones wherever a busy machine leaves frames out.
 QUICK = {
-    "half_life": 4, "every_frames": 2, "least": 0.01, "settle_frames": 8, "window": 20, "freeze_rate": 0.5,
+    "half_life": 10, "every_frames": 2, "least": 0.01, "settle_frames": 16, "window": 20, "freeze_rate": 0.5,
     "thaw_rate": 0.2, "drift": 2.0, "bound": 12.0,
 }  # fmt: skip
 
@@ -188,7 +189,7 @@ def lamp_ages(heard: Heard, line: Line) -> None:
     """By a seventh: one camera follows without an alarm, the other one, of the same parts, alarms on all of them."""
     for percent in range(99, 84, -1):
         line.light(percent / 100)
-        heard.wait_for_parts("follows", 7)
+        heard.wait_for_parts("follows", 12)
     aged = heard.wait_for(lambda one: follower(one).get("drifting")).ts
     heard.wait_for_parts("follows", PARTS, since=aged)
     heard.wait_for_parts("stays", PARTS, since=aged)
@@ -229,6 +230,9 @@ def parts_are_declared_good(heard: Heard, url: str) -> None:
     told = heard.wait_for(notice("adaptation.reset", camera="follows"))
     assert told.detail["phase_before"] == "frozen"
     settled = heard.wait_for(lambda one: follower(one).get("phase") == "following").ts
+    # Sixteen parts, the defective one among them or not, are a rough mean; a round later it has come nearer.
+    heard.wait_for_parts("follows", PARTS, since=settled)
+    settled = heard.parts("follows", since=settled)[-1].ts
     heard.wait_for_parts("follows", PARTS, since=settled)
     heard.wait_for_parts("stays", PARTS, since=settled)
     assert heard.decisions("follows", since=settled) == {"OK"}
