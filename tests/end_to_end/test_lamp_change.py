@@ -33,8 +33,8 @@ pytestmark = pytest.mark.broker
 START = datetime(2000, 1, 1, tzinfo=timezone.utc)
 PARTS = 20
 DEFECT = f"{PARTS - 1:02d}"
-# A reset camera has settled after most of a round, a slow change is followed within one. A shorter memory would be of the
-# last few parts alone, and of other ones wherever a busy machine leaves frames out.
+# A reset camera has settled after most of a round, a slow change is followed within one. A shorter memory would be of
+# the last few parts alone, and of other ones wherever a busy machine leaves frames out.
 QUICK = {
     "half_life": 10, "every_frames": 2, "least": 0.01, "settle_frames": 16, "window": 20, "freeze_rate": 0.5,
     "thaw_rate": 0.2, "drift": 2.0, "bound": 12.0,
