@@ -93,11 +93,25 @@ def read_organised(path: Path) -> npt.NDArray[np.float32]:
     return found.xyz
 
 
+def read_bytes(path: Path) -> bytes:
+    """Read a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); check that it exists and its permissions"
+        ) from error
+
+
 def _read_npz(path: Path) -> ScanFile:
-    _read_bytes(path)  # a missing file says so in the words of all others
     try:
         arrays = load_arrays(path)
     except BundleError as error:
+        read_bytes(path)  # a missing file says so in the words of all others
         raise DataError(f"{path}: not a readable npz; export the scan again") from error
     # Whole numbers are counts of a sensor, not metres.
     if "xyz" not in arrays or not np.issubdtype(arrays["xyz"].dtype, np.floating):
@@ -107,7 +121,8 @@ def _read_npz(path: Path) -> ScanFile:
         raise DataError(f"{path}: viewpoint is {list(viewpoint.shape)}, expected 3 finite numbers")
     origin = None if viewpoint is None else viewpoint.astype(np.float64)
     # A cloud that names no sensor may go around the part; an organised scan has one, at the origin.
-    return ScanFile(arrays["xyz"].astype(np.float32), origin, closed=origin is None and arrays["xyz"].ndim == _AXES - 1)
+    xyz = np.asarray(arrays["xyz"], np.float32)
+    return ScanFile(xyz, origin, closed=origin is None and xyz.ndim == _AXES - 1)
 
 
 def _read_tiff(path: Path) -> ScanFile:
@@ -115,7 +130,7 @@ def _read_tiff(path: Path) -> ScanFile:
         import tifffile  # noqa: PLC0415 (an extra)
     except ModuleNotFoundError as error:
         raise _missing("tifffile", path) from error
-    content = _read_bytes(path)
+    content = read_bytes(path)
     try:
         with tifffile.TiffFile(io.BytesIO(content)) as tiff:
             series = tiff.series[0]
@@ -136,7 +151,7 @@ def _read_pcd(path: Path) -> ScanFile:
         from pypcd4 import PointCloud  # noqa: PLC0415 (an extra)
     except ModuleNotFoundError as error:
         raise _missing("pypcd4", path) from error
-    content = _read_bytes(path)
+    content = read_bytes(path)
     try:
         cloud = PointCloud.from_fileobj(io.BytesIO(content))
         xyz = np.asarray(cloud.numpy(("x", "y", "z")), np.float32)
@@ -156,7 +171,7 @@ def _read_ply(path: Path) -> ScanFile:
         import trimesh  # noqa: PLC0415 (an extra)
     except ModuleNotFoundError as error:
         raise _missing("trimesh", path) from error
-    content = _read_bytes(path)
+    content = read_bytes(path)
     try:
         loaded = trimesh.load(io.BytesIO(content), file_type="ply", process=False)
         xyz = np.asarray(loaded.vertices, np.float32)
@@ -164,15 +179,6 @@ def _read_ply(path: Path) -> ScanFile:
     except Exception as error:
         raise DataError(f"{path}: not a readable PLY ({error}); export the scan again") from error
     return ScanFile(xyz, None, closed=True)
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); check that it exists and its permissions"
-        ) from error
 
 
 def _missing(package: str, path: Path) -> MissingExtraError:

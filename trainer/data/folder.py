@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deploy.progress import Progress, no_progress
+from edge.capture.scan_files import read_bytes
 from edge.errors import DataError
-from trainer.data.images import IMAGE_EXTENSIONS, load_image, load_mask_file, read_bytes
+from trainer.data.images import IMAGE_EXTENSIONS, load_image, load_mask_file
 from trainer.data.splits import Holdout, split_holdout
 
 if TYPE_CHECKING:

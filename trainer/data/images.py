@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import cv2
 import numpy as np
 
+from edge.capture.scan_files import read_bytes
 from edge.errors import DataError
 
 if TYPE_CHECKING:
@@ -66,20 +67,6 @@ def load_mask_file(path: Path, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
         )
     lossy = path.suffix.lower() in {".jpg", ".jpeg"}
     return np.asarray(grey > (_MASK_MIDDLE if lossy else 0))
-
-
-def read_bytes(path: Path) -> bytes:
-    """Read a file.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}); check that it exists and its permissions"
-        ) from error
 
 
 def write_png(path: Path, image: npt.NDArray[np.uint8]) -> None:
