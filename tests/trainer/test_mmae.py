@@ -34,13 +34,7 @@ TINY = Scales(12, 6)
 FLOOR = torch.full((2, 1), 0.05)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """So small a network only waits for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _network(tiny: Scales = TINY, *, channels: int = 2, length: int = 6, seed: int = 0) -> Autoencoder:

@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-import torch
 
 from deploy.parity import ParityRules
 from deploy.progress import no_progress
@@ -23,12 +22,7 @@ from trainer.signals.runs import SignalRun
 wfdb = pytest.importorskip("wfdb", reason="the package wfdb (extra signals) writes and reads the records")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 LEADS = ("I", "II", "III", "AVR", "AVL", "AVF", "V1", "V2", "V3", "V4", "V5", "V6")

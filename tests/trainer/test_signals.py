@@ -33,13 +33,7 @@ from trainer.signals.recording import Recording, around, cut_windows, one_kind
 from trainer.signals.runs import SignalRun
 from trainer.signals.trunk import SignalTrunk, band_kernel, in_band
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _recording(samples, **labels) -> Recording:
