@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -12,13 +13,14 @@ import yaml
 from typer.testing import CliRunner
 
 from deploy.aggregator.cli import app
+from deploy.aggregator.identity import enrol
 from deploy.aggregator.service import Service
 from deploy.aggregator.settings import load_settings
 from edge.federation.keys import KeyPair, make_keys, read_key_pair, write_keys
 from tests.federation_link import FLEET, make_client
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from deploy.aggregator.settings import AggregatorSettings
@@ -134,3 +136,35 @@ class Aggregator:
 
 def wait_for(client: FederationClient, what: Callable[[], object], seconds: float = 10.0) -> None:
     assert client.wait_for(what, seconds), (client.state, client.counters, client.last_error)
+
+
+@contextlib.contextmanager
+def merging(folder: Path, boxes: Sequence[str], *, rows: int, soon: float) -> Iterator[Service]:
+    """A service in ``folder/aggregator`` that makes a bank of two boxes' updates at once; keys of boxes in ``folder``.
+
+    Args:
+        folder: of the test.
+        boxes: of site ``plant``, enrolled.
+        rows: of the bank.
+        soon: seconds to wait for it at the begin and at the end.
+    """
+    home = folder / "aggregator"
+    write_keys(home, make_keys(), name="aggregator")
+    for box in boxes:
+        keys = make_keys()
+        write_keys(folder, keys, name=box)
+        enrol(home / "boxes", f"plant/{box}", keys.public)
+    settings = {
+        "listen": "tcp://127.0.0.1:0", "key_file": "aggregator.key_secret", "boxes": "boxes", "state_dir": "state",
+        "rounds": {"fleet": "f", "close_at": 2, "min_boxes": 2, "min_frames": 1}, "merge": {"rows": rows},
+    }  # fmt: skip
+    (home / "aggregator.yaml").write_text(yaml.safe_dump(settings))
+    service = Service(load_settings(home / "aggregator.yaml"))
+    thread = threading.Thread(target=service.run)
+    thread.start()
+    try:
+        assert service.started.wait(soon)
+        yield service
+    finally:
+        service.request_stop()
+        thread.join(soon)

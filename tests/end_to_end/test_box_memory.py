@@ -17,9 +17,6 @@ import paho.mqtt.publish as mqtt_publish
 import pytest
 import yaml
 
-from deploy.aggregator.identity import enrol
-from deploy.aggregator.service import Service
-from deploy.aggregator.settings import load_settings as load_aggregator_settings
 from edge.alerts.command_messages import CommandResult
 from edge.alerts.message import Availability, CameraState, Notice, Status, VerdictMessage
 from edge.alerts.settings import BrokerSettings
@@ -31,10 +28,12 @@ from edge.settings import load_settings
 from tests.edge.memory_bench import Fleet, fleet_bank
 from tests.edge.tiny_bundle import defective_frame, good_frame
 from tests.edge.tiny_memory import make_memory_bundle
+from tests.fleet_service import merging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from deploy.aggregator.service import Service
     from edge.bundle import Bundle
     from tests.mosquitto_process import Mosquitto
 
@@ -262,27 +261,8 @@ def test_key_that_others_can_read_is_refused(
 
 @pytest.fixture
 def aggregator(tmp_path: Path) -> Iterator[Service]:
-    """A real one, which makes a bank of two boxes' updates at once."""
-    folder = tmp_path / "aggregator"
-    write_keys(folder, make_keys(), name="aggregator")
-    for box in ("box1", "box2"):
-        keys = make_keys()
-        write_keys(tmp_path, keys, name=box)
-        enrol(folder / "boxes", f"plant/{box}", keys.public)
-    settings = {
-        "listen": "tcp://127.0.0.1:0", "key_file": "aggregator.key_secret", "boxes": "boxes", "state_dir": "state",
-        "rounds": {"fleet": "f", "close_at": 2, "min_boxes": 2, "min_frames": 1}, "merge": {"rows": 48},
-    }  # fmt: skip
-    (folder / "aggregator.yaml").write_text(yaml.safe_dump(settings))
-    service = Service(load_aggregator_settings(folder / "aggregator.yaml"))
-    thread = threading.Thread(target=service.run)
-    thread.start()
-    try:
-        assert service.started.wait(SOON)
+    with merging(tmp_path, ("box1", "box2"), rows=48, soon=SOON) as service:
         yield service
-    finally:
-        service.request_stop()
-        thread.join(SOON)
 
 
 def test_two_boxes_come_to_share_a_memory(

@@ -6,7 +6,6 @@ import contextlib
 import json
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,17 +15,14 @@ import numpy as np
 import pytest
 import yaml
 
-from deploy.aggregator.identity import enrol
-from deploy.aggregator.service import Service
-from deploy.aggregator.settings import load_settings
 from deploy.aggregator.store import Store
 from deploy.parity import ParityRules
 from edge.alerts.message import VerdictMessage
 from edge.alerts.settings import BrokerSettings
 from edge.alerts.subscriber import EVERYTHING, Subscriber
 from edge.bundle import Preprocessing
-from edge.federation.keys import make_keys, write_keys
 from edge.federation.wire import Limits, decode_bank
+from tests.fleet_service import merging
 from trainer import export as exporting
 from trainer.data.conveyor import write_default
 from trainer.data.generic import generic_canvases
@@ -36,6 +32,7 @@ from trainer.fit import train
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from deploy.aggregator.service import Service
     from edge.bundle import Bundle
     from tests.mosquitto_process import Mosquitto
 
@@ -86,26 +83,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Bundle:
 
 @pytest.fixture
 def aggregator(tmp_path: Path) -> Iterator[Service]:
-    folder = tmp_path / "aggregator"
-    write_keys(folder, make_keys(), name="aggregator")
-    for box in BOXES:
-        keys = make_keys()
-        write_keys(tmp_path, keys, name=box)
-        enrol(folder / "boxes", f"plant/{box}", keys.public)
-    settings = {
-        "listen": "tcp://127.0.0.1:0", "key_file": "aggregator.key_secret", "boxes": "boxes", "state_dir": "state",
-        "rounds": {"fleet": "f", "close_at": 2, "min_boxes": 2, "min_frames": 1}, "merge": {"rows": 96},
-    }  # fmt: skip
-    (folder / "aggregator.yaml").write_text(yaml.safe_dump(settings))
-    service = Service(load_settings(folder / "aggregator.yaml"))
-    thread = threading.Thread(target=service.run)
-    thread.start()
-    try:
-        assert service.started.wait(SOON)
+    with merging(tmp_path, BOXES, rows=96, soon=SOON) as service:
         yield service
-    finally:
-        service.request_stop()
-        thread.join(SOON)
 
 
 @contextlib.contextmanager
