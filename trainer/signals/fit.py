@@ -78,8 +78,12 @@ def layout_for(
             channels=channels, unit=unit, rate_hz=rate, window=round(window_s * rate),
             hop=max(1, round(hop_s * rate)), low_hz=low_hz, high_hz=high_hz,
         )  # fmt: skip
-    except (ValidationError, OverflowError, ValueError) as error:
-        raise UsageError(f"--window {window_s:g}, --hop {hop_s:g} at {rate:g} Hz: {error}") from error
+    except (OverflowError, ValueError) as error:
+        why = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            why = " ".join((*map(str, first["loc"]), first["msg"]))
+        raise UsageError(f"--window {window_s:g}, --hop {hop_s:g} at {rate:g} Hz: {why}") from error
 
 
 def split_windows(recordings: Sequence[Recording], window: int) -> tuple[Windows, Windows]:
